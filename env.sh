@@ -1,0 +1,86 @@
+# Sourced by run_training.sh and run_tests.sh: sets PYTHON to an interpreter that has what Flare needs.
+#
+# PYTHON=/path given by the user: that one, nothing is installed, what is missing is named.
+# Otherwise .venv beside this file, made from requirements.txt when it is missing or out of date.
+
+FLARE_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+flare_fail() { # exit code, message
+  printf 'error: %s\n' "$2" >&2
+  exit "$1"
+}
+
+# Any Python >= 3.11 on PATH.
+flare_find_python() {
+  local candidate
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    if command -v "$candidate" >/dev/null 2>&1 &&
+      "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  flare_fail 4 "no Python 3.11 to 3.13 on PATH; install one, or set PYTHON=/path/to/python"
+}
+
+# The newest torch wheel wants CUDA 13, which needs driver 580; servers with an older one are common.
+# Prints the wheel indexes to try, best first, when this machine's driver is too old for the default wheel.
+flare_torch_indexes() {
+  command -v nvidia-smi >/dev/null 2>&1 || return 0
+  local cuda
+  cuda=$(timeout 10 nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\)\.\([0-9]*\).*/\1 \2/p' | head -n 1)
+  [ -n "$cuda" ] || return 0
+  set -- $cuda
+  local version=$(($1 * 100 + $2))
+  [ "$version" -ge 1300 ] && return 0
+  [ "$version" -ge 1206 ] ||
+    flare_fail 4 "the driver supports CUDA $1.$2 only; torch needs one for CUDA 12.6 or newer (driver 560 or newer)"
+  [ "$version" -ge 1208 ] && echo "https://download.pytorch.org/whl/cu128"
+  echo "https://download.pytorch.org/whl/cu126"
+}
+
+flare_install() { # requirements file
+  local base indexes index pip torch
+  base=$(flare_find_python) || exit $?
+  indexes=$(flare_torch_indexes) || exit $?
+  echo "setting up $FLARE_HOME/.venv from $(basename "$1") (once; some minutes)" >&2
+  "$base" -m venv "$FLARE_HOME/.venv" ||
+    flare_fail 4 "cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"
+  pip=("$FLARE_HOME/.venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+  torch=$(grep '^torch==' "$FLARE_HOME/requirements.txt")
+  if [ -n "$indexes" ]; then
+    for index in $indexes; do
+      "${pip[@]}" --index-url="$index" "$torch" && break
+    done
+    "$FLARE_HOME/.venv/bin/python" -c 'import torch' 2>/dev/null ||
+      flare_fail 4 "no $torch for this driver's CUDA in: $indexes; install a torch that fits and set PYTHON to it"
+  fi
+  "${pip[@]}" -r "$1" ||
+    flare_fail 4 "pip could not install $(basename "$1"); see the lines above"
+}
+
+# Sets PYTHON. Argument: the requirements file that must be satisfied.
+flare_python() {
+  local requirements=$1 missing stamp wanted
+  if [ -n "${PYTHON:-}" ]; then
+    missing=$("$PYTHON" - <<'PY'
+import importlib.util as u
+names = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tensorboard", "matplotlib", "tqdm")
+print(" ".join(n for n in names if u.find_spec(n) is None))
+PY
+) || flare_fail 4 "PYTHON=$PYTHON cannot be run"
+    [ -z "$missing" ] || flare_fail 4 "PYTHON=$PYTHON lacks: $missing; install them, or unset PYTHON to use our own .venv"
+    return
+  fi
+  PYTHON=$FLARE_HOME/.venv/bin/python
+  stamp=$FLARE_HOME/.venv/.installed-$(basename "$requirements")
+  wanted=$(cat "$FLARE_HOME/requirements.txt" "$requirements" | cksum)
+  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+  (
+    # Two first starts at once: one sets up, the other waits and finds it done.
+    command -v flock >/dev/null 2>&1 && flock 9
+    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+    flare_install "$requirements"
+    printf '%s\n' "$wanted" >"$stamp"
+  ) 9>"$FLARE_HOME/.venv.lock" || exit $?
+}

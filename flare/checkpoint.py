@@ -1,0 +1,264 @@
+"""Checkpoints that are whole or absent, and the final model.
+
+A checkpoint is written to a hidden temporary directory; every file is hashed and synced; ``manifest.json``
+goes in last; the directory is renamed into place. Without a manifest a directory is no checkpoint. All
+tensors are in safetensors files: nothing here ever unpickles.
+
+    checkpoint-N/
+      model.safetensors       trainable weights as fp32 masters, frozen ones in their dtype
+      config.json, tokenizer  so that a checkpoint opens as a model, too
+      optimizer.safetensors   optimizer state by parameter name
+      trainer_state.json      progress, history, and what the run must still agree with at resume
+      manifest.json           bytes and sha256 of every file
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from flare.errors import CheckpointError, EnvError
+from flare.nope.format import write_config
+
+FORMAT_VERSION = 1
+NAME = re.compile(r"checkpoint-(\d+)")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory that carries our manifest."""
+
+    path: Path
+    step: int
+
+    def manifest(self) -> dict:
+        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+
+    def state(self) -> dict:
+        return json.loads((self.path / "trainer_state.json").read_text(encoding="utf-8"))
+
+    def verify(self) -> None:
+        """Compare every file with the manifest, by size and sha256.
+
+        Raises: CheckpointError naming the first file that differs.
+        """
+        try:
+            files = self.manifest()["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path.name}: manifest.json cannot be read ({error})") from error
+        for name, entry in files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise CheckpointError(f"{self.path.name}: {name} is missing")
+            if path.stat().st_size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{self.path.name}: {name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+                )
+            if sha256(path) != entry["sha256"]:
+                raise CheckpointError(f"{self.path.name}: {name} is damaged (its sha256 differs)")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(directory: Path) -> list[Checkpoint]:
+    """Directories with our name and our manifest, oldest first, by step number (never by date)."""
+    if not directory.is_dir():
+        return []
+    found = []
+    for path in directory.iterdir():
+        match = NAME.fullmatch(path.name)
+        if match and (path / "manifest.json").is_file():
+            found.append(Checkpoint(path, int(match[1])))
+    return sorted(found, key=lambda c: c.step)
+
+
+def newest_complete(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are what its manifest says, and why newer ones were skipped."""
+    skipped = []
+    for candidate in reversed(list_checkpoints(directory)):
+        try:
+            candidate.verify()
+        except CheckpointError as error:
+            skipped.append(str(error))
+        else:
+            return candidate, skipped
+    return None, skipped
+
+
+def write_checkpoint(
+    directory: Path, step: int, files: dict[str, Callable[[Path], None]], facts: dict
+) -> Checkpoint:
+    """Write ``checkpoint-<step>`` whole or not at all. Called on one rank.
+
+    Args:
+        files: name -> function that writes that file at the path it is given.
+        facts: what the manifest says besides the files (step, tokens, stage, world size, ...).
+    Raises: EnvError when the disk is full or the directory cannot be written; nothing is left behind.
+    """
+    target = directory / f"checkpoint-{step}"
+    part = directory / f".tmp-{target.name}"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for name, write in files.items():
+            write(part / name)
+        entries = {}
+        for path in sorted(part.iterdir()):
+            _sync(path)
+            entries[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        manifest = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": entries}
+        write_json(part / "manifest.json", manifest)
+        if target.exists():  # an older, damaged or unfinished one of the same step
+            remove_checkpoint(target)
+        os.rename(part, target)
+        _sync(directory)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise _disk_error(directory, error) from error
+    return Checkpoint(target, step)
+
+
+def _disk_error(directory: Path, error: OSError) -> EnvError:
+    free = shutil.disk_usage(directory).free if directory.exists() else 0
+    return EnvError(
+        f"cannot write a checkpoint to {directory}: {error.strerror or error} ({free / 2**30:.2f} GiB free); "
+        "earlier checkpoints are untouched; free some space and run the same command again"
+    )
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON and sync it. NaN is refused: it is not JSON."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def clean_leftovers(directory: Path) -> None:
+    """Remove what a killed save left behind: our hidden temporary directories."""
+    for path in directory.glob(".tmp-*") if directory.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, manifest first: a half-deleted one must not look complete."""
+    (path / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def prune(directory: Path, limit: int | None, best_step: int | None) -> None:
+    """Keep the newest ``limit`` checkpoints, and the best one whatever its age."""
+    if limit is None:
+        return
+    for old in list_checkpoints(directory)[:-limit]:
+        if old.step != best_step:
+            remove_checkpoint(old.path)
+
+
+# -- tensors --------------------------------------------------------------------------------------
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file with the permissions that the umask asks for (safetensors itself writes 0600)."""
+    try:
+        save_file({n: tensor.contiguous() for n, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors tells of a full disk
+        raise OSError(str(error)) from error
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises: CheckpointError when it is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def model_tensors(causal_lm: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """All weights by name, a tied one once; in ``dtype`` or as they are."""
+    tensors = {name: p.detach() for name, p in causal_lm.named_parameters()}
+    return {n: t.to(dtype) for n, t in tensors.items()} if dtype else tensors
+
+
+@torch.no_grad()
+def restore_weights(causal_lm: PreTrainedModel, path: Path) -> None:
+    """Copy every weight of a checkpoint into the model, in the dtype that the model holds it in.
+
+    Raises: CheckpointError when names differ.
+    """
+    parameters = dict(causal_lm.named_parameters())
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        if names != set(parameters):
+            different = sorted(names ^ set(parameters))[0]
+            raise CheckpointError(
+                f"{path} holds other weights than the model (first difference: {different})"
+            )
+        for name, parameter in parameters.items():
+            parameter.copy_(file.get_tensor(name))
+
+
+def model_files(
+    causal_lm: PreTrainedModel, config: dict, tokenizer_dir: Path, weights: Callable[[Path], None], name: str
+) -> dict[str, Callable[[Path], None]]:
+    """Writers for the files that make a directory a model: weights, config, modelling code, tokenizer."""
+    files = {name: weights, "config.json": lambda path: write_config(config, path.parent)}
+    for file in TOKENIZER_FILES:
+        if (tokenizer_dir / file).is_file():
+            files[file] = lambda path, source=tokenizer_dir / file: shutil.copyfile(source, path)
+    return files
+
+
+def export_model(target: Path, files: dict[str, Callable[[Path], None]]) -> None:
+    """Write a model directory whole or not at all, replacing an earlier one.
+
+    Raises: EnvError when the disk is full.
+    """
+    part = target.with_name(f".tmp-{target.name}")
+    old = target.with_name(f".tmp-old-{target.name}")
+    try:
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, write in files.items():
+            write(part / name)
+            _sync(part / name)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(part, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise _disk_error(target.parent, error) from error

@@ -1,0 +1,1 @@
+"""From a corpus to packed rows: sources -> token cache -> split -> rows -> order."""

@@ -1,0 +1,71 @@
+"""Who gets which rows, when: pure functions of seed, epoch and global row index.
+
+The run's data is an endless sequence of positions; epoch e covers positions [e*N, (e+1)*N) with a permutation
+of all N rows of its own. Step s of a run with global batch G takes the positions [s*G, (s+1)*G). So a
+position says all there is to know about progress, and neither the number of processes nor the accumulation
+changes what is learned from.
+"""
+
+import numpy as np
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser, a bijection of uint64. Source: Steele, Lea & Flood, OOPSLA 2014."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """The order of the rows in an epoch: rows sorted by a hash of (seed, epoch, row).
+
+    Our own few lines, and not a library's generator, because those promise no equal streams across versions.
+    """
+    with np.errstate(over="ignore"):
+        key = _mix(np.array([seed], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch))
+        keys = _mix(_mix(np.arange(num_rows, dtype=np.uint64) + key) ^ key)
+    return np.argsort(keys, kind="stable")
+
+
+class RowOrder:
+    """Rows at positions of the endless sequence; keeps the permutation of the epoch in use."""
+
+    def __init__(self, seed: int, num_rows: int) -> None:
+        self.seed = seed
+        self.num_rows = num_rows
+        self._epoch = -1
+        self._rows = np.empty(0, dtype=np.int64)
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """Row indices at positions [first, last)."""
+        pieces = []
+        while first < last:
+            epoch, start = divmod(first, self.num_rows)
+            stop = min(last - epoch * self.num_rows, self.num_rows)
+            if epoch != self._epoch:
+                self._epoch, self._rows = epoch, permutation(self.seed, epoch, self.num_rows)
+            pieces.append(self._rows[start:stop])
+            first = epoch * self.num_rows + stop
+        return np.concatenate(pieces)
+
+
+def shares(num_rows: int, weights: list[float]) -> list[int]:
+    """Rows for each rank in proportion to its weight, at least one each, summing to ``num_rows``.
+
+    Largest remainders get what rounding leaves over. Raises ValueError for fewer rows than ranks.
+    """
+    if num_rows < len(weights):
+        raise ValueError(f"{num_rows} rows cannot be shared among {len(weights)} ranks")
+    spare = num_rows - len(weights)
+    ideal = [spare * w / sum(weights) for w in weights]
+    counts = [int(x) for x in ideal]
+    by_remainder = sorted(range(len(weights)), key=lambda r: (counts[r] - ideal[r], r))
+    for rank in by_remainder[: spare - sum(counts)]:
+        counts[rank] += 1
+    return [1 + c for c in counts]
+
+
+def micro_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """A rank's rows of one step, cut into pieces of at most ``size``."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -1,0 +1,128 @@
+"""The one module that knows about processes. Every helper is right at world size 1, so no caller asks.
+
+Ranks come from torchrun's environment. CPU runs use gloo, CUDA runs nccl.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def launched_by_torchrun() -> bool:
+    """Whether this process is a worker that torchrun (or our launcher, through its API) started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start(use_cuda: bool, timeout_sec: int) -> World:
+    """Join the process group (none for a single process) and bind this process to its card."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            timeout=timedelta(seconds=timeout_sec),
+            device_id=device if use_cuda else None,
+        )
+    return World(rank, local_rank, size, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    backend = dist.get_backend() if dist.is_initialized() else "gloo"
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+
+
+def all_sum(values: list[float]) -> list[float]:
+    """Sums over ranks, in float64. A host sync: call it where one is due anyway."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def all_max(values: list[float]) -> list[float]:
+    """Maxima over ranks, in float64."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_objects(item: object) -> list:
+    """Every rank's (small, picklable) object, on every rank, by rank."""
+    if not dist.is_initialized():
+        return [item]
+    items: list = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def wrap_ddp(module: torch.nn.Module, world: World) -> torch.nn.Module:
+    """Data parallel training over all ranks; the module itself at world size 1.
+
+    DDP divides summed gradients by the number of ranks; the trainer multiplies its loss by it, so that
+    gradients are sums over the global batch whatever the layout.
+    """
+    if world.size == 1:
+        return module
+    device_ids = [world.local_rank] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def reduce_gradients(module: torch.nn.Module, now: bool) -> Iterator[None]:
+    """Run a backward pass with or without the gradient reduction (only the last micro-batch needs it)."""
+    if now or not isinstance(module, DistributedDataParallel):
+        yield
+    else:
+        with module.no_sync():
+            yield
+
+
+def rethrow_first(error: BaseException | None) -> None:
+    """Let all ranks fail together: raise the first rank's error on every rank when any has one.
+
+    A collective: every rank calls it, with None when all is well.
+    """
+    errors = gather_objects(error)
+    first = next((e for e in errors if e is not None), None)
+    if error is not None:
+        raise error
+    if first is not None:
+        raise first

@@ -1,0 +1,75 @@
+"""What users see when something is wrong. Imports nothing of ours.
+
+Every error carries the exit code of its kind (contract, section 8) and a message of one line:
+what, the value, where, and the way out. Scripts print ``error: MESSAGE`` and no traceback, unless
+``FLARE_DEBUG=1`` asks for one.
+"""
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+
+class FlareError(Exception):
+    """The run itself failed (exit code 5), or a more exact kind below."""
+
+    exit_code = 5
+
+
+class ConfigError(FlareError):
+    """The user asked for something that cannot be: a flag, a key, a name, a path (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(FlareError):
+    """The data cannot be had or is not what it should be (exit code 3)."""
+
+    exit_code = 3
+
+
+class EnvError(FlareError):
+    """The machine does not offer what the run needs: driver, packages, disk (exit code 4)."""
+
+    exit_code = 4
+
+
+class CheckpointError(FlareError):
+    """A checkpoint or model directory is incomplete, damaged or not ours (exit code 2)."""
+
+    exit_code = 2
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' for the known name closest to ``name``, or '' when none is close."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def join_errors(problems: list[str]) -> str:
+    """One message of several problems: alone as it is, else numbered, one a line."""
+    if len(problems) == 1:
+        return problems[0]
+    lines = "".join(f"\n  {i}. {p}" for i, p in enumerate(problems, 1))
+    return f"{len(problems)} problems:{lines}"
+
+
+def run_script(main: Callable[[], int]) -> int:
+    """Run a script's body and turn errors into one line on stderr and an exit code.
+
+    Returns the code for ``sys.exit``. ``FLARE_DEBUG=1`` prints the traceback as well.
+    """
+    try:
+        return main()
+    except FlareError as error:
+        if os.environ.get("FLARE_DEBUG") == "1":
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except BrokenPipeError:
+        # `script | head` closed our stdout: not an error of the run. Point stdout elsewhere, so that
+        # the interpreter's last flush does not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,234 @@
+"""The experiment directory: names, lock, what is recorded beside the results, stage hand-over.
+
+Leaves to others what lies inside a checkpoint (``flare.checkpoint``) and what is measured
+(``flare.metrics``).
+"""
+
+import fcntl
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from flare.errors import CheckpointError, ConfigError
+
+SCRIPT_DIR = Path(__file__).resolve().parent.parent
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "flash-attn",
+)
+ENVIRONMENT_PREFIXES = (
+    "CUDA_", "NCCL_", "GLOO_", "OMP_", "TORCH_", "PYTORCH_", "HF_", "FLARE_", "MASTER_", "NNODES", "NODE_RANK",
+    "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NODEID",
+)  # fmt: skip
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL", re.I)
+STAGE_CONTENT = ("checkpoints", "final_model")
+
+
+class Experiment:
+    """Paths of one experiment and the few operations on them. Creating the object touches nothing."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+        self.final_model = root / "final_model"
+        self.logs = root / "logs"
+        self.tensorboard = root / "tensorboard"
+        self.training_log = root / "training.log"
+        self.metrics_file = root / "training_metrics.json"
+        self.stage1 = root / "stage1"
+        self._lock_fd: int | None = None
+
+    # -- what is there ---------------------------------------------------------------------------
+
+    def read_metrics(self) -> dict:
+        """The content of training_metrics.json; empty when missing or cut off by a crash."""
+        try:
+            return json.loads(self.metrics_file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return {}
+
+    def recorded_stage(self) -> int | None:
+        """The stage whose checkpoints lie directly in the directory."""
+        return self.read_metrics().get("current_stage")
+
+    def finished(self, stage: int) -> bool:
+        """Whether a final model of this stage is there."""
+        return self.result_of(stage) is not None
+
+    def result_of(self, stage: int) -> Path | None:
+        """The final model of a stage, or None while there is none."""
+        candidates = [self.stage1 / "final_model"] if stage == 1 else []
+        if self.recorded_stage() == stage:
+            candidates.append(self.final_model)
+        return next((path for path in candidates if (path / "config.json").is_file()), None)
+
+    # -- lock --------------------------------------------------------------------------------------
+
+    def lock(self) -> None:
+        """Take the directory for this process. The kernel frees the lock when the process dies.
+
+        Raises: ConfigError naming the holder when another run has it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(fd, 500).decode(errors="replace") or "another process"
+            os.close(fd)
+            raise ConfigError(
+                f"experiment {self.root.name!r} is running ({holder.strip()}); choose another "
+                "--experiment_name or stop that run"
+            ) from error
+        os.truncate(fd, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(fd, f"pid {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
+        self._lock_fd = fd
+
+    def unlock(self) -> None:
+        """Give the directory back."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    # -- changes -------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        """Make the directories that every run has."""
+        for path in (self.checkpoints, self.logs, self.tensorboard):
+            path.mkdir(parents=True, exist_ok=True)
+
+    def clear(self, stage: int) -> None:
+        """Delete what a run of this stage wrote (``--overwrite_output_dir``); a stage-1 result stays for stage 2."""
+        if stage == 2 and self.recorded_stage() == 1:
+            return
+        doomed = [
+            *STAGE_CONTENT,
+            "logs",
+            "tensorboard",
+            "training.log",
+            "training_metrics.json",
+            "evaluation",
+        ]
+        if stage == 2 and self.stage1.exists():
+            doomed = [*STAGE_CONTENT]
+        elif stage == 1:
+            doomed.append("stage1")
+        for name in doomed:
+            path = self.root / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def hand_over(self) -> None:
+        """Move stage 1's checkpoints and final model into ``stage1/``. Can be repeated after a crash."""
+        if self.recorded_stage() != 1:
+            return
+        self.stage1.mkdir(exist_ok=True)
+        for name in STAGE_CONTENT:
+            if (self.root / name).exists() and not (self.stage1 / name).exists():
+                os.rename(self.root / name, self.stage1 / name)
+
+    # -- records -------------------------------------------------------------------------------------
+
+    def record_command(self, command: list[str], environment: dict[str, str]) -> None:
+        """Append the command, ready to paste, with date and working directory."""
+        prefix = "".join(f"{k}={shlex.quote(v)} " for k, v in environment.items())
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        text = f"# {stamp}\ncd {shlex.quote(os.getcwd())} && {prefix}{shlex.join(command)}\n\n"
+        with open(self.root / "train_command.txt", "a", encoding="utf-8") as file:
+            file.write(text)
+
+    def record_environment(self) -> None:
+        """Write environment_info.txt. Values of variables that look like secrets are left out."""
+        with open(self.root / "environment_info.txt", "w", encoding="utf-8") as file:
+            file.write("\n".join(environment_lines()) + "\n")
+
+
+def environment_lines() -> list[str]:
+    """OS, Python, packages, GPUs, git commit and the relevant environment, a fact a line."""
+    lines = [
+        f"date: {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
+        f"host: {socket.gethostname()}",
+        f"os: {platform.platform()}",
+        f"cpu count: {os.cpu_count()}",
+        f"python: {sys.version.split()[0]} ({sys.executable})",
+        f"git commit: {_output(['git', '-C', str(SCRIPT_DIR), 'rev-parse', 'HEAD']) or 'not a git checkout'}",
+    ]
+    for name in PACKAGES:
+        try:
+            lines.append(f"{name}: {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{name}: not installed")
+    lines += _gpu_lines()
+    for name in sorted(os.environ):
+        if name.startswith(ENVIRONMENT_PREFIXES) and not SECRET.search(name):
+            lines.append(f"env {name}={os.environ[name]}")
+    return lines
+
+
+def _gpu_lines() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=index,name,uuid,memory.total,driver_version", "--format=csv,noheader"]
+    found = _output(query)
+    lines = [f"gpu: {line}" for line in found.splitlines()] if found else ["gpu: none found by nvidia-smi"]
+    torch = sys.modules.get("torch")  # a record must not import what the run does not need
+    return [*lines, f"cuda of torch: {torch.version.cuda if torch else 'torch not loaded'}"]
+
+
+def _output(command: list[str]) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout.decode(errors="replace").strip()
+
+
+def check_output_dir(base_output_dir: str) -> None:
+    """Refuse, before anything is changed, a base directory that cannot be written."""
+    path = Path(base_output_dir).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not path.is_dir():
+        raise ConfigError(f"--base_output_dir {base_output_dir}: {path} is a file, not a directory")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"cannot write to --base_output_dir {base_output_dir} ({path} is not writable); "
+            "give another --base_output_dir or set FLARE_OUTPUT_DIR"
+        )
+
+
+def stage_one_result(experiment: Experiment) -> Path | None:
+    """Where stage 2 of this experiment starts from: its own stage 1, or its ``_stage1`` sibling's.
+
+    Raises: CheckpointError when such a stage 1 exists and has no final model yet.
+    """
+    candidates = [experiment]
+    name = experiment.root.name
+    if name.endswith("_stage2"):
+        candidates.append(Experiment(experiment.root.with_name(name.removesuffix("_stage2") + "_stage1")))
+    for candidate in candidates:
+        result = candidate.result_of(1)
+        if result is not None:
+            return result
+        if candidate.recorded_stage() == 1:
+            raise CheckpointError(
+                f"stage 1 of {candidate.root.name!r} has no final_model yet; finish it first, "
+                "or name another start with --model_name_or_path"
+            )
+    return None

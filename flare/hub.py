@@ -1,0 +1,51 @@
+"""Models by hub name or directory: to a local directory, with errors that name the way out."""
+
+import json
+from pathlib import Path
+
+from flare.errors import CheckpointError, ConfigError, EnvError
+
+MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin"]
+
+
+def local_model_dir(name: str, cache_dir: str | None = None) -> Path:
+    """The directory of a model: ``name`` itself, or its snapshot, downloaded when needed.
+
+    Raises: ConfigError for a path that does not exist or a repository that is not there; EnvError when the
+    hub cannot be reached.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise ConfigError(
+            f"model {name!r} is no directory; give a directory or a hub name like Qwen/Qwen2.5-3B"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=MODEL_FILES))
+    except GatedRepoError as error:
+        raise ConfigError(f"model {name!r} is gated; accept its terms on the hub and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(f"model {name!r} is no directory and the hub has no such model") from error
+    except Exception as error:  # the hub's client raises many kinds when the network is down
+        raise EnvError(
+            f"model {name!r} is no directory and the hub cannot be reached ({type(error).__name__}); give a "
+            "directory, or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use what is cached"
+        ) from error
+
+
+def read_model_config(directory: Path) -> dict:
+    """config.json as a dict.
+
+    Raises: CheckpointError when it is missing or not JSON.
+    """
+    path = directory / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} holds no config.json; it is no model directory") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

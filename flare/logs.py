@@ -1,0 +1,62 @@
+"""One logger for all: training.log for people, stderr for the terminal. Rank 0 at INFO, the others at WARNING."""
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+log = logging.getLogger("flare")
+
+
+class _TerminalHandler(logging.Handler):
+    """Lines that do not tear the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except (OSError, ValueError):  # stderr closed under us (`| head`): a line lost, not the run
+            pass
+
+
+class _LogFileHandler(logging.FileHandler):
+    """A log file that may be deleted or whose disk may be full: it is warned of once, training goes on."""
+
+    warned = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream is not None and not Path(self.baseFilename).exists():
+            self.close()
+            self.stream = self._open()
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the base class's name
+        if not self.warned:
+            self.warned = True
+            tqdm.write(f"warning: cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
+
+
+def start_logging(
+    rank: int = 0, world_size: int = 1, path: Path | None = None, logs_dir: Path | None = None
+) -> None:
+    """Point the logger at the terminal (rank 0), at training.log and at this rank's own file."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    who = f" [rank {rank}]" if world_size > 1 else ""
+    plain = logging.Formatter(f"%(asctime)s %(levelname)s{who} %(message)s", "%Y-%m-%d %H:%M:%S")
+    if rank == 0:
+        terminal = _TerminalHandler()
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(terminal)
+    for target, level in (
+        (path, logging.INFO if rank == 0 else logging.WARNING),
+        (logs_dir / f"rank{rank}.log" if logs_dir else None, logging.INFO),
+    ):
+        if target is not None:
+            handler = _LogFileHandler(target, encoding="utf-8", errors="backslashreplace", delay=True)
+            handler.setFormatter(plain)
+            handler.setLevel(level)
+            log.addHandler(handler)

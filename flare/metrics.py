@@ -1,0 +1,139 @@
+"""What is measured and where it goes: training.log, TensorBoard, logs/metrics.jsonl, training_metrics.json.
+
+Rank 0 writes; on other ranks every method does nothing.
+"""
+
+import json
+import math
+import resource
+import time
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from flare.experiment import Experiment
+from flare.logs import log
+
+TENSORBOARD_NAMES = {
+    "loss": "train/loss",
+    "perplexity": "train/perplexity",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "epoch": "train/epoch",
+    "tokens_per_sec": "speed/tokens_per_sec",
+    "mfu": "speed/mfu",
+    "memory_gib": "speed/memory_gib",
+    "eval_loss": "eval/loss",
+    "eval_perplexity": "eval/perplexity",
+    "eval_token_accuracy": "eval/token_accuracy",
+}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite beyond what a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far: allocated on the card, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+class Throughput:
+    """Tokens per second of training itself: evaluation and saving are not in the window."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self._t0 = time.perf_counter()
+
+    def start(self) -> None:
+        self._t0 = time.perf_counter()
+
+    def stop(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.seconds += time.perf_counter() - self._t0
+
+    def take(self) -> float:
+        """The rate since the last call."""
+        rate = self.tokens / self.seconds if self.seconds > 0 else 0.0
+        self.tokens, self.seconds = 0, 0.0
+        return rate
+
+
+class MetricsWriter:
+    """Writes one stage's records.
+
+    Args:
+        history: records up to the step that training resumes from; later ones of a killed run are dropped.
+    """
+
+    def __init__(self, experiment: Experiment, stage: int, max_steps: int, history: list[dict]) -> None:
+        self.experiment = experiment
+        self.stage = stage
+        self.max_steps = max_steps
+        step = history[-1]["step"] if history else 0
+        self._restore_jsonl(history)
+        self.board = SummaryWriter(
+            str(experiment.tensorboard / f"stage{stage}"), purge_step=step + 1 if history else None
+        )
+        self.bar = tqdm(total=max_steps, initial=step, unit="step", desc=f"stage {stage}", disable=None)
+
+    def _restore_jsonl(self, history: list[dict]) -> None:
+        """Keep other stages' lines; of this stage keep what the checkpoint knows."""
+        path = self.experiment.logs / "metrics.jsonl"
+        kept = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # a line cut off by a crash
+                    continue
+                if record.get("stage") != self.stage:
+                    kept.append(line)
+        kept += [json.dumps({"stage": self.stage, **record}) for record in history]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.jsonl = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the writer
+
+    def record(self, record: dict) -> None:
+        """Write one step's or evaluation's numbers everywhere."""
+        try:
+            self.jsonl.write(json.dumps({"stage": self.stage, **record}) + "\n")
+            self.jsonl.flush()
+            for name, tag in TENSORBOARD_NAMES.items():
+                if record.get(name) is not None:
+                    self.board.add_scalar(tag, record[name], record["step"])
+        except OSError as error:  # logs are worth less than the run
+            log.warning(f"cannot write metrics: {error}")
+        log.info(format_record(record, self.max_steps))
+
+    def advance(self, loss: float, learning_rate: float) -> None:
+        """Move the progress bar by a step."""
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        self.bar.close()
+        self.board.close()
+        self.jsonl.close()
+
+
+def format_record(record: dict, max_steps: int) -> str:
+    """The fixed line of training.log."""
+    where = f"step {record['step']}/{max_steps} | epoch {record['epoch']:.3f}"
+    if "eval_loss" in record:
+        best = " | best so far" if record.get("is_best") else ""
+        return (
+            f"{where} | eval loss {record['eval_loss']:.4f} | perplexity {record['eval_perplexity']:.4g} | "
+            f"token accuracy {record['eval_token_accuracy']:.2%}{best}"
+        )
+    mfu = f" | MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+    return (
+        f"{where} | loss {record['loss']:.4f} | perplexity {record['perplexity']:.4g} | "
+        f"lr {record['learning_rate']:.3e} | grad norm {record['grad_norm']:.3g} | "
+        f"{record['tokens_per_sec']:,.0f} tokens/s{mfu} | memory {record['memory_gib']:.2f} GiB"
+    )

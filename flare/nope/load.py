@@ -1,0 +1,124 @@
+"""Open a causal LM and prove that it is what its files say. No silent repairs.
+
+``from_pretrained`` fills missing tensors with random numbers and only warns, and opens a config that lies;
+here both are errors.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from flare.errors import CheckpointError
+from flare.hub import read_model_config
+from flare.nope import modeling_nope
+from flare.nope.format import FAMILIES, nope_layers_of, weight_files
+from flare.nope.layers import format_layers
+from flare.nope.probe import verify_nope
+
+OWN_TYPES = {f"{family}_nope": name for family, name in FAMILIES.items()}
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' loading bars and reports; what matters in them we check ourselves."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def load_causal_lm(
+    directory: Path,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    config_dict: dict | None = None,
+) -> PreTrainedModel:
+    """A causal LM of ours or of transformers, in evaluation mode on the CPU, its NoPE layers proven.
+
+    Args:
+        directory: a local model directory.
+        dtype: of the weights; "auto" is the checkpoint's own.
+        config_dict: use this config.json instead of the directory's (same shapes; NoPE layers or theta differ).
+
+    Raises: CheckpointError for missing or misfitting tensors, foreign code (``auto_map``), or layers that
+        are not what the configuration says.
+    """
+    raw = config_dict or read_model_config(directory)
+    weight_files(directory)
+    model_type = raw.get("model_type", "")
+    with quiet_transformers():
+        if model_type in OWN_TYPES:
+            name = OWN_TYPES[model_type]
+            config = getattr(modeling_nope, f"{name}NopeConfig").from_dict(raw)
+            architecture = getattr(modeling_nope, f"{name}NopeForCausalLM")
+        else:
+            if "auto_map" in raw:
+                raise CheckpointError(
+                    f"{directory} wants to run its own code (auto_map); that is not allowed"
+                )
+            config = AutoConfig.for_model(**raw)
+            architecture = AutoModelForCausalLM
+        model = _load_weights(architecture, directory, config, dtype, attn_implementation)
+    verify_nope(model, nope_layers_of(raw), str(directory))
+    return model.eval()
+
+
+def _load_weights(
+    architecture: type, directory: Path, config: object, dtype: torch.dtype | str, attn: str | None
+) -> PreTrainedModel:
+    extra = {"attn_implementation": attn} if attn else {}
+    try:
+        model, info = architecture.from_pretrained(
+            directory, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **extra
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{directory} cannot be loaded: {reason}") from error
+    problems = []
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(n) for n in info.get(kind) or [])
+        if names:
+            words = kind.removesuffix("_keys")
+            problems.append(f"{len(names)} {words} tensors (first: {names[0]})")
+    if problems:
+        raise CheckpointError(f"the weights in {directory} do not fit its config.json: {', '.join(problems)}")
+    return model
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Of Qwen models, tokenizer.json decides: AutoTokenizer picks a class by model_type, and so cut the same text
+    into other tokens for a model (qwen2) and for its patched copy (qwen2_nope); it also asks to run the
+    modelling file of ours.
+
+    Raises: CheckpointError when there is none.
+    """
+    model_type = str(read_model_config(directory).get("model_type", "")).removesuffix("_nope")
+    own_file = model_type in FAMILIES and (directory / "tokenizer.json").is_file()
+    loader = PreTrainedTokenizerFast if own_file else AutoTokenizer
+    try:
+        with quiet_transformers():
+            return loader.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no tokenizer can be loaded from {directory}: {error}") from error
+
+
+def describe(model: PreTrainedModel) -> str:
+    """One phrase: family, depth and NoPE layers."""
+    layers = format_layers(nope_layers_of(model.config.to_dict()))
+    return f"{model.config.model_type}, {model.config.num_hidden_layers} layers, NoPE layers: {layers}"

@@ -1,0 +1,76 @@
+"""The structural proof: which layers' attention ignores positions.
+
+Perplexity cannot tell a NoPE layer from a RoPE layer (a checkpoint opened with RoPE put back may even
+score better), attention outputs can. Each attention module is run twice on the same inputs, with the
+position embeddings of positions p and of 3p+1; a NoPE layer gives bitwise the same output. A constant
+shift would prove nothing: RoPE ignores it too.
+"""
+
+import torch
+
+from flare.errors import CheckpointError
+from flare.nope.layers import format_layers
+
+PROBE_TOKENS = 8
+
+
+@torch.no_grad()
+def probe_nope_layers(model: torch.nn.Module) -> list[int]:
+    """Indices of the decoder layers of a causal LM whose attention output does not depend on positions.
+
+    The modules' own inputs of a real forward pass are caught by hooks, so that the proof covers the way
+    in which this model calls its layers, on any architecture that passes ``position_embeddings``.
+    """
+    decoder = model.get_decoder()
+    device = decoder.embed_tokens.weight.device
+    input_ids = torch.arange(PROBE_TOKENS, device=device)[None] % decoder.embed_tokens.num_embeddings
+    positions = torch.arange(PROBE_TOKENS, device=device)[None]
+    calls: list[tuple[torch.nn.Module, dict]] = []
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append((module, dict(kwargs))), with_kwargs=True
+        )
+        for layer in decoder.layers
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+    return [i for i, (module, kwargs) in enumerate(calls) if _ignores_positions(decoder, module, kwargs)]
+
+
+def _ignores_positions(decoder: torch.nn.Module, attention: torch.nn.Module, kwargs: dict) -> bool:
+    hidden = kwargs["hidden_states"]
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    outputs = []
+    for position_ids in (positions, 3 * positions + 1):
+        kwargs["position_ids"] = position_ids
+        kwargs["position_embeddings"] = decoder.rotary_emb(hidden, position_ids)
+        outputs.append(attention(**kwargs)[0])
+    return torch.equal(*outputs)
+
+
+def verify_nope(
+    model: torch.nn.Module, expected: list[int] | None = None, where: str = "the model"
+) -> list[int]:
+    """Prove that exactly the layers that the configuration names are NoPE layers.
+
+    Args:
+        model: a causal LM of transformers (wrapped models: pass the inner one).
+        expected: default ``model.config.nope_layers``, none for a plain model.
+    Returns: the NoPE layers.
+    Raises: CheckpointError when they differ.
+    """
+    if expected is None:
+        expected = getattr(model.config, "nope_layers", None) or []
+    found = probe_nope_layers(model)
+    if found != sorted(expected):
+        raise CheckpointError(
+            f"NoPE layers of {where} are not what its configuration says: "
+            f"configured {format_layers(sorted(expected))}, found {format_layers(found)}"
+        )
+    return found

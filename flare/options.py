@@ -1,0 +1,320 @@
+"""Every training option, said once: type, default, section of the JSON file, help line.
+
+``--help``, the table in docs/options.md, the validation in ``flare.config`` and the JSON keys derive from
+the fields below. No torch here: ``--help`` must start in well under a second.
+"""
+
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+MODEL, DATA, TRAINING = "model_args", "data_args", "training_args"
+
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
+
+STAGE_DEFAULTS: dict[int, dict[str, Any]] = {
+    1: {"learning_rate": 1e-4, "per_device_train_batch_size": 3, "max_steps": 1000},
+    2: {
+        "learning_rate": 3e-5,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2000,
+        "gradient_checkpointing": True,
+    },
+}
+"""What the guide ships for each stage; the lowest rank of precedence."""
+
+
+def option(section: str, group: str, help: str, default: Any = MISSING, **rules: Any) -> Any:
+    """A field with its section, help group and rules (``kind``, ``choices``, ``low``, ``high``, ``many``)."""
+    metadata = {"section": section, "group": group, "help": help, **rules}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Options:
+    """The resolved options of one training run. ``None`` means not set unless the help says otherwise."""
+
+    # -- what to run ------------------------------------------------------------------------------
+    stage: int = option(
+        TRAINING, "run", "1: train the NoPE layers only; 2: train everything", 1, kind="int", choices=(1, 2)
+    )
+    experiment_name: str | None = option(
+        TRAINING,
+        "run",
+        "directory of this run under --base_output_dir; default stage<STAGE>_<date_time>",
+        None,
+    )
+    base_output_dir: str = option(
+        TRAINING, "run", "where experiments live (environment: FLARE_OUTPUT_DIR)", "/work/xiaoyonggao"
+    )
+    dry_run: bool = option(
+        TRAINING, "run", "print the plan and the command, start nothing", False, kind="bool"
+    )
+    resume: str = option(
+        TRAINING,
+        "run",
+        "auto: go on from the newest complete checkpoint; never: refuse an experiment that has some; "
+        "or a checkpoint directory",
+        "auto",
+    )
+    overwrite_output_dir: bool = option(
+        TRAINING, "run", "delete what this experiment directory holds and start anew", False, kind="bool"
+    )
+    seed: int = option(TRAINING, "run", "seed of the row order", 42, kind="int", low=0)
+
+    # -- hardware -----------------------------------------------------------------------------------
+    gpu_type: str | None = option(
+        TRAINING,
+        "hardware",
+        "cards by words of their model name (A800, A40), auto: all free ones, cpu: none; "
+        "default auto where there are cards, else cpu",
+        None,
+    )
+    gpu_ids: list[int] | None = option(
+        TRAINING,
+        "hardware",
+        "cards by nvidia-smi's index: 0 1 2 3 or 0,1,2,3 or 0-3",
+        None,
+        kind="ids",
+        many=True,
+    )
+    allow_busy_gpus: bool = option(
+        TRAINING, "hardware", "take cards that another process uses, too", False, kind="bool"
+    )
+    nproc_per_node: int | None = option(
+        TRAINING, "hardware", "worker processes; default one per card, 1 on cpu", None, kind="int", low=1
+    )
+    precision: str = option(
+        TRAINING,
+        "hardware",
+        "auto: bf16 where the card has it, else fp32 (bf16: frozen weights in bf16, "
+        "trainable ones as fp32 masters)",
+        "auto",
+        choices=("auto", "bf16", "fp32"),
+    )
+    attn_implementation: str = option(
+        TRAINING, "hardware", "attention code; auto: sdpa", "auto", choices=("auto", "sdpa", "eager")
+    )
+    ddp_timeout: int = option(
+        TRAINING,
+        "hardware",
+        "seconds a collective may take before the run is called hung",
+        1800,
+        kind="int",
+        low=1,
+    )
+
+    # -- model --------------------------------------------------------------------------------------
+    model_name_or_path: str = option(
+        MODEL, "model", "hub name or directory of a Qwen2, Qwen2.5 or Qwen3 model", "Qwen/Qwen2.5-3B"
+    )
+    no_rope_layers: list = option(
+        MODEL,
+        "model",
+        "NoPE layers: indices and ranges (3 7 20-32), every:4 (3, 7, 11, ...), auto (the band "
+        "20-32 of 36, scaled to the model's depth) or none",
+        ["auto"],
+        kind="layers",
+        many=True,
+    )
+    rope_theta: float | None = option(
+        MODEL,
+        "model",
+        "RoPE base of the layers that keep RoPE; default: the model's own",
+        None,
+        kind="float",
+        above=0,
+    )
+    train_layers: list | None = option(
+        MODEL,
+        "model",
+        "what trains: nope (default in stage 1), nope_attention, all (default in stage 2), or layer indices",
+        None,
+        kind="layers",
+        many=True,
+    )
+    save_format: str = option(
+        MODEL,
+        "model",
+        "weights of final_model: model.safetensors or pytorch_model.bin",
+        "safetensors",
+        choices=("safetensors", "bin"),
+    )
+
+    # -- data ---------------------------------------------------------------------------------------
+    dataset_name: str = option(
+        DATA,
+        "data",
+        "hub name; .jsonl .json .txt .parquet .csv file or a folder of them; or embedded",
+        "togethercomputer/RedPajama-Data-1T-Sample",
+    )
+    dataset_config: str | None = option(DATA, "data", "configuration of a hub data set", None)
+    dataset_split: str = option(DATA, "data", "split of a hub data set", "train")
+    text_column: str = option(DATA, "data", "column that holds the text", "text")
+    dataset_size: int | None = option(DATA, "data", "use the first N documents only", None, kind="int", low=1)
+    validation_split_percentage: float = option(
+        DATA,
+        "data",
+        "percent of the documents (0.1 is one in a thousand) held out for evaluation",
+        0.1,
+        kind="float",
+        above=0,
+        below=100,
+    )
+    max_seq_length: int = option(DATA, "data", "tokens of a packed row", 4096, kind="int", low=8)
+    packing: str = option(
+        DATA,
+        "data",
+        "document: attention and positions restart at each document; concat: plain concatenation",
+        "document",
+        choices=("document", "concat"),
+    )
+    max_bad_rows: float = option(
+        DATA,
+        "data",
+        "share of rows without usable text that is tolerated",
+        0.001,
+        kind="float",
+        low=0,
+        high=1,
+    )
+    preprocessing_num_workers: int | None = option(
+        DATA, "data", "threads that tokenise; default all cores", None, kind="int", low=1
+    )
+    cache_dir: str | None = option(
+        DATA,
+        "data",
+        "hub downloads and token caches; default ~/.cache/flare (tokens) and the hub's own",
+        None,
+    )
+
+    # -- optimisation -------------------------------------------------------------------------------
+    learning_rate: float = option(
+        TRAINING,
+        "optimisation",
+        "peak learning rate; default 1e-4 in stage 1, 3e-5 in stage 2",
+        None,
+        kind="float",
+        above=0,
+        high=0.1,
+    )
+    per_device_train_batch_size: int = option(
+        TRAINING,
+        "optimisation",
+        "rows a process works on at once; default 3 in stage 1, 2 in stage 2",
+        None,
+        kind="int",
+        low=1,
+    )
+    gradient_accumulation_steps: int = option(
+        TRAINING, "optimisation", "micro-batches of an optimizer step", 1, kind="int", low=1
+    )
+    global_batch_size: int | None = option(
+        TRAINING,
+        "optimisation",
+        "rows of an optimizer step over all processes; sets the accumulation",
+        None,
+        kind="int",
+        low=1,
+    )
+    max_steps: int | None = option(
+        TRAINING,
+        "optimisation",
+        "optimizer steps; default 1000 in stage 1, 2000 in stage 2",
+        None,
+        kind="int",
+        low=1,
+    )
+    num_train_epochs: float | None = option(
+        TRAINING, "optimisation", "passes over the data instead of --max_steps", None, kind="float", above=0
+    )
+    lr_scheduler_type: str = option(
+        TRAINING, "optimisation", "schedule, as transformers names them", "cosine", choices=SCHEDULES
+    )
+    warmup_steps: int = option(TRAINING, "optimisation", "steps of linear warm-up", 0, kind="int", low=0)
+    warmup_ratio: float = option(
+        TRAINING, "optimisation", "warm-up as a share of all steps", 0.0, kind="float", low=0, high=1
+    )
+    optim: str = option(TRAINING, "optimisation", "optimizer", "adamw_torch_fused", choices=OPTIMIZERS)
+    weight_decay: float = option(
+        TRAINING,
+        "optimisation",
+        "decoupled weight decay of matrices (norms and biases have none)",
+        0.0,
+        kind="float",
+        low=0,
+    )
+    adam_beta1: float = option(
+        TRAINING, "optimisation", "Adam's first moment decay", 0.9, kind="float", low=0, below=1
+    )
+    adam_beta2: float = option(
+        TRAINING, "optimisation", "Adam's second moment decay", 0.999, kind="float", low=0, below=1
+    )
+    adam_epsilon: float = option(TRAINING, "optimisation", "Adam's epsilon", 1e-8, kind="float", above=0)
+    max_grad_norm: float = option(
+        TRAINING,
+        "optimisation",
+        "gradients are clipped to this norm; 0 turns clipping off",
+        1.0,
+        kind="float",
+        low=0,
+    )
+    gradient_checkpointing: bool = option(
+        TRAINING,
+        "optimisation",
+        "recompute activations in the backward pass of layers that have one; default on in stage 2",
+        False,
+        kind="bool",
+    )
+
+    # -- logging, evaluation, checkpoints --------------------------------------------------------------
+    logging_steps: int = option(TRAINING, "logging", "steps between log lines", 10, kind="int", low=1)
+    eval_steps: int | None = option(
+        TRAINING,
+        "logging",
+        "steps between evaluations on the held-out documents; default 100",
+        100,
+        kind="int",
+        low=1,
+    )
+    max_eval_samples: int | None = option(
+        TRAINING,
+        "logging",
+        "rows of an evaluation during training; default all held-out rows",
+        None,
+        kind="int",
+        low=1,
+    )
+    save_steps: int = option(TRAINING, "logging", "steps between checkpoints", 500, kind="int", low=1)
+    save_total_limit: int | None = option(
+        TRAINING, "logging", "checkpoints kept (the newest and the best always are)", 3, kind="int", low=1
+    )
+    early_stopping_patience: int | None = option(
+        TRAINING,
+        "logging",
+        "stop after so many evaluations without improvement; final_model is then the best one; default off",
+        None,
+        kind="int",
+        low=1,
+    )
+    early_stopping_threshold: float = option(
+        TRAINING,
+        "logging",
+        "an evaluation loss must fall by more than this to count as improvement",
+        0.0,
+        kind="float",
+        low=0,
+    )
+
+    @property
+    def experiment_dir(self) -> Path:
+        assert self.experiment_name is not None
+        return Path(self.base_output_dir) / self.experiment_name
+
+
+FIELDS = {f.name: f for f in fields(Options)}
+SECTIONS = (MODEL, DATA, TRAINING)
+GROUPS = ("run", "hardware", "model", "data", "optimisation", "logging")

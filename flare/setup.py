@@ -1,0 +1,212 @@
+"""Settle what a run is, from options and files alone, before a weight or a document is loaded.
+
+The launcher and every worker call ``settle`` and come to the same ``Run``. Nothing is written here.
+"""
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flare.config import Resolved
+from flare.errors import CheckpointError, ConfigError
+from flare.experiment import Experiment, check_output_dir, stage_one_result
+from flare.gpus import Gpu
+from flare.hub import local_model_dir, read_model_config
+from flare.nope.format import family_of, nope_layers_of, theta_of, weight_files, with_nope
+from flare.nope.layers import format_layers, parse_layers
+from flare.options import Options
+
+FINGERPRINT_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the run computes on: cards (as the launcher chose them) or the CPU; and how many processes in all."""
+
+    use_cuda: bool
+    world_size: int
+    gpus: tuple[Gpu, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about a run that is settled before it starts."""
+
+    resolved: Resolved
+    hardware: Hardware
+    experiment: Experiment
+    init_from: Path
+    init_reason: str
+    config: dict
+    nope_layers: tuple[int, ...]
+    precision: str
+    global_batch_size: int
+
+    @property
+    def options(self) -> Options:
+        return self.resolved.options
+
+    @property
+    def depth(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    def identity(self) -> dict:
+        """What must be the same when a run is resumed; the data's part is added by the caller."""
+        options = self.options
+        return {
+            "stage": options.stage,
+            "model": model_fingerprint(self.init_from),
+            "nope_layers": list(self.nope_layers),
+            "rope_theta": theta_of(self.config, "model"),
+            "train_layers": options.train_layers or "default",
+            "max_seq_length": options.max_seq_length,
+            "packing": options.packing,
+            "seed": options.seed,
+            "validation_split_percentage": options.validation_split_percentage,
+            "precision": self.precision,
+        }
+
+    def settings(self) -> dict:
+        """All options as plain JSON values."""
+        return asdict(self.options)
+
+
+def settle(resolved: Resolved, hardware: Hardware) -> Run:
+    """Resolve model, layers, stage hand-over and batch arithmetic.
+
+    Raises: FlareError kinds for everything that can be told without loading; nothing has been changed then.
+    """
+    options = resolved.options
+    check_output_dir(options.base_output_dir)
+    experiment = Experiment(options.experiment_dir)
+    _check_stage_order(experiment, options)
+    init_from, reason = choose_start(resolved, experiment)
+    raw = read_model_config(init_from)
+    family_of(raw, str(init_from))
+    nope_layers = choose_nope_layers(resolved, raw, str(init_from))
+    config = with_nope(raw, nope_layers, options.rope_theta, str(init_from))
+    weight_files(init_from)
+    _check_length(options, config)
+    return Run(
+        resolved=resolved,
+        hardware=hardware,
+        experiment=experiment,
+        init_from=init_from,
+        init_reason=reason,
+        config=config,
+        nope_layers=tuple(nope_layers),
+        precision=choose_precision(options, hardware),
+        global_batch_size=global_batch_size(options, hardware.world_size),
+    )
+
+
+def _check_stage_order(experiment: Experiment, options: Options) -> None:
+    recorded = experiment.recorded_stage()
+    if recorded == 2 and options.stage == 1 and not options.overwrite_output_dir:
+        raise ConfigError(
+            f"experiment {experiment.root.name!r} is in stage 2 already; choose another --experiment_name "
+            "for a new stage 1, or --overwrite_output_dir"
+        )
+
+
+def choose_start(resolved: Resolved, experiment: Experiment) -> tuple[Path, str]:
+    """The weights that this stage starts from and the sentence that says why (contract, section 3)."""
+    options = resolved.options
+    name = options.model_name_or_path
+    if options.stage == 2 and not resolved.given_for_stage("model_name_or_path"):
+        result = stage_one_result(experiment)
+        if result is not None:
+            return result, f"stage 2 starts from the result of stage 1: {result}"
+        reason = f"warning: no stage 1 result for {experiment.root.name!r}; stage 2 starts from the base model {name}"
+    else:
+        reason = f"stage {options.stage} starts from {name}"
+    return local_model_dir(name, options.cache_dir), reason
+
+
+def choose_nope_layers(resolved: Resolved, raw: dict, where: str) -> list[int]:
+    """NoPE layers of the run: those that the starting model has, else those that the options name.
+
+    Raises: ConfigError when the command line contradicts a model that has NoPE layers already.
+    """
+    options = resolved.options
+    existing = nope_layers_of(raw)
+    depth = int(raw["num_hidden_layers"])
+    if not existing:
+        return parse_layers(options.no_rope_layers, depth)
+    if resolved.given("no_rope_layers"):
+        asked = parse_layers(options.no_rope_layers, depth)
+        if asked != existing:
+            raise ConfigError(
+                f"--no_rope_layers {format_layers(asked)} contradicts {where}, whose NoPE layers are "
+                f"{format_layers(existing)}; leave the flag out"
+            )
+    theta = theta_of(raw, where)
+    if resolved.given("rope_theta") and options.rope_theta != theta:
+        raise ConfigError(
+            f"--rope_theta {options.rope_theta:g} contradicts {where}, whose rope_theta is {theta:g}; "
+            "leave the flag out"
+        )
+    options.rope_theta = None
+    return existing
+
+
+def _check_length(options: Options, config: dict) -> None:
+    limit = config.get("max_position_embeddings")
+    if limit and options.max_seq_length > limit:
+        raise ConfigError(f"--max_seq_length {options.max_seq_length} is above the model's {limit} positions")
+
+
+def choose_precision(options: Options, hardware: Hardware) -> str:
+    """``auto`` is bf16 on cards and fp32 on the CPU."""
+    if options.precision != "auto":
+        return options.precision
+    return "bf16" if hardware.use_cuda else "fp32"
+
+
+def global_batch_size(options: Options, world_size: int) -> int:
+    """Rows of an optimizer step.
+
+    Raises: ConfigError when ``--global_batch_size`` is not a whole number of micro-batches on every process.
+    """
+    micro = options.per_device_train_batch_size * world_size
+    if options.global_batch_size is None:
+        return micro * options.gradient_accumulation_steps
+    if options.global_batch_size % micro:
+        below = options.global_batch_size // micro * micro
+        nearest = ", ".join(str(n) for n in (below, below + micro) if n)
+        raise ConfigError(
+            f"--global_batch_size {options.global_batch_size} is not divisible by {world_size} processes x "
+            f"--per_device_train_batch_size {options.per_device_train_batch_size}; nearest: {nearest}"
+        )
+    return options.global_batch_size
+
+
+def model_fingerprint(directory: Path) -> str:
+    """Identity of a model on disk: sizes, and the first and last 64 KiB, of its weight files.
+
+    A safetensors file begins with the names, shapes and places of all tensors. Hashing 60 GB at each start
+    would take a minute, and a resumed run takes its weights from the checkpoint anyway.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(directory):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES), os.SEEK_SET)
+            digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def check_identity(now: dict, then: dict, where: str) -> None:
+    """Refuse to resume what is not the same run.
+
+    Raises: CheckpointError listing every difference.
+    """
+    differences = [f"{k}: {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k]]
+    if differences:
+        raise CheckpointError(
+            f"{where} belongs to another run ({'; '.join(differences)}); use the same settings, another "
+            "--experiment_name, or --overwrite_output_dir to start anew"
+        )
