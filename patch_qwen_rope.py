@@ -27,19 +27,13 @@ def __getattr__(name: str):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model_name_or_path", metavar="DIR", help="directory or hub name of the plain model"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", metavar="DIR", help="directory or hub name of the plain model")
     parser.add_argument(
         "--no_rope_layers", nargs="+", default=["auto"], metavar="LAYER",
         help="indices and ranges (3 7 20-32), every:4, or auto (the band 20-32 of 36, scaled) [auto]",
     )  # fmt: skip
-    parser.add_argument(
-        "--rope_theta", type=float, metavar="X", help="RoPE base of the other layers [the model's]"
-    )
+    parser.add_argument("--rope_theta", type=float, metavar="X", help="RoPE base of the other layers [the model's]")
     parser.add_argument("--output_dir", metavar="OUT", help="where the patched checkpoint goes")
     parser.add_argument("--inspect", metavar="DIR", help="say what a model directory is")
     return parser

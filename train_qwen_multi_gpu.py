@@ -10,11 +10,13 @@ from pathlib import Path
 
 from flare.config import Resolved, resolve
 from flare.errors import run_script
+from flare.threads import wait_without_spinning
 
 SCRIPT = Path(__file__).resolve()
 
 
 def main(argv: list[str] | None = None) -> int:
+    wait_without_spinning()
     resolved = resolve(sys.argv[1:] if argv is None else argv)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return join(resolved)
@@ -24,27 +26,31 @@ def main(argv: list[str] | None = None) -> int:
 def start(resolved: Resolved) -> int:
     """Choose the hardware, settle the run, then train here or start workers."""
     from flare import launch
+    from flare.plan import check_fits
     from flare.setup import settle
 
-    hardware, selection = launch.choose_hardware(resolved.options)
-    run = settle(resolved, hardware)
+    selection = launch.choose_gpus(resolved.options)
+    run = settle(resolved, launch.hardware_of(resolved.options, selection))
+    if selection:
+        selection = launch.leave_out_small_cards(run, selection)
+        run = settle(resolved, launch.hardware_of(resolved.options, selection))
+    hardware = run.hardware
     for line in selection.describe() if selection else ():
         print(line, file=sys.stderr)
+    plan = run.plan()
+    if resolved.options.dry_run:
+        print("\n".join(plan.lines()))
+    check_fits(plan)
     if resolved.options.dry_run:
         print(f"command: {launch.shell_command(SCRIPT, resolved, hardware, selection)}")
         return 0
     launch.export_environment(hardware, selection)
     if hardware.use_cuda:
         launch.check_torch_sees_cuda()
-    from flare.logs import start_logging
-    from flare.session import packed_rows, prepare_data, run_worker
-
-    start_logging()
     if hardware.world_size == 1:
+        from flare.session import run_worker
+
         return run_worker(run)
-    cache = prepare_data(run)  # before any process group: a long build would run into its timeout
-    packed_rows(run, cache)
-    os.environ[launch.TOKEN_CACHE_VARIABLE] = str(cache.directory)
     local = hardware.world_size // launch.num_nodes()
     return launch.start_workers(SCRIPT, resolved.argv, local, run.experiment, resolved.options.stage)
 

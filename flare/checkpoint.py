@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from flare.errors import CheckpointError, EnvError
+from flare.files import file_mode, write_json
 from flare.nope.format import write_config
 
 FORMAT_VERSION = 1
@@ -102,9 +103,7 @@ def newest_complete(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
-def write_checkpoint(
-    directory: Path, step: int, files: dict[str, Callable[[Path], None]], facts: dict
-) -> Checkpoint:
+def write_checkpoint(directory: Path, step: int, files: dict[str, Callable[[Path], None]], facts: dict) -> Checkpoint:
     """Write ``checkpoint-<step>`` whole or not at all. Called on one rank.
 
     Args:
@@ -141,15 +140,6 @@ def _disk_error(directory: Path, error: OSError) -> EnvError:
         f"cannot write a checkpoint to {directory}: {error.strerror or error} ({free / 2**30:.2f} GiB free); "
         "earlier checkpoints are untouched; free some space and run the same command again"
     )
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON and sync it. NaN is refused: it is not JSON."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(path: Path) -> None:
@@ -190,9 +180,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file({n: tensor.contiguous() for n, tensor in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:  # how safetensors tells of a full disk
         raise OSError(str(error)) from error
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    os.chmod(path, file_mode())
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -223,15 +211,13 @@ def restore_weights(causal_lm: PreTrainedModel, path: Path) -> None:
         names = set(file.keys())
         if names != set(parameters):
             different = sorted(names ^ set(parameters))[0]
-            raise CheckpointError(
-                f"{path} holds other weights than the model (first difference: {different})"
-            )
+            raise CheckpointError(f"{path} holds other weights than the model (first difference: {different})")
         for name, parameter in parameters.items():
             parameter.copy_(file.get_tensor(name))
 
 
 def model_files(
-    causal_lm: PreTrainedModel, config: dict, tokenizer_dir: Path, weights: Callable[[Path], None], name: str
+    config: dict, tokenizer_dir: Path, name: str, weights: Callable[[Path], None]
 ) -> dict[str, Callable[[Path], None]]:
     """Writers for the files that make a directory a model: weights, config, modelling code, tokenizer."""
     files = {name: weights, "config.json": lambda path: write_config(config, path.parent)}

@@ -6,6 +6,7 @@ and reported at once, each with the name that the user typed, the value and the 
 
 import argparse
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    # argparse of Python < 3.14 takes -1e-5 for a flag; as a value it gets a useful error instead.
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     groups["run"].add_argument(
         "--config", metavar="FILE", help="JSON file, // comments allowed (training_config.json)"
@@ -71,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         rules = spec.metadata
         text = rules["help"] + _default_text(spec)
         shape: dict[str, Any] = {"metavar": _metavar(rules)}
-        if rules.get("kind") == "bool":
+        if rules.get("kind") in ("bool", "switch"):
             shape |= {"nargs": "?", "const": "true"}
         elif rules.get("many"):
             shape |= {"nargs": "*"}
@@ -85,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _metavar(rules: Any) -> str:
     if "choices" in rules:
         return "{" + ",".join(str(c) for c in rules["choices"]) + "}"
-    return {"int": "N", "float": "X", "bool": "BOOL", "ids": "ID", "layers": "LAYER"}.get(
+    return {"int": "N", "float": "X", "bool": "BOOL", "switch": "BOOL|auto", "ids": "ID", "layers": "LAYER"}.get(
         rules.get("kind"), "TEXT"
     )
 
@@ -107,10 +110,7 @@ def resolve(argv: list[str]) -> Resolved:
     warnings: list[str] = []
     given, unknown = build_parser().parse_known_args(argv)
     typed = vars(given)
-    for word in unknown:
-        flag = word.split("=")[0]
-        known = [f"--{n}" for n in [*FIELDS, "config"]]
-        problems.append(f"unknown argument {word}{nearest(flag, known) if flag.startswith('-') else ''}")
+    problems += _unknown_arguments(unknown)
     typed |= _old_names(typed, warnings)
     config_path = Path(typed.pop("config")) if "config" in typed else DEFAULT_CONFIG
     command_line = _checked(typed, lambda n: f"--{n}", problems)
@@ -137,6 +137,13 @@ def resolve(argv: list[str]) -> Resolved:
     return Resolved(options, sources, list(argv), warnings)
 
 
+def _unknown_arguments(words: list[str]) -> list[str]:
+    """A line for each unknown flag; the values behind it are no second mistake."""
+    known = [f"--{name}" for name in [*FIELDS, "config"]]
+    flags = [word for word in words if word.startswith("-")] or words
+    return [f"unknown argument {word}{nearest(word.split('=')[0], known)}" for word in flags]
+
+
 def _old_names(typed: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
     new: dict[str, Any] = {}
     if "output_dir" in typed:
@@ -156,7 +163,7 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:
-        if "max_steps" in layer and "num_train_epochs" in layer:
+        if layer.get("max_steps") is not None and layer.get("num_train_epochs") is not None:
             problems.append(f"max_steps and num_train_epochs are both given ({source}); give one")
         for name, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
             if layer.get(name) is not None:
@@ -235,6 +242,8 @@ def check_value(name: str, value: Any, from_text: bool = False) -> Any:
         return parse_gpu_ids(value)
     if kind == "layers":
         return _layer_words(value)
+    if kind == "switch":
+        kind = "str" if value == "auto" else "bool"
     if from_text and kind != "str":
         value = _from_text(value, kind)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
@@ -272,9 +281,7 @@ def _from_text(value: str, kind: str) -> Any:
 def _check_bounds(value: Any, rules: Any) -> None:
     if "choices" in rules and value not in rules["choices"]:
         choices = ", ".join(str(c) for c in rules["choices"])
-        raise ConfigError(
-            f"must be one of {choices}; got {value!r}{nearest(str(value), map(str, rules['choices']))}"
-        )
+        raise ConfigError(f"must be one of {choices}; got {value!r}{nearest(str(value), map(str, rules['choices']))}")
     if value != value:
         raise ConfigError("must be a number, got nan")
     for rule, wrong, words in (
@@ -294,9 +301,7 @@ def _impossible(options: Options, sources: dict[str, str]) -> list[str]:
     if name is not None and (
         not name.strip() or name in (".", "..") or Path(name).is_absolute() or ".." in Path(name).parts
     ):
-        problems.append(
-            f"--experiment_name {name!r} must stay inside --base_output_dir: no '..', no absolute path"
-        )
+        problems.append(f"--experiment_name {name!r} must stay inside --base_output_dir: no '..', no absolute path")
     if name is not None and any(ord(c) < 32 for c in name):
         problems.append(f"--experiment_name {name!r} holds a control character")
     if options.warmup_steps and options.warmup_ratio:

@@ -30,7 +30,7 @@ SHAPE = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-BASE_STEPS = 700
+BASE_STEPS = 850
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,15 +102,14 @@ class Demo:
     def pretrain(self) -> None:
         self.train(
             2, self.base, "--model_name_or_path", str(self.start), "--no_rope_layers", "none",
-            "--max_steps", str(BASE_STEPS), "--learning_rate", "2e-3", "--eval_steps", "100",
-            "--per_device_train_batch_size", "8", "--logging_steps", "50",
+            "--max_steps", str(BASE_STEPS), "--learning_rate", "1.5e-3", "--eval_steps", "200",
+            "--nproc_per_node", "2", "--logging_steps", "50",
         )  # fmt: skip
 
     def patch(self) -> None:
-        layers = json.dumps("auto").strip('"')
         self.python(
             "patch_qwen_rope.py", "--model_name_or_path", str(self.base.final_model),
-            "--no_rope_layers", layers, "--output_dir", str(self.patched),
+            "--no_rope_layers", "auto", "--output_dir", str(self.patched),
         )  # fmt: skip
 
     def stage1(self) -> None:

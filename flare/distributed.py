@@ -5,13 +5,18 @@ Ranks come from torchrun's environment. CPU runs use gloo, CUDA runs nccl.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from flare.errors import FlareError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,14 @@ def launched_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def rank_from_environment() -> int:
+    """This process's rank as torchrun tells it; 0 for a single process."""
+    return int(os.environ.get("RANK", 0))
+
+
 def start(use_cuda: bool, timeout_sec: int) -> World:
     """Join the process group (none for a single process) and bind this process to its card."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    rank, local_rank = rank_from_environment(), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
@@ -115,14 +125,18 @@ def reduce_gradients(module: torch.nn.Module, now: bool) -> Iterator[None]:
             yield
 
 
-def rethrow_first(error: BaseException | None) -> None:
-    """Let all ranks fail together: raise the first rank's error on every rank when any has one.
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Do something on rank 0 only; its (small, picklable) result or its error reaches every rank.
 
-    A collective: every rank calls it, with None when all is well.
+    A collective: every rank calls it. So all ranks go on together or fail together.
     """
-    errors = gather_objects(error)
-    first = next((e for e in errors if e is not None), None)
-    if error is not None:
-        raise error
-    if first is not None:
-        raise first
+    result, failure = None, None
+    if world.is_main:
+        try:
+            result = work()
+        except FlareError as error:
+            failure = error
+    result, failure = gather_objects((result, failure))[0]
+    if failure is not None:
+        raise failure
+    return result

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -199,18 +200,26 @@ def _output(command: list[str]) -> str:
     return result.stdout.decode(errors="replace").strip()
 
 
-def check_output_dir(base_output_dir: str) -> None:
-    """Refuse, before anything is changed, a base directory that cannot be written."""
-    path = Path(base_output_dir).absolute()
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest directory (or file) above it that exists."""
+    path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
+    return path
+
+
+def check_output_dir(base_output_dir: str) -> None:
+    """Refuse, before anything is changed, a base directory that cannot be written."""
+    path = existing_parent(Path(base_output_dir))
     if not path.is_dir():
         raise ConfigError(f"--base_output_dir {base_output_dir}: {path} is a file, not a directory")
-    if not os.access(path, os.W_OK | os.X_OK):
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".flare-", dir=path))  # permissions alone do not tell: root, read-only mounts
+    except OSError as error:
         raise ConfigError(
-            f"cannot write to --base_output_dir {base_output_dir} ({path} is not writable); "
+            f"cannot write to --base_output_dir {base_output_dir} ({path}: {error.strerror}); "
             "give another --base_output_dir or set FLARE_OUTPUT_DIR"
-        )
+        ) from error
 
 
 def stage_one_result(experiment: Experiment) -> Path | None:

@@ -1,9 +1,11 @@
 """Models by hub name or directory: to a local directory, with errors that name the way out."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from flare.errors import CheckpointError, ConfigError, EnvError
+from flare.errors import CheckpointError, ConfigError, EnvError, FlareError
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin"]
 
@@ -17,19 +19,35 @@ def local_model_dir(name: str, cache_dir: str | None = None) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ConfigError(
-            f"model {name!r} is no directory; give a directory or a hub name like Qwen/Qwen2.5-3B"
-        )
-    from huggingface_hub import snapshot_download
+    with hub_errors(name):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=MODEL_FILES))
+
+
+def read_hub_config(name: str, cache_dir: str | None = None) -> dict:
+    """config.json of a hub model, without its weights. Raises: as ``local_model_dir``."""
+    with hub_errors(name):
+        from huggingface_hub import hf_hub_download
+
+        return read_model_config(Path(hf_hub_download(name, "config.json", cache_dir=cache_dir)).parent)
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Errors of the hub's client as ours; a name that can be no hub name is refused first."""
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise ConfigError(f"model {name!r} is no directory; give a directory or a hub name like Qwen/Qwen2.5-3B")
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=MODEL_FILES))
+        yield
     except GatedRepoError as error:
         raise ConfigError(f"model {name!r} is gated; accept its terms on the hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise ConfigError(f"model {name!r} is no directory and the hub has no such model") from error
+    except FlareError:
+        raise
     except Exception as error:  # the hub's client raises many kinds when the network is down
         raise EnvError(
             f"model {name!r} is no directory and the hub cannot be reached ({type(error).__name__}); give a "

@@ -48,9 +48,7 @@ def parse_jsonc(text: str, name: str) -> Any:
     try:
         return json.loads(plain, object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{name} line {error.lineno} column {error.colno}: {_reason(plain, error)}"
-        ) from error
+        raise ConfigError(f"{name} line {error.lineno} column {error.colno}: {_reason(plain, error)}") from error
 
 
 def _reason(text: str, error: json.JSONDecodeError) -> str:

@@ -11,20 +11,21 @@ import shutil
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from flare.config import Resolved
 from flare.errors import ConfigError, EnvError
 from flare.experiment import Experiment
-from flare.gpus import GpuRequest, Selection, query_gpus, select_environment, select_gpus
+from flare.gpus import Gpu, GpuRequest, Selection, Skipped, query_gpus, select_environment, select_gpus
 from flare.metrics_file import record_status
 from flare.options import Options
-from flare.setup import Hardware
+from flare.plan import MIB, usable_bytes
+from flare.setup import Hardware, Run
 
 SHUTDOWN_TIMEOUT_SEC = 600
 """What torchrun's agent grants workers after a signal: a large model's last checkpoint takes minutes."""
 DEVICE_VARIABLE = "FLARE_DEVICE"
-TOKEN_CACHE_VARIABLE = "FLARE_TOKEN_CACHE"
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
@@ -44,25 +45,35 @@ def choose_gpus(options: Options) -> Selection | None:
     return select_gpus(request, query_gpus(visible=visible), visible)
 
 
+def leave_out_small_cards(run: Run, selection: Selection) -> Selection:
+    """When the user named no cards: those that can hold the run, if some can and some cannot."""
+    if run.options.gpu_ids is not None or run.options.gpu_type is not None:
+        return selection
+    need = run.plan().memory.peak_bytes
+    small = [g for g in selection.gpus if g.memory_total_mib and usable_bytes(g.memory_total_mib * MIB) < need]
+    if not small or len(small) == len(selection.gpus):
+        return selection
+    skipped = [Skipped(g, f"too small: {need / 2**30:.1f} GiB needed; --gpu_ids takes it all the same") for g in small]
+    rest = [gpu for gpu in selection.gpus if gpu not in small]
+    return replace(selection, gpus=rest, skipped=[*selection.skipped, *skipped])
+
+
 def num_nodes() -> int:
     """Hosts of the run: ``NNODES`` of the environment, else one."""
     return int(os.environ.get("NNODES", "1"))
 
 
-def choose_hardware(options: Options) -> tuple[Hardware, Selection | None]:
+def hardware_of(options: Options, selection: Selection | None) -> Hardware:
     """Cards and number of processes of this run.
 
     Raises: ConfigError for more processes than cards.
     """
-    selection = choose_gpus(options)
     cards = len(selection.gpus) if selection else 0
     local = options.nproc_per_node or cards or 1
     if selection and local > cards:
-        raise ConfigError(
-            f"--nproc_per_node {local}: {local} processes but {cards} cards; lower --nproc_per_node"
-        )
+        raise ConfigError(f"--nproc_per_node {local}: {local} processes but {cards} cards; lower --nproc_per_node")
     gpus = tuple(selection.gpus[:local]) if selection else ()
-    return Hardware(bool(gpus), local * num_nodes(), gpus), selection
+    return Hardware(bool(gpus), local * num_nodes(), gpus, num_nodes())
 
 
 def worker_hardware(options: Options) -> Hardware:
@@ -70,10 +81,23 @@ def worker_hardware(options: Options) -> Hardware:
     world_size = int(os.environ["WORLD_SIZE"])
     told = os.environ.get(DEVICE_VARIABLE)
     if told is not None:
-        return Hardware(told == "cuda", world_size)
+        return visible_hardware(told == "cuda", world_size)
     import torch
 
-    return Hardware(options.gpu_type != "cpu" and torch.cuda.is_available(), world_size)
+    return visible_hardware(options.gpu_type != "cpu" and torch.cuda.is_available(), world_size)
+
+
+def visible_hardware(use_cuda: bool, world_size: int) -> Hardware:
+    """Cards as torch sees them in this process."""
+    if not use_cuda:
+        return Hardware(False, world_size, nodes=num_nodes())
+    import torch
+
+    cards = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    gpus = tuple(
+        Gpu(index, card.name, f"GPU-{card.uuid}", card.total_memory // 2**20, None) for index, card in enumerate(cards)
+    )
+    return Hardware(True, world_size, gpus, num_nodes())
 
 
 def export_environment(hardware: Hardware, selection: Selection | None) -> dict[str, str]:
@@ -101,9 +125,7 @@ def shell_command(script: Path, resolved: Resolved, hardware: Hardware, selectio
     return prefix + shlex.join([*start, str(script), *argv])
 
 
-def start_workers(
-    script: Path, argv: list[str], local_world_size: int, experiment: Experiment, stage: int
-) -> int:
+def start_workers(script: Path, argv: list[str], local_world_size: int, experiment: Experiment, stage: int) -> int:
     """Run the script once a rank through torchrun's agent; returns the exit code.
 
     0 also for a clean stop on a signal, which torchrun itself would call a failure.
@@ -182,9 +204,7 @@ def tell_launcher(message: str, exit_code: int) -> bool:
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path or DEVICE_VARIABLE not in os.environ:
         return False
-    content = {
-        "message": {"message": message, "exit_code": exit_code, "extraInfo": {"timestamp": int(time.time())}}
-    }
+    content = {"message": {"message": message, "exit_code": exit_code, "extraInfo": {"timestamp": int(time.time())}}}
     try:
         with open(path, "w", encoding="utf-8") as file:
             json.dump(content, file)

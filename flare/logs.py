@@ -1,5 +1,6 @@
 """One logger for all: training.log for people, stderr for the terminal. Rank 0 at INFO, the others at WARNING."""
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -9,14 +10,18 @@ from tqdm import tqdm
 log = logging.getLogger("flare")
 
 
+FILES_ONLY = {"terminal": False}
+"""``extra`` of a record that the terminal does not show, because the script prints it itself."""
+
+
 class _TerminalHandler(logging.Handler):
     """Lines that do not tear the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        if not getattr(record, "terminal", True):
+            return
+        with contextlib.suppress(OSError, ValueError):  # stderr closed under us: a line lost, not the run
             tqdm.write(self.format(record), file=sys.stderr)
-        except (OSError, ValueError):  # stderr closed under us (`| head`): a line lost, not the run
-            pass
 
 
 class _LogFileHandler(logging.FileHandler):
@@ -30,15 +35,13 @@ class _LogFileHandler(logging.FileHandler):
             self.stream = self._open()
         super().emit(record)
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the base class's name
+    def handleError(self, record: logging.LogRecord) -> None:
         if not self.warned:
             self.warned = True
             tqdm.write(f"warning: cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
 
 
-def start_logging(
-    rank: int = 0, world_size: int = 1, path: Path | None = None, logs_dir: Path | None = None
-) -> None:
+def start_logging(rank: int = 0, world_size: int = 1, path: Path | None = None, logs_dir: Path | None = None) -> None:
     """Point the logger at the terminal (rank 0), at training.log and at this rank's own file."""
     for handler in list(log.handlers):
         log.removeHandler(handler)

@@ -46,9 +46,7 @@ def linear_cross_entropy_sum(
 
 
 def _nll_sum(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(
-        F.linear(rows, weight).float(), targets, reduction="sum", ignore_index=IGNORE_INDEX
-    )
+    return F.cross_entropy(F.linear(rows, weight).float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
 @torch.no_grad()

@@ -4,58 +4,15 @@ Leaves to ``flare.nope`` what a NoPE layer is, to ``flare.distributed`` how rank
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from flare.errors import ConfigError
 from flare.loss import linear_cross_entropy_sum, score_tokens
-from flare.nope.layers import format_layers, parse_layers
 from flare.nope.load import load_causal_lm
-
-
-@dataclass(frozen=True)
-class Trainable:
-    """What trains: everything, or some layers (their attention only when ``attention_only``)."""
-
-    everything: bool
-    layers: tuple[int, ...] = ()
-    attention_only: bool = False
-
-    @classmethod
-    def parse(cls, words: list[str] | None, stage: int, nope_layers: list[int], depth: int) -> "Trainable":
-        """``--train_layers`` for a model of this depth.
-
-        Raises: ConfigError when nothing would train.
-        """
-        words = words or (["nope"] if stage == 1 else ["all"])
-        if words == ["all"]:
-            return cls(everything=True)
-        if words in (["nope"], ["nope_attention"]):
-            if not nope_layers:
-                raise ConfigError(
-                    f"stage {stage}: nothing to train, --no_rope_layers none leaves no NoPE layer; name layers "
-                    "with --train_layers (the RoPE control run: --train_layers 20-32)"
-                )
-            return cls(False, tuple(nope_layers), words == ["nope_attention"])
-        return cls(False, tuple(parse_layers(words, depth, "--train_layers")))
-
-    def __str__(self) -> str:
-        if self.everything:
-            return "all layers, embedding and head"
-        return f"{'attention of ' if self.attention_only else ''}layers {format_layers(list(self.layers))}"
-
-    def covers(self, name: str) -> bool:
-        """Whether the parameter of this name trains."""
-        if self.everything:
-            return True
-        parts = name.split(".")
-        if "layers" not in parts or int(parts[parts.index("layers") + 1]) not in self.layers:
-            return False
-        return not self.attention_only or "self_attn" in parts
+from flare.trainable import Trainable
 
 
 class TrainingModel(torch.nn.Module):
@@ -70,9 +27,7 @@ class TrainingModel(torch.nn.Module):
         self.causal_lm = causal_lm
         self.bf16 = bf16
 
-    def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Sum of NLLs (nats, fp32) over the targets. All arguments (B, T) int64."""
         hidden, weight = self._final_hidden(input_ids, position_ids)
         return linear_cross_entropy_sum(hidden, weight, labels.flatten())
@@ -90,9 +45,7 @@ class TrainingModel(torch.nn.Module):
         """((B*T, H) hidden states, (V, H) head weight), both in the compute dtype."""
         weight = self.causal_lm.get_output_embeddings().weight
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = self.causal_lm.get_decoder()(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False
-            )
+            outputs = self.causal_lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden = outputs.last_hidden_state.flatten(0, 1)
         dtype = torch.bfloat16 if self.bf16 else weight.dtype
         return hidden.to(dtype), weight.to(dtype)

@@ -19,9 +19,7 @@ def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_dec
     return [group for group in (decayed, plain) if group["params"]]
 
 
-def build_optimizer(
-    named: Iterable[tuple[str, torch.nn.Parameter]], options: Options
-) -> torch.optim.Optimizer:
+def build_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], options: Options) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; each group carries their ``names``."""
     return torch.optim.AdamW(
         parameter_groups(named, options.weight_decay),
@@ -36,9 +34,7 @@ def build_schedule(options: Options, max_steps: int) -> Callable[[int], float]:
     """Factor on the learning rate at a step (0-based), by transformers' schedule of that name."""
     warmup = options.warmup_steps or int(options.warmup_ratio * max_steps)
     probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.learning_rate)
-    scheduler = get_scheduler(
-        options.lr_scheduler_type, probe, num_warmup_steps=warmup, num_training_steps=max_steps
-    )
+    scheduler = get_scheduler(options.lr_scheduler_type, probe, num_warmup_steps=warmup, num_training_steps=max_steps)
     return scheduler.lr_lambdas[0]
 
 

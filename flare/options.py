@@ -50,9 +50,7 @@ class Options:
     base_output_dir: str = option(
         TRAINING, "run", "where experiments live (environment: FLARE_OUTPUT_DIR)", "/work/xiaoyonggao"
     )
-    dry_run: bool = option(
-        TRAINING, "run", "print the plan and the command, start nothing", False, kind="bool"
-    )
+    dry_run: bool = option(TRAINING, "run", "print the plan and the command, start nothing", False, kind="bool")
     resume: str = option(
         TRAINING,
         "run",
@@ -90,8 +88,7 @@ class Options:
     precision: str = option(
         TRAINING,
         "hardware",
-        "auto: bf16 where the card has it, else fp32 (bf16: frozen weights in bf16, "
-        "trainable ones as fp32 masters)",
+        "auto: bf16 where the card has it, else fp32 (bf16: frozen weights in bf16, trainable ones as fp32 masters)",
         "auto",
         choices=("auto", "bf16", "fp32"),
     )
@@ -262,12 +259,13 @@ class Options:
         kind="float",
         low=0,
     )
-    gradient_checkpointing: bool = option(
+    gradient_checkpointing: bool | str = option(
         TRAINING,
         "optimisation",
-        "recompute activations in the backward pass of layers that have one; default on in stage 2",
-        False,
-        kind="bool",
+        "recompute activations in the backward pass of layers that have one; auto: when the plan does not fit "
+        "without; default auto in stage 1, on in stage 2",
+        "auto",
+        kind="switch",
     )
 
     # -- logging, evaluation, checkpoints --------------------------------------------------------------

@@ -5,17 +5,21 @@ The launcher and every worker call ``settle`` and come to the same ``Run``. Noth
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flare.config import Resolved
-from flare.errors import CheckpointError, ConfigError
-from flare.experiment import Experiment, check_output_dir, stage_one_result
+from flare.errors import CheckpointError, ConfigError, EnvError
+from flare.experiment import Experiment, check_output_dir, existing_parent, stage_one_result
 from flare.gpus import Gpu
-from flare.hub import local_model_dir, read_model_config
+from flare.hub import local_model_dir, read_hub_config, read_model_config
 from flare.nope.format import family_of, nope_layers_of, theta_of, weight_files, with_nope
 from flare.nope.layers import format_layers, parse_layers
 from flare.options import Options
+from flare.plan import Plan, PlanInputs, make_plan, read_available_ram
+from flare.shapes import ModelShape, known_shape
+from flare.trainable import Trainable
 
 FINGERPRINT_BYTES = 64 * 1024
 
@@ -27,6 +31,7 @@ class Hardware:
     use_cuda: bool
     world_size: int
     gpus: tuple[Gpu, ...] = ()
+    nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,14 @@ class Run:
     resolved: Resolved
     hardware: Hardware
     experiment: Experiment
-    init_from: Path
+    init_from: Path | None  # None only in a dry run whose model has not been downloaded
     init_reason: str
     config: dict
     nope_layers: tuple[int, ...]
+    trainable: Trainable
     precision: str
     global_batch_size: int
+    gradient_checkpointing: bool = False
 
     @property
     def options(self) -> Options:
@@ -67,6 +74,41 @@ class Run:
             "precision": self.precision,
         }
 
+    def plan(self) -> Plan:
+        """What the run needs, from its configuration alone."""
+        options, hardware = self.options, self.hardware
+        micro = options.per_device_train_batch_size
+        return make_plan(
+            PlanInputs(
+                shape=ModelShape.from_config(self.config, self.model_name),
+                stage=options.stage,
+                nope_layers=self.nope_layers,
+                trainable_layers="all" if self.trainable.everything else self.trainable.layers,
+                attention_only=self.trainable.attention_only,
+                precision=self.precision,
+                world_size=hardware.world_size,
+                per_device_batch=micro,
+                accumulation=self.global_batch_size // (micro * hardware.world_size),
+                seq_len=options.max_seq_length,
+                gradient_checkpointing=self.gradient_checkpointing,
+                gpus=tuple((gpu.name, gpu.memory_total_mib) for gpu in hardware.gpus),
+                optimizer=options.optim,
+                attn_implementation=options.attn_implementation,
+                document_mask=options.packing == "document",
+                save_total_limit=options.save_total_limit,
+                keeps_best=options.early_stopping_patience is not None,
+                num_saves=-(-options.max_steps // options.save_steps) if options.max_steps else None,
+                free_disk_bytes=shutil.disk_usage(existing_parent(self.experiment.root)).free,
+                available_ram_bytes=None if hardware.use_cuda else read_available_ram(),
+                processes_per_host=hardware.world_size // hardware.nodes,
+            )
+        )
+
+    @property
+    def model_name(self) -> str:
+        """The model as people call it: what they typed, or where it lies."""
+        return str(self.init_from or self.options.model_name_or_path)
+
     def settings(self) -> dict:
         """All options as plain JSON values."""
         return asdict(self.options)
@@ -81,14 +123,14 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     check_output_dir(options.base_output_dir)
     experiment = Experiment(options.experiment_dir)
     _check_stage_order(experiment, options)
-    init_from, reason = choose_start(resolved, experiment)
-    raw = read_model_config(init_from)
-    family_of(raw, str(init_from))
-    nope_layers = choose_nope_layers(resolved, raw, str(init_from))
-    config = with_nope(raw, nope_layers, options.rope_theta, str(init_from))
-    weight_files(init_from)
+    name, reason = choose_start(resolved, experiment)
+    init_from, raw = open_model(name, options)
+    where = str(init_from or name)
+    nope_layers = choose_nope_layers(resolved, raw, where)
+    config = with_nope(raw, nope_layers, options.rope_theta, where)
     _check_length(options, config)
-    return Run(
+    depth = int(config["num_hidden_layers"])
+    run = Run(
         resolved=resolved,
         hardware=hardware,
         experiment=experiment,
@@ -96,32 +138,64 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
         init_reason=reason,
         config=config,
         nope_layers=tuple(nope_layers),
+        trainable=Trainable.parse(options.train_layers, options.stage, nope_layers, depth),
         precision=choose_precision(options, hardware),
         global_batch_size=global_batch_size(options, hardware.world_size),
+        gradient_checkpointing=options.gradient_checkpointing is True,
     )
+    if options.gradient_checkpointing == "auto" and run.plan().fits is False:
+        run = replace(run, gradient_checkpointing=True)
+    return run
+
+
+def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
+    """(directory, config.json) of the model to start from; a dry run is content with the configuration.
+
+    Raises: ConfigError, CheckpointError or EnvError when there is no such model or it lacks weights.
+    """
+    if options.dry_run and not Path(name).is_dir():
+        return None, hub_model_config(name, options.cache_dir)
+    directory = local_model_dir(name, options.cache_dir)
+    raw = read_model_config(directory)
+    family_of(raw, str(directory))
+    weight_files(directory)
+    return directory, raw
+
+
+def hub_model_config(name: str, cache_dir: str | None) -> dict:
+    """config.json of a hub model without its weights; for known Qwen models also without the hub."""
+    try:
+        return read_hub_config(name, cache_dir)
+    except EnvError:
+        if name.removeprefix("Qwen/").startswith("Qwen") and (shape := known_shape(name)):
+            return shape.to_config()
+        raise
 
 
 def _check_stage_order(experiment: Experiment, options: Options) -> None:
-    recorded = experiment.recorded_stage()
-    if recorded == 2 and options.stage == 1 and not options.overwrite_output_dir:
+    handed_over = experiment.recorded_stage() == 2 or experiment.stage1.exists()
+    if handed_over and options.stage == 1 and not options.overwrite_output_dir:
         raise ConfigError(
             f"experiment {experiment.root.name!r} is in stage 2 already; choose another --experiment_name "
             "for a new stage 1, or --overwrite_output_dir"
         )
 
 
-def choose_start(resolved: Resolved, experiment: Experiment) -> tuple[Path, str]:
-    """The weights that this stage starts from and the sentence that says why (contract, section 3)."""
+def choose_start(resolved: Resolved, experiment: Experiment) -> tuple[str, str]:
+    """Name or directory of the weights that a stage starts from, and the sentence that says why.
+
+    The order of stage 2 is the contract's (section 3).
+    """
     options = resolved.options
     name = options.model_name_or_path
     if options.stage == 2 and not resolved.given_for_stage("model_name_or_path"):
         result = stage_one_result(experiment)
         if result is not None:
-            return result, f"stage 2 starts from the result of stage 1: {result}"
+            return str(result), f"stage 2 starts from the result of stage 1: {result}"
         reason = f"warning: no stage 1 result for {experiment.root.name!r}; stage 2 starts from the base model {name}"
     else:
         reason = f"stage {options.stage} starts from {name}"
-    return local_model_dir(name, options.cache_dir), reason
+    return name, reason
 
 
 def choose_nope_layers(resolved: Resolved, raw: dict, where: str) -> list[int]:

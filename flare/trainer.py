@@ -276,9 +276,7 @@ def evaluate_rows(parts: Parts, options: Options, world: World) -> tuple[float, 
     parts.model.eval()
     for piece in micro_batches(rows[world.rank :: world.size], options.per_device_train_batch_size):
         batch = parts.eval_rows.batch(piece)
-        tensors = [
-            torch.from_numpy(a).to(world.device) for a in (batch.input_ids, batch.labels, batch.position_ids)
-        ]
+        tensors = [torch.from_numpy(a).to(world.device) for a in (batch.input_ids, batch.labels, batch.position_ids)]
         losses, correct = parts.model.score(*tensors)
         loss_sum += losses.double().sum().item()
         hits += correct.sum().item()

@@ -41,6 +41,7 @@ class SourceSpec:
     dataset_config: str | None = None
     dataset_split: str = "train"
     cache_dir: str | None = None
+    streaming: bool = False
 
 
 class Source:
@@ -73,9 +74,7 @@ def open_source(spec: SourceSpec, token_dir: Path) -> Source:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix not in FILE_KINDS:
-            raise ConfigError(
-                f"--dataset_name {path}: cannot read {path.suffix!r}; known: {' '.join(FILE_KINDS)}"
-            )
+            raise ConfigError(f"--dataset_name {path}: cannot read {path.suffix!r}; known: {' '.join(FILE_KINDS)}")
         return [path]
     files = sorted(p for p in path.rglob("*") if p.suffix in FILE_KINDS and p.is_file())
     if not files:
@@ -212,7 +211,7 @@ class HubSource(Source):
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
         self.dataset = _load_hub_dataset(spec)
-        names = self.dataset.column_names
+        names = self.dataset.column_names or [spec.text_column]  # a streamed set may not know them yet
         if spec.text_column not in names:
             raise ConfigError(
                 f"column {spec.text_column!r} not in {spec.dataset_name}; columns: {', '.join(names)}; "
@@ -235,7 +234,12 @@ def _load_hub_dataset(spec: SourceSpec) -> object:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    arguments = {"name": spec.dataset_config, "split": spec.dataset_split, "cache_dir": spec.cache_dir}
+    arguments = {
+        "name": spec.dataset_config,
+        "split": spec.dataset_split,
+        "cache_dir": spec.cache_dir,
+        "streaming": spec.streaming,
+    }
     name = spec.dataset_name
     try:
         try:

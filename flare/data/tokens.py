@@ -80,17 +80,27 @@ def end_of_text_id(tokenizer: object) -> int:
 
 
 def tokenizer_sha256(tokenizer: object) -> str:
-    """Identity of a tokenizer: its whole definition, not the path that it was loaded from."""
-    if getattr(tokenizer, "is_fast", False):
-        text = tokenizer.backend_tokenizer.to_str()
-    else:
-        text = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """SHA-256 of what turns text into ids, not of the path that the tokenizer was loaded from.
+
+    Left out are padding and truncation (a state, not the tokenizer) and post-processor and decoder, which
+    neither training nor evaluation uses. So a tokenizer that was loaded and saved again keeps its hash.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        for part in ("padding", "truncation", "post_processor", "decoder"):
+            content.pop(part, None)
+    else:  # a tokenizer in Python
+        content = tokenizer.get_vocab()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def build_token_cache(
-    source: Source, tokenizer: object, cache_dir: Path, settings: TokenSettings
-) -> TokenCache:
+def text_hash(text: str) -> int:
+    """64 bits of a document's text, which decide the side of the split that it is on."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settings: TokenSettings) -> TokenCache:
     """Open the cache of this corpus and tokenizer; build it first when it is missing.
 
     One process builds, others wait on the lock and then find it. Call before the process group starts:
@@ -112,9 +122,7 @@ def build_token_cache(
         if not (directory / "meta.json").is_file():
             _build(source, tokenizer, directory, key | {"fingerprint": fingerprint}, settings)
     cache = TokenCache(directory)
-    _check_bad_rows(
-        cache.meta["bad_rows"], cache.meta["num_documents"], cache.meta["first_bad_rows"], settings
-    )
+    _check_bad_rows(cache.meta["bad_rows"], cache.meta["num_documents"], cache.meta["first_bad_rows"], settings)
     return cache
 
 
@@ -150,9 +158,7 @@ def _write_tokens(source: Source, tokenizer: object, part: Path, settings: Token
             for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
                 out.write(np.asarray([*ids, end_id], dtype=dtype).tobytes())
                 lengths.append(len(ids) + 1)
-                hashes.append(
-                    int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-                )
+                hashes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
                 bar.update(len(ids) + 1)
     _check_bad_rows(bad.count, len(lengths), bad.first, settings)
     if not lengths:

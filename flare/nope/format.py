@@ -25,9 +25,7 @@ def family_of(config: dict, where: str) -> str:
             f"{where} is a {config.get('model_type')!r} model; supported: qwen2 (Qwen2, Qwen2.5) and qwen3, dense"
         )
     if config.get("use_sliding_window"):
-        raise ConfigError(
-            f"{where} uses sliding-window attention (use_sliding_window), which is not supported"
-        )
+        raise ConfigError(f"{where} uses sliding-window attention (use_sliding_window), which is not supported")
     return model_type
 
 

@@ -67,9 +67,7 @@ def load_causal_lm(
             architecture = getattr(modeling_nope, f"{name}NopeForCausalLM")
         else:
             if "auto_map" in raw:
-                raise CheckpointError(
-                    f"{directory} wants to run its own code (auto_map); that is not allowed"
-                )
+                raise CheckpointError(f"{directory} wants to run its own code (auto_map); that is not allowed")
             config = AutoConfig.for_model(**raw)
             architecture = AutoModelForCausalLM
         model = _load_weights(architecture, directory, config, dtype, attn_implementation)

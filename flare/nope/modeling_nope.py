@@ -68,17 +68,13 @@ def _nope_forward(attention, hidden_states, attention_mask, past_key_values, eag
 
 
 class Qwen2NopeAttention(Qwen2Attention):
-    def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-    ):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         eager = modeling_qwen2.eager_attention_forward
         return _nope_forward(self, hidden_states, attention_mask, past_key_values, eager, kwargs)
 
 
 class Qwen3NopeAttention(Qwen3Attention):
-    def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-    ):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         eager = modeling_qwen3.eager_attention_forward
         return _nope_forward(self, hidden_states, attention_mask, past_key_values, eager, kwargs)
 

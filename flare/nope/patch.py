@@ -84,7 +84,9 @@ def patch_checkpoint(
                 link_or_copy(file, part / file.name)
             elif file.is_file() and not file.name.startswith(".") and file.name != "config.json":
                 shutil.copyfile(file, part / file.name)
-        write_config(with_nope(config, layers, rope_theta, str(source)), part)
+        patched = with_nope(config, layers, rope_theta, str(source))
+        patched.pop("flare", None)  # the base's training record, if any, is not the patched model's
+        write_config(patched, part)
         if target.exists():
             target.rmdir()
         os.rename(part, target)

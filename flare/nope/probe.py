@@ -54,9 +54,7 @@ def _ignores_positions(decoder: torch.nn.Module, attention: torch.nn.Module, kwa
     return torch.equal(*outputs)
 
 
-def verify_nope(
-    model: torch.nn.Module, expected: list[int] | None = None, where: str = "the model"
-) -> list[int]:
+def verify_nope(model: torch.nn.Module, expected: list[int] | None = None, where: str = "the model") -> list[int]:
     """Prove that exactly the layers that the configuration names are NoPE layers.
 
     Args:

@@ -1,0 +1,275 @@
+"""evaluation_report.md: what was evaluated, what it means, the numbers, how they were made.
+
+The first three lines are for who reads no further. GitHub's Markdown; plots by relative path.
+"""
+
+import itertools
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+from flare.evaluation.verdict import (
+    ComparisonRow,
+    comparison_verdict,
+    difference_percent,
+    number,
+    probe_warning,
+    scored_datasets,
+    single_verdict,
+)
+from flare.files import write_text
+from flare.nope.layers import format_layers
+
+SWAN_GPT = "[SWAN-GPT](https://arxiv.org/abs/2504.08719)"
+
+
+def write_report(
+    results: dict,
+    path: Path | str,
+    plots: list[tuple[Path | str, str]],
+    comparison_rows: list[ComparisonRow] | None = None,
+    verdict: str | None = None,
+) -> None:
+    """Write the report.
+
+    Args:
+        results: of evaluation_results.json.
+        path: the Markdown file; the plots' paths in it are relative to its directory.
+        plots: (PNG file, one sentence on how to read it).
+        comparison_rows: models or milestones to hold against each other, per data set, in order.
+        verdict: the second line; default: what ``comparison_rows`` say, or one model alone can say.
+    """
+    path = Path(path)
+    rows = comparison_rows or []
+    sections = [
+        _head(results, rows, verdict),
+        _comparison(rows),
+        _datasets(results),
+        _plots(plots, path.parent),
+        _settings(results),
+        _notes(results, rows),
+    ]
+    write_text(path, "\n\n".join(section for section in sections if section) + "\n")
+
+
+def report_verdict(results: dict, rows: list[ComparisonRow]) -> str:
+    """The verdict in plain words: of the comparison on the first compared data set, else of the model alone.
+
+    A model that is not what its configuration says comes before any number.
+    """
+    first = [row for row in rows if row.dataset == rows[0].dataset]
+    words = comparison_verdict(first) or single_verdict(results)
+    return " ".join(part for part in (probe_warning(results["model"]), words) if part)
+
+
+def nope_pattern(layers: list[int]) -> str:
+    """'none', 'one', 'band' (neighbours only), 'interleaved' (equal steps over 1) or 'mixed'."""
+    if len(layers) < 2:
+        return "one" if layers else "none"
+    steps = {after - before for before, after in itertools.pairwise(layers)}
+    if steps == {1}:
+        return "band"
+    return "interleaved" if len(steps) == 1 else "mixed"
+
+
+def _head(results: dict, rows: list[ComparisonRow], verdict: str | None) -> str:
+    """Three lines: what, verdict, the number. A backslash is Markdown's line break."""
+    model, ok = results["model"], scored_datasets(results)
+    kind = f"{model['model_type']}, NoPE layers: {format_layers(model['nope_layers'])}"
+    what = f"# Evaluation of {_name(model['path'])} ({kind}) on {', '.join(ok) or 'nothing'}"
+    line = f"**Verdict:** {verdict or report_verdict(results, rows)}\\"
+    if not ok:
+        return f"{what}\n{line}\n**The number:** none."
+    name = rows[0].dataset if rows and rows[0].dataset in ok else next(iter(ok))
+    return f"{what}\n{line}\n**The number:** {_headline(name, ok[name], rows)}"
+
+
+def _headline(name: str, entry: dict, rows: list[ComparisonRow]) -> str:
+    """Perplexity, or bits per byte where another tokenizer is in the comparison; against the base if any."""
+    if len({row.tokenizer_sha256 for row in rows}) > 1:
+        text = f"{entry['bits_per_byte']:.4f} bits per byte on {name}"
+    else:
+        text = f"perplexity {number(entry['perplexity'])} on {name}"
+    group = [row for row in rows if row.dataset == name]
+    if len(group) > 1 and group[0].role == "base":
+        text += f", {difference_percent(group[-1], group[0]):+.1f} % against {group[0].label}"
+    return text + "."
+
+
+def _comparison(rows: list[ComparisonRow]) -> str:
+    """A table per data set; the first row of each is what the others are held against."""
+    if not rows:
+        return ""
+    parts = ["## Compared"]
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        group = [row for row in rows if row.dataset == dataset]
+        parts.append(f"On {_cell(dataset)}:\n\n" + _comparison_table(group))
+    if len({row.tokenizer_sha256 for row in rows}) > 1:
+        parts.append(
+            "\\* Another tokenizer than the first row's: its loss and perplexity count other tokens and "
+            "may not be compared. Bits per byte may, and the difference in that row is in bits per byte."
+        )
+    else:
+        parts.append("All rows share one tokenizer, so losses and perplexities per token may be compared.")
+    return "\n\n".join(parts)
+
+
+def _comparison_table(group: list[ComparisonRow]) -> str:
+    base = group[0]
+    lines = []
+    for row in group:
+        mark = "" if row.tokenizer_sha256 == base.tokenizer_sha256 else " \\*"
+        difference = "–" if row is base else f"{difference_percent(row, base):+.1f} %{mark}"
+        numbers = (f"{row.loss:.4f}{mark}", f"{number(row.perplexity)}{mark}", f"{row.bits_per_byte:.4f}")
+        lines.append((row.label, *numbers, difference))
+    header = ("model", "loss (nats/token)", "perplexity", "bits/byte", f"perplexity against {base.label}")
+    return _table(header, lines)
+
+
+def milestones_table(results: dict, dataset: str) -> str:
+    """The milestones of a results file on one data set, as a plain aligned table for a terminal."""
+    rows = [("model", "perplexity", "loss", "bits/byte")]
+    for entry in results["milestones"]:
+        scored = entry["datasets"][dataset]
+        numbers = (f"{scored['loss']:.4f}", f"{scored['bits_per_byte']:.4f}")
+        rows.append((entry["label"], number(scored["perplexity"]), *numbers))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _datasets(results: dict) -> str:
+    header = (
+        "data set", "perplexity", "loss (nats/token)", "bits/byte", "word perplexity", "byte perplexity",
+        "token accuracy", "documents", "tokens", "truncated",
+    )  # fmt: skip
+    lines = [
+        (
+            name,
+            number(entry["perplexity"]),
+            f"{entry['loss']:.4f}",
+            f"{entry['bits_per_byte']:.4f}",
+            number(entry["word_perplexity"]),
+            number(entry["byte_perplexity"], 4),
+            f"{entry['token_accuracy']:.2f} %",
+            f"{entry['num_documents']:,}",
+            f"{entry['num_tokens']:,}",
+            f"{entry['truncated_documents']:,}",
+        )
+        for name, entry in scored_datasets(results).items()
+    ]
+    parts = ["## Data sets"]
+    if lines:
+        parts.append(_table(header, lines))
+    failed = {name: entry for name, entry in results["datasets"].items() if entry["status"] != "ok"}
+    if failed:
+        items = (f"- {_cell(name)}: {_cell(entry['error'])}" for name, entry in failed.items())
+        parts.append("Not scored:\n\n" + "\n".join(items))
+    if any(entry["word_perplexity"] is None for entry in scored_datasets(results).values()):
+        parts.append("A dash: the text has so little white space that the number per word exceeds a float.")
+    return "\n\n".join(parts)
+
+
+def _plots(plots: list[tuple[Path | str, str]], directory: Path) -> str:
+    if not plots:
+        return ""
+    parts = ["## Plots"]
+    for file, sentence in plots:
+        relative = Path(os.path.relpath(file, directory)).as_posix()
+        parts.append(f"![{Path(file).stem.replace('_', ' ')}]({quote(relative)})\n\n{sentence}")
+    return "\n\n".join(parts)
+
+
+def _settings(results: dict) -> str:
+    model, probe = results["model"], results["model"]["nope_probe"]
+    verdicts = {True: "as configured", False: "NOT as configured", None: "this architecture is not probed"}
+    rows = [
+        ("model", model["path"]),
+        ("model type", model["model_type"]),
+        ("parameters", f"{model['num_parameters']:,}"),
+        ("NoPE layers", format_layers(model["nope_layers"])),
+        (
+            "NoPE probe",
+            f"{verdicts[probe['verified']]} (ignoring positions: {format_layers(probe['layers'])})",
+        ),
+        ("RoPE theta", "–" if model["rope_theta"] is None else f"{model['rope_theta']:g}"),
+        ("tokenizer SHA-256", model["tokenizer_sha256"]),
+        *((name.replace("_", " "), value) for name, value in results["settings"].items()),
+    ]
+    throughput = results["throughput"]
+    if throughput["tokens_per_sec"]:
+        rows.append(("scored tokens per second", f"{throughput['tokens_per_sec']:,.0f}"))
+    if throughput["peak_memory_bytes"]:
+        rows.append(("peak memory", f"{throughput['peak_memory_bytes'] / 2**30:.2f} GiB"))
+    rows += results["environment"].items()
+    text = "## Settings\n\n" + _table(("setting", "value"), rows)
+    if results["settings"].get("protocol") == "document":
+        text += (
+            "\n\nProtocol `document`: each document alone, in disjoint windows of `max_length` predicted "
+            "tokens with one token of context, the last window filled to the left; the first token is "
+            "predicted from the prefix token. Every token is scored exactly once, as by lm-eval's rolling "
+            "log-likelihood."
+        )
+    return text
+
+
+def _notes(results: dict, rows: list[ComparisonRow]) -> str:
+    """What is known about such models and bears on these numbers."""
+    notes = [*_nope_notes(results["model"]["nope_layers"]), *_comparison_notes(rows)]
+    names = " ".join(results["datasets"]).lower()
+    if "wikitext-2" in names.replace("wikitext2", "wikitext-2") and "wikitext-103" in names:
+        notes.append("WikiText-2 and WikiText-103 share their test set: these are not two results.")
+    return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else ""
+
+
+def _nope_notes(layers: list[int]) -> list[str]:
+    if not layers:
+        return []
+    ablation = (
+        f"needle accuracy at 4x and 8x the training length in {SWAN_GPT}'s ablation: interleaved .998 and "
+        ".957, grouped last .564 and .183, grouped first .113 and .044"
+    )
+    notes = [
+        "Perplexity cannot tell whether these layers really ignore positions: a checkpoint opened with RoPE "
+        "put back can score about the same (1.331 against 1.322 nats on a toy model). The NoPE probe in the "
+        "settings can."
+    ]
+    if nope_pattern(layers) == "band":
+        notes.append(
+            "The NoPE layers are one block. A late block alone hardly extrapolates beyond the training "
+            f"length ({ablation}). Good perplexity here says nothing about longer contexts; the interleaved "
+            "layout, `--no_rope_layers every:4`, is the one that extrapolates."
+        )
+    if nope_pattern(layers) == "interleaved":
+        notes.append(
+            f"The NoPE layers are interleaved, the layout that extrapolates ({ablation}). The perplexity "
+            "here was measured up to `max_length` only and does not show it."
+        )
+    return notes
+
+
+def _comparison_notes(rows: list[ComparisonRow]) -> list[str]:
+    roles = {row.role for row in rows}
+    if not {"base", "trained"} <= roles:
+        return []
+    return [
+        "Training on more text changes the loss by itself. The control that separates this from the removal "
+        "of RoPE is the same training with RoPE kept: `--no_rope_layers none` and the same `--train_layers`."
+    ]
+
+
+def _table(header: tuple, rows: list[tuple]) -> str:
+    """A Markdown table; every column but the first is aligned to the right when there are more than two."""
+    align = ["---"] + ["---" if len(header) == 2 else "---:"] * (len(header) - 1)
+    lines = [header, tuple(align), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value) -> str:
+    """Text that stays in its cell and is shown as it is: no bar, no line break, no HTML tag."""
+    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _name(path: str) -> str:
+    """The last two parts of a model's path or hub name."""
+    return "/".join(Path(path).parts[-2:])

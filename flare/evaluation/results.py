@@ -1,0 +1,132 @@
+"""evaluation_results.json: what is in it, and how it comes to disk whole or not at all.
+
+Schema version 1. A results dict is plain JSON from the start; whatever is measured later (context
+lengths, passkey, ...) is one more key beside ``datasets``.
+"""
+
+import math
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flare.data.tokens import tokenizer_sha256
+from flare.errors import FlareError
+from flare.evaluation.perplexity import DatasetScore
+from flare.files import write_json
+
+SCHEMA_VERSION = 1
+
+
+def new_results(model: dict, settings: dict, environment: dict) -> dict:
+    """Results without a data set yet.
+
+    Args:
+        model: of ``model_record``.
+        settings: protocol, max_length, stride, batch_size, precision, seed, prefix_token_id, ...: what
+            the report prints beside the numbers.
+        environment: versions and hardware, as the caller knows them.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": model,
+        "settings": settings,
+        "environment": environment,
+        "datasets": {},
+        "throughput": {"tokens_per_sec": None, "peak_memory_bytes": None},
+    }
+
+
+def add_dataset(results: dict, name: str, score: DatasetScore) -> None:
+    """Enter a data set that was scored."""
+    results["datasets"][name] = score.to_json()
+
+
+def add_failure(results: dict, name: str, error: Exception | str) -> None:
+    """Enter a data set that could not be had or scored; the others still count."""
+    results["datasets"][name] = {"status": "failed", "error": str(error)}
+
+
+def add_throughput(results: dict, scores: list[DatasetScore], device: torch.device | str) -> None:
+    """Enter scored tokens per second after warm-up over all data sets, and the peak memory so far."""
+    seconds = sum(score.timed_sec for score in scores)
+    tokens = sum(score.timed_tokens for score in scores)
+    results["throughput"] = {
+        "tokens_per_sec": tokens / seconds if seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+
+
+def model_record(model: nn.Module, tokenizer, path: str, probed_layers: list[int] | None) -> dict:
+    """Who was evaluated.
+
+    Args:
+        path: what the user typed.
+        probed_layers: layers that the probe found to ignore positions; None where the architecture
+            cannot be probed. ``nope_probe.verified``: whether they are the configured ones, null for None.
+    """
+    config = model.config
+    declared = declared_nope_layers(config)
+    return {
+        "path": str(path),
+        "model_type": config.model_type,
+        "nope_layers": declared,
+        "rope_theta": rope_theta(config),
+        # parameters() counts tied weights once.
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "nope_probe": {
+            "verified": None if probed_layers is None else sorted(probed_layers) == declared,
+            "layers": sorted(probed_layers or []),
+        },
+    }
+
+
+def declared_nope_layers(config) -> list[int]:
+    """The NoPE layers that a configuration names: our ``nope_layers``, or SmolLM3's ``no_rope_layers``."""
+    if getattr(config, "nope_layers", None) is not None:
+        return sorted(config.nope_layers)
+    # SmolLM3 and Llama 4 list a number per layer, and there 1 means that the layer uses RoPE.
+    uses_rope = getattr(config, "no_rope_layers", None) or []
+    return [layer_idx for layer_idx, uses in enumerate(uses_rope) if not uses]
+
+
+def rope_theta(config) -> float | None:
+    """The base of the rotary frequencies; None for a model without RoPE or with one base per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters.get("rope_theta", getattr(config, "rope_theta", None))
+
+
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """Peak of the device's allocator on CUDA; elsewhere the process's peak resident memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_results(results: dict, path: Path | str) -> None:
+    """Write the file whole, in one rename; call it again after each data set, so that nothing done is lost.
+
+    Raises: FlareError naming the key of a number that is not finite; the file stays as it was.
+    """
+    bad = nonfinite_key(results)
+    if bad:
+        raise FlareError(f"{Path(path).name}: {bad} is not a finite number; not written")
+    write_json(path, results)
+
+
+def nonfinite_key(value, key: str = "") -> str | None:
+    """Dotted path of the first NaN or infinity in nested dicts and lists, or None."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else key
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    else:
+        return None
+    paths = (nonfinite_key(child, f"{key}.{name}".lstrip(".")) for name, child in children)
+    return next((path for path in paths if path), None)

@@ -1,0 +1,162 @@
+"""What several results say together, in plain words. Pure functions of losses.
+
+A row is one model on one data set. Rows have roles: the ``base`` as it was published, the ``patched``
+model before any training, and ``trained`` ones in the order of training, the last of which is the result.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from flare.nope.layers import format_layers
+
+RECOVERED = 0.95
+"""Share of the jump that counts as won back (DroPE, arXiv 2512.12167, and our recovery metric: 95 %)."""
+
+NO_JUMP_NATS = 0.005
+"""Below this, removing RoPE changed nothing that is worth a percentage (a guess: half a percent)."""
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One model on one data set, a line of the report's comparison table."""
+
+    label: str
+    role: Literal["base", "patched", "trained"]
+    dataset: str
+    loss: float  # nats per token
+    perplexity: float | None
+    bits_per_byte: float
+    tokenizer_sha256: str
+
+
+def comparison_row(label: str, role: str, results: dict, dataset: str) -> ComparisonRow:
+    """The row of a results dict. Raises: KeyError when the data set was not scored."""
+    scored = results["datasets"][dataset]
+    return ComparisonRow(
+        label=label,
+        role=role,
+        dataset=dataset,
+        loss=scored["loss"],
+        perplexity=scored["perplexity"],
+        bits_per_byte=scored["bits_per_byte"],
+        tokenizer_sha256=results["model"]["tokenizer_sha256"],
+    )
+
+
+def won_back(base_loss: float, patched_loss: float, loss: float) -> float | None:
+    """Share of the jump ``patched - base`` that is gone at ``loss``: 0 untrained, 1 as good as the base.
+
+    None when removing RoPE did not hurt: then there is nothing to win back.
+    """
+    jump = patched_loss - base_loss
+    return (patched_loss - loss) / jump if jump >= NO_JUMP_NATS else None
+
+
+def difference_percent(row: ComparisonRow, base: ComparisonRow) -> float:
+    """How much worse (positive) a row is than the base, in percent.
+
+    Of perplexity for equal tokenizers, else of bits per byte: a token of one tokenizer is not a token of
+    another, bytes are bytes.
+    """
+    if row.tokenizer_sha256 == base.tokenizer_sha256:
+        return 100.0 * finite_expm1(row.loss - base.loss)
+    return 100.0 * (row.bits_per_byte / base.bits_per_byte - 1.0)
+
+
+def finite_expm1(exponent: float) -> float:
+    """exp(x) - 1, at most the largest number that a table can show."""
+    return math.expm1(min(exponent, 700.0))
+
+
+def comparison_verdict(rows: list[ComparisonRow]) -> str:
+    """What the rows of one data set say: the jump, what each training won back, where it ended.
+
+    The first row of the roles base and patched counts, and all trained ones. '' without a base or
+    without anything to hold against it.
+    """
+    base = next((row for row in rows if row.role == "base"), None)
+    patched = next((row for row in rows if row.role == "patched"), None)
+    trained = [row for row in rows if row.role == "trained"]
+    if base is None or not (patched or trained):
+        return ""
+    if patched is None:
+        return _against_base(trained[-1], base)
+    if not trained:
+        return f"{_jump(base, patched)}; nothing has been trained since."
+    shares = [won_back(base.loss, patched.loss, row.loss) for row in trained]
+    steps = [_step(row.label, share) for row, share in zip(trained, shares, strict=True) if share is not None]
+    story = "; ".join([_jump(base, patched), *steps])
+    result = trained[-1]
+    if shares[-1] is None:
+        worked = result.loss <= base.loss + NO_JUMP_NATS
+    else:
+        worked = shares[-1] >= RECOVERED
+    return f"{'It worked' if worked else 'Not there yet'}: {_against_base(result, base)} {story}."
+
+
+def _jump(base: ComparisonRow, patched: ComparisonRow) -> str:
+    losses = f"{base.loss:.3f} to {patched.loss:.3f} nats"
+    if won_back(base.loss, patched.loss, patched.loss) is None:
+        return f"Removing RoPE did not hurt (loss {losses})"
+    return f"Removing RoPE raised the loss by {patched.loss - base.loss:.3f} nats ({losses})"
+
+
+def _step(label: str, share: float) -> str:
+    if share < 0:
+        return f"after {label} it was higher still"
+    if share > 1:
+        return f"after {label} it was below the base's"
+    return f"after {label} {100 * share:.0f} % of that was won back"
+
+
+def _against_base(row: ComparisonRow, base: ComparisonRow) -> str:
+    """'X is 1.2 % above Y in perplexity on Z (12.14 against 12.00).'"""
+    percent = difference_percent(row, base)
+    if row.tokenizer_sha256 == base.tokenizer_sha256:
+        measure, values = "perplexity", (row.perplexity, base.perplexity)
+    else:
+        measure, values = "bits per byte", (row.bits_per_byte, base.bits_per_byte)
+    side = f"{abs(percent):.1f} % {'above' if percent > 0 else 'below'}" if abs(percent) >= 0.05 else "equal to"
+    digits = 2 if measure == "perplexity" else 4
+    both = " against ".join(number(value, digits) for value in values)
+    return f"{row.label} is {side} {base.label} in {measure} on {row.dataset} ({both})."
+
+
+def single_verdict(results: dict) -> str:
+    """The verdict on one model that is compared with nothing: a loss alone is neither good nor bad."""
+    ok = scored_datasets(results)
+    if not ok:
+        return "Nothing could be scored: see the errors below."
+    name, first = next(iter(ok.items()))
+    text = (
+        f"{first['token_accuracy']:.1f} % of the tokens of {name} are the model's first choice; whether the "
+        "model got better or worse needs a second one to compare with."
+    )
+    total = len(results["datasets"])
+    failed = f" {total - len(ok)} of {total} data sets could not be scored." if len(ok) < total else ""
+    return text + failed
+
+
+def probe_warning(model: dict) -> str:
+    """What must stand before every number when the model is not the one its configuration names; else ''."""
+    probe = model["nope_probe"]
+    if probe["verified"] is not False:
+        return ""
+    return (
+        "These numbers are not those of the configured model: its NoPE layers should be "
+        f"{format_layers(model['nope_layers'])}, but the layers that ignore positions are "
+        f"{format_layers(probe['layers'])}."
+    )
+
+
+def scored_datasets(results: dict) -> dict[str, dict]:
+    """The data sets with status ok, in order."""
+    return {name: entry for name, entry in results["datasets"].items() if entry["status"] == "ok"}
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number as a table shows it: thousands stay readable, what overflowed is a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"

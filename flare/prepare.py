@@ -1,0 +1,63 @@
+"""The data of a run: from its options to training rows and held-out rows, before any process group."""
+
+import math
+import os
+
+from flare.data.packing import PackedRows, split_documents
+from flare.data.sources import SourceSpec, open_source
+from flare.data.tokens import TokenCache, TokenSettings, build_token_cache, default_cache_dir
+from flare.errors import ConfigError, DataError
+from flare.nope.load import load_tokenizer
+from flare.setup import Run
+
+
+def prepare_data(run: Run) -> TokenCache:
+    """The token cache of this run; built when missing, by one process while the others wait on its lock.
+
+    Call before the process group starts: a long build would run into its timeout.
+    """
+    options = run.options
+    cache_dir = default_cache_dir(options.cache_dir)
+    if options.preprocessing_num_workers:
+        os.environ["RAYON_NUM_THREADS"] = str(options.preprocessing_num_workers)
+    spec = SourceSpec(
+        options.dataset_name,
+        options.text_column,
+        options.dataset_config,
+        options.dataset_split,
+        options.cache_dir,
+    )
+    tokenizer = load_tokenizer(run.init_from)
+    rows = int(run.config["vocab_size"])
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"the tokenizer of {run.init_from} has {len(tokenizer)} ids but the embedding {rows} rows; they do not "
+            "belong together"
+        )
+    settings = TokenSettings(options.dataset_size, options.max_bad_rows)
+    return build_token_cache(open_source(spec, cache_dir), tokenizer, cache_dir, settings)
+
+
+def packed_rows(run: Run, cache: TokenCache) -> tuple[PackedRows, PackedRows]:
+    """(training rows, held-out rows).
+
+    Raises: DataError when the data gives fewer tokens than one step.
+    """
+    options = run.options
+    train, held_out = split_documents(cache.hashes, options.validation_split_percentage)
+    train_rows = PackedRows(cache, train, options.max_seq_length, options.packing)
+    eval_rows = PackedRows(cache, held_out, options.max_seq_length, options.packing, keep_last=True)
+    if len(train_rows) < run.global_batch_size:
+        raise DataError(
+            f"the data gives {train_rows.num_tokens:,} training tokens, one step needs "
+            f"{run.global_batch_size * options.max_seq_length + 1:,}; lower --max_seq_length or the batch size"
+        )
+    return train_rows, eval_rows
+
+
+def max_steps(run: Run, train_rows: PackedRows) -> int:
+    """Steps of the run: ``--max_steps``, or what ``--num_train_epochs`` comes to."""
+    options = run.options
+    if options.num_train_epochs is not None:
+        return math.ceil(options.num_train_epochs * len(train_rows) / run.global_batch_size)
+    return options.max_steps

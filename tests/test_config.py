@@ -1,0 +1,184 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flare.config import REPO, resolve
+from flare.errors import ConfigError
+from flare.jsonc import parse_jsonc
+from flare.options import FIELDS, STAGE_DEFAULTS
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# -- precedence ------------------------------------------------------------------------------------
+
+
+def test_command_line_beats_file_beats_environment_beats_default(tmp_path: Path, monkeypatch) -> None:
+    file = write(tmp_path / "c.json", '{"training_args": {"base_output_dir": "/file", "save_steps": 7}}')
+    empty = write(tmp_path / "empty.json", "{}")
+    assert resolve(["--config", empty]).options.base_output_dir == "/work/xiaoyonggao"
+    monkeypatch.setenv("FLARE_OUTPUT_DIR", "/environment")
+    assert resolve(["--config", empty]).options.base_output_dir == "/environment"
+    assert resolve(["--config", file]).options.base_output_dir == "/file"
+    options = resolve(["--config", file, "--base_output_dir", "/line"]).options
+    assert (options.base_output_dir, options.save_steps) == ("/line", 7)
+
+
+def test_stage_block_overrides_the_file_and_the_command_line_overrides_both(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.json", '{"learning_rate": 1e-3, "stages": {"2": {"learning_rate": 2e-3}}}')
+    assert resolve(["--config", file, "--stage", "1"]).options.learning_rate == 1e-3
+    assert resolve(["--config", file, "--stage", "2"]).options.learning_rate == 2e-3
+    assert resolve(["--config", file, "--stage", "2", "--learning_rate", "5e-3"]).options.learning_rate == 5e-3
+
+
+def test_epochs_on_the_command_line_replace_steps_of_the_defaults() -> None:
+    options = resolve(["--num_train_epochs", "2"]).options
+    assert (options.num_train_epochs, options.max_steps) == (2.0, None)
+
+
+def test_shipped_config_says_what_the_built_in_defaults_say() -> None:
+    for stage, values in STAGE_DEFAULTS.items():
+        options = resolve(["--stage", str(stage)]).options
+        for name, value in values.items():
+            assert getattr(options, name) == value
+        assert options.model_name_or_path == FIELDS["model_name_or_path"].default
+        assert options.max_seq_length == FIELDS["max_seq_length"].default
+
+
+def test_old_names_work_with_a_warning_that_names_the_new_one() -> None:
+    resolved = resolve(["--output_dir", "/data/runs/my_run", "--stage1_max_seq_len", "512"])
+    options = resolved.options
+    assert (options.base_output_dir, options.experiment_name, options.max_seq_length) == ("/data/runs", "my_run", 512)
+    assert "--base_output_dir" in resolved.warnings[0]
+    assert "--max_seq_length" in resolved.warnings[1]
+
+
+def test_default_name_has_stage_and_time() -> None:
+    assert resolve(["--stage", "2"]).options.experiment_name.startswith("stage2_20")
+
+
+# -- mistakes ------------------------------------------------------------------------------------------
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.json", '{"training_args": {"learning_rat": 1e-5, "save_steps": "5"}}')
+    with pytest.raises(ConfigError) as error:
+        resolve(["--config", file, "--stage", "3", "--max_step", "4", "--learning_rate", "abc"])
+    text = str(error.value)
+    for words in (
+        'unknown key "training_args.learning_rat"',
+        "did you mean 'learning_rate'",
+        "c.json: training_args.save_steps must be a whole number, got the string",
+        "--stage must be one of 1, 2; got 3",
+        "unknown argument --max_step; did you mean '--max_steps'",
+        '--learning_rate must be a number, got the string "abc"',
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learning_rate", "-1e-5"], "--learning_rate must be > 0, got -1e-05"),
+        (["--learning_rate", "3"], "--learning_rate must be <= 0.1, got 3.0"),
+        (["--learning_rate", "nan"], "must be a number, got nan"),
+        (["--per_device_train_batch_size", "2.5"], "must be a whole number, got the string"),
+        (["--experiment_name", "../x"], "must stay inside --base_output_dir"),
+        (["--experiment_name", "/x"], "must stay inside --base_output_dir"),
+        (["--experiment_name", "a\nb"], "control character"),
+        (["--lr_scheduler_type", "cosin"], "did you mean 'cosine'"),
+        (["--gpu_type", "manual"], "needs the card numbers"),
+        (["--gpu_ids", "0", "0"], "GPU 0"),
+        (["--gpu_ids", "0", "--gpu_type", "A40"], "--gpu_ids and --gpu_type are both given"),
+        (["--no_rope_layers", "5-2"], "reversed"),
+        (["--warmup_steps", "3", "--warmup_ratio", "0.1"], "give one"),
+        (["--max_steps", "3", "--num_train_epochs", "1"], "both given"),
+        (["--config", "nope.json"], "config not found: nope.json"),
+    ],
+)
+def test_mistake_is_named(flags: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(flags)
+    assert words in str(error.value)
+
+
+def test_key_in_the_wrong_section_names_the_right_one(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.json", '{"model_args": {"learning_rate": 1e-4}}')
+    with pytest.raises(ConfigError, match='learning_rate belongs under "training_args"'):
+        resolve(["--config", file])
+
+
+# -- the file format -------------------------------------------------------------------------------------
+
+
+def test_the_guides_json_with_comments_is_accepted(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "c.json",
+        """{
+  "training_args": {
+    "gpu_ids": [0, 1, 2, 3],  // manual
+    "gpu_type": null          // or "A800"
+  }
+}""",
+    )
+    assert resolve(["--config", file]).options.gpu_ids == [0, 1, 2, 3]
+
+
+def test_slashes_inside_strings_are_no_comments() -> None:
+    assert parse_jsonc('{"a": "http://x/y", // c\n "b": 1}', "t") == {"a": "http://x/y", "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"lr": 1e-5,}', "c.json line 1 column"),
+        ('{"lr": 1e-5,}', "trailing comma is not JSON"),
+        ('{"seed": 1,\n "seed": 2}', 'key "seed" appears twice (lines 1 and 2)'),
+        ('{"seed": NaN}', "NaN is not JSON"),
+        ("", "is empty"),
+        ("[1]", "must hold an object"),
+        ('{"stages": {"3": {}}}', 'unknown key "3"'),
+    ],
+)
+def test_bad_file_is_one_line_with_its_place(tmp_path: Path, text: str, words: str) -> None:
+    file = write(tmp_path / "c.json", text)
+    with pytest.raises(ConfigError) as error:
+        resolve(["--config", file])
+    assert words in str(error.value)
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf{"seed": 5}')
+    assert resolve(["--config", str(tmp_path / "c.json")]).options.seed == 5
+
+
+# -- help --------------------------------------------------------------------------------------------------
+
+
+def test_help_imports_no_torch_and_names_every_option() -> None:
+    code = (
+        "import sys, contextlib\n"
+        "from train_qwen_multi_gpu import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "assert not {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for name in FIELDS:
+        assert f"--{name}" in result.stdout
+
+
+def test_every_option_is_reachable_from_json(tmp_path: Path) -> None:
+    content: dict = {}
+    for name, spec in FIELDS.items():
+        default = spec.default_factory() if callable(spec.default_factory) else spec.default
+        content.setdefault(spec.metadata["section"], {})[name] = default
+    content["training_args"]["max_steps"] = 5
+    file = write(tmp_path / "c.json", json.dumps(content))
+    resolve(["--config", file])
