@@ -237,7 +237,7 @@ class Session:
             eval_rows=self.eval_rows,
             max_steps=self.max_steps,
             global_batch_size=self.saver.global_batch_size,
-            flops_per_token=6.0 * sum(p.numel() for p in self.model.causal_lm.parameters()),
+            flops_per_token=float(self.run.plan().flops.model),
             peak_flops=peak * 1e12 * self.world.size if peak else None,
         )
 

@@ -57,9 +57,21 @@ def test_a_run_leaves_every_file_of_the_guide(train_flags: list[str], tmp_path: 
     assert [r["step"] for r in lines if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in lines if "eval_loss" in r] == [0, 3, 6]
 
+    tags = scalar_tags(run / "tensorboard" / "stage1")
+    assert {"train/loss", "train/perplexity", "train/learning_rate", "train/grad_norm", "eval/loss"} <= tags
+    assert {"eval/perplexity", "speed/tokens_per_sec", "speed/memory_gib"} <= tags
+
     again = train(*train_flags)
     assert again.returncode == 0
     assert "finished already" in again.stderr
+
+
+def scalar_tags(directory: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return set(events.Tags()["scalars"])
 
 
 def test_recorded_command_can_be_pasted_back(train_flags: list[str], tmp_path: Path) -> None:
@@ -92,6 +104,33 @@ def test_layouts_give_the_same_losses_and_weights(
     assert losses(run) == pytest.approx(losses(one_process_run), rel=1e-5)
     # Adam divides by the root of tiny second moments: rounding in the first steps' gradients shows in weights.
     assert_same_weights(run / "final_model", one_process_run / "final_model", relative=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "micro"), [(2, 2), (2, 1), (3, 4)], ids=["2x2", "2x1x2 accumulation", "3 unequal"]
+)
+def test_ranks_give_the_loss_and_gradients_of_one_process(
+    base: Path, corpus: Path, cache_dir: Path, tmp_path: Path, processes: int, micro: int
+) -> None:
+    """fp32, relative 1e-5; three ranks share four rows as 2, 1 and 1."""
+    results = []
+    for count, size in ((1, 4), (processes, micro)):
+        out = tmp_path / f"{count}.pt"
+        result = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count),
+                "-m", "tests.ddp_gradients", *map(str, (base, corpus, cache_dir, out, size, 4)),
+            ],
+            cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        results.append(torch.load(out))
+    one, many = results
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    floor = 1e-3 * torch.stack([g.norm() for g in one["gradients"].values()]).norm()
+    for name, gradient in one["gradients"].items():
+        difference = (many["gradients"][name] - gradient).norm() / max(gradient.norm(), floor)
+        assert difference < 1e-5, name
 
 
 @pytest.fixture(scope="module")

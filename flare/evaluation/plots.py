@@ -135,7 +135,7 @@ def _label_end(
     if last:
         return [(loss, f"{stage} {loss:.3f}", color)]
     axes.annotate(
-        f"{loss:.3f}", (start + tokens, loss), (5, 7), textcoords="offset points", color=color, fontsize=9.5,
+        f"{loss:.3f}", (start + tokens, loss), (5, 13), textcoords="offset points", color=color, fontsize=9.5,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )  # fmt: skip
     return []

@@ -1,7 +1,6 @@
 """One evaluation: the model on every data set, then the models to compare it with on the same documents."""
 
 import gc
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,11 +149,9 @@ class Evaluation:
             )
 
     def _settings(self, tokenizer: object) -> dict:
-        settings = {
-            k: v for k, v in asdict(self.settings).items() if k not in ("output_dir", "cache_dir", "model_path")
-        }
+        hidden = ("output_dir", "cache_dir", "model_path", "datasets", "compare_to")
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in hidden and v is not None}
         prefix = resolve_prefix(tokenizer)
-        settings |= {"datasets": list(settings["datasets"]), "compare_to": list(settings["compare_to"])}
         return {
             "protocol": "document",
             "prefix_token": f"{tokenizer.convert_ids_to_tokens(prefix)} ({prefix})",
@@ -212,6 +209,9 @@ class Evaluation:
                 ),
             )
         write_tensorboard(results, out / "tensorboard", figures)
+        experiment = experiment_of(self.directory)
+        if experiment is not None:  # beside the stages' curves, too
+            write_tensorboard(results, experiment.tensorboard / "evaluation", figures)
         report = out / "evaluation_report.md"
         write_report(results, report, plots, rows)
         log.info(f"report: {report}")
@@ -224,9 +224,17 @@ def _references(rows: list[ComparisonRow]) -> dict[str, float]:
     return {row.label: row.loss for row in rows if row.dataset == rows[0].dataset and row.role != "trained"}
 
 
+def experiment_of(model_dir: Path) -> Experiment | None:
+    """The experiment whose final_model this is."""
+    experiment = Experiment(model_dir.resolve().parent)
+    return experiment if experiment.read_metrics() else None
+
+
 def training_history(model_dir: Path) -> dict:
     """Curves of both stages when the model is an experiment's final_model; else nothing."""
-    experiment = Experiment(model_dir.resolve().parent)
+    experiment = experiment_of(model_dir)
+    if experiment is None:
+        return {}
     stages = experiment.read_metrics().get("stages", {})
     history = {}
     for stage, block in sorted(stages.items()):
@@ -265,8 +273,3 @@ def default_output_dir(model_path: str) -> Path:
     if not path.is_dir():
         raise ConfigError(f"--output_dir is needed: {model_path!r} is no directory to put the results beside")
     return path.resolve().parent / "evaluation"
-
-
-def read_results(path: Path) -> dict:
-    """A results file."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,43 @@
+"""The demo, as a newcomer runs it: the story in its numbers, for three seeds, and nothing done twice."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO, script_environment
+
+
+def run_demo(output: Path, seed: int) -> subprocess.CompletedProcess:
+    command = ["bash", str(REPO / "run_training.sh"), "demo", "--seed", str(seed), "--output_dir", str(output)]
+    environment = script_environment(PYTHON=sys.executable)
+    environment.pop("OMP_NUM_THREADS")
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_removing_rope_hurts_stage_one_wins_most_back_stage_two_the_rest(tmp_path: Path, seed: int) -> None:
+    result = run_demo(tmp_path, seed)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "demo" / "evaluation" / "evaluation_results.json").read_text())
+    loss = {m["label"]: m["datasets"]["embedded"]["loss"] for m in results["milestones"]}
+    base, patched, stage1, stage2 = (loss[name] for name in ("base", "patched, untrained", "stage 1", "stage 2"))
+    jump = patched - base
+    assert jump > 0.2
+    assert stage1 < patched - 0.5 * jump
+    assert stage2 < stage1
+    assert stage2 < base + 0.15 * jump
+    for words in ("report:", "TensorBoard:", "final model:"):
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(words)]
+    assert Path(line.split()[-1], "config.json").is_file()
+    report = (tmp_path / "demo" / "evaluation" / "evaluation_report.md").read_text()
+    assert all((tmp_path / "demo" / "evaluation" / plot).is_file() for plot in re.findall(r"\((plots/[^)]+)\)", report))
+
+    again = run_demo(tmp_path, seed)
+    assert again.returncode == 0
+    assert again.stdout.count("done already") == 6
+    assert "$ python" not in again.stdout

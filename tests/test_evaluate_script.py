@@ -1,0 +1,111 @@
+"""evaluate_model_enhanced.py as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flare.errors import ConfigError
+from flare.evaluation.datasets import held_out, join_pages, parse_name
+from tests.conftest import run_script, write_base, write_corpus
+
+
+def evaluate(*flags: object):
+    return run_script("evaluate_model_enhanced.py", "--device", "cpu", *flags)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base, its patched copy, and a small corpus."""
+    root = tmp_path_factory.mktemp("family")
+    base = write_base(root / "base")
+    result = run_script(
+        "patch_qwen_rope.py", "--model_name_or_path", base, "--no_rope_layers", "1-2", "--output_dir", root / "patched"
+    )
+    assert result.returncode == 0, result.stderr
+    return {"base": base, "patched": root / "patched", "corpus": write_corpus(root / "docs.jsonl", 12)}
+
+
+def test_models_are_compared_on_the_same_documents(family: dict[str, Path], tmp_path: Path) -> None:
+    result = evaluate(
+        "--model_path", family["patched"], "--compare_to", family["base"], "--datasets", family["corpus"],
+        "--max_length", 64, "--batch_size", 4, "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "evaluation_results.json").read_text())
+    assert results["model"]["nope_probe"] == {"verified": True, "layers": [1, 2]}
+    assert [m["label"] for m in results["milestones"]] == ["base", "patched, untrained"]
+    (entry,) = results["datasets"].values()
+    assert (entry["status"], entry["num_documents"]) == ("ok", 12)
+    report = (tmp_path / "evaluation_report.md").read_text()
+    assert "**Verdict:**" in report.splitlines()[1]
+    assert (tmp_path / "plots").glob("loss_by_position*.png")
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_any_causal_lm_can_be_evaluated(family: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 304, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=4))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(tmp_path / "llama")
+    AutoTokenizer.from_pretrained(family["base"]).save_pretrained(tmp_path / "llama")
+    result = evaluate("--model_path", tmp_path / "llama", "--datasets", family["corpus"], "--output_dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "evaluation_results.json").read_text())
+    (entry,) = results["datasets"].values()
+    assert entry["perplexity"] == pytest.approx(304, rel=1e-6)  # a zeroed head knows nothing
+
+
+def test_a_set_that_cannot_be_had_leaves_the_others_standing(family: dict[str, Path], tmp_path: Path) -> None:
+    result = evaluate(
+        "--model_path", family["base"], "--datasets", "/nowhere/x.jsonl", family["corpus"], "--output_dir", tmp_path
+    )
+    assert result.returncode == 3, result.stderr
+    entries = json.loads((tmp_path / "evaluation_results.json").read_text())["datasets"]
+    assert sorted(entry["status"] for entry in entries.values()) == ["failed", "ok"]
+    assert "no such file" in entries["/nowhere/x.jsonl"]["error"]
+
+
+def test_a_config_that_lies_about_its_layers_is_refused(family: dict[str, Path], tmp_path: Path) -> None:
+    """The model's own class opened with another list of layers than it was patched with is another model; a
+    config that names none is no NoPE model at all."""
+    import shutil
+
+    shutil.copytree(family["patched"], tmp_path / "lie")
+    config = json.loads((tmp_path / "lie" / "config.json").read_text())
+    (tmp_path / "lie" / "config.json").write_text(json.dumps(config | {"nope_layers": []}))
+    result = evaluate("--model_path", tmp_path / "lie", "--datasets", family["corpus"], "--output_dir", tmp_path)
+    assert result.returncode == 2
+    assert "nope_layers=[]" in result.stderr
+
+
+def test_wikitext_lines_are_joined_to_pages() -> None:
+    first = [" = First = \n", " \n", " text . \n", " = = Section = = \n", " more . \n"]
+    lines = [" \n", *first, " = Second = \n", " x \n"]
+    pages = list(join_pages(iter(lines)))
+    assert pages == [" \n", "".join(lines[1:6]), "".join(lines[6:])]
+
+
+def test_hub_names_carry_config_split_and_column() -> None:
+    spec = parse_name("owner/set:en:validation:body", None)
+    assert (spec.dataset_name, spec.dataset_config, spec.dataset_split, spec.text_column) == (
+        "owner/set", "en", "validation", "body",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="known sets: wikitext2"):
+        parse_name("wikitext3", None)
+
+
+def test_embedded_evaluation_uses_only_documents_that_the_demo_held_out(tmp_path: Path) -> None:
+    import numpy as np
+
+    from flare.data.embedded import embedded_documents
+    from flare.data.packing import split_documents
+    from flare.data.tokens import text_hash
+
+    texts = [text for _, text in embedded_documents(tmp_path)]
+    train, _ = split_documents(np.array([text_hash(t) for t in texts], dtype=np.uint64), 5)
+    assert not {texts[i] for i in train} & set(held_out(texts))

@@ -1,0 +1,71 @@
+"""Hub names, through the hub's own client and data sets library, against local copies of their layout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flare.data.sources import HubSource, SourceSpec
+from flare.errors import ConfigError, EnvError
+from flare.hub import local_model_dir, read_hub_config
+from tests.conftest import script_environment, train, write_corpus
+
+REVISION = "0123456789012345678901234567890123456789"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, base: Path) -> Path:
+    """The hub's cache as it is after a download of Qwen/Tiny."""
+    repository = tmp_path / "hub" / "models--Qwen--Tiny"
+    shutil.copytree(base, repository / "snapshots" / REVISION)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+    return tmp_path / "hub"
+
+
+def test_hub_model_is_found_in_the_cache_without_a_network(hub_cache: Path, monkeypatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    directory = local_model_dir("Qwen/Tiny", str(hub_cache))
+    assert (directory / "model.safetensors").is_file()
+    assert read_hub_config("Qwen/Tiny", str(hub_cache))["model_type"] == "qwen2"
+    with pytest.raises(EnvError, match="HF_ENDPOINT"):
+        local_model_dir("Qwen/Other", str(hub_cache))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c", "plain"])
+def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no directory; give a directory or a hub name"):
+        local_model_dir(name)
+
+
+def test_training_starts_from_a_cached_hub_model(train_flags: list[str], hub_cache: Path) -> None:
+    flags = [*train_flags, "--model_name_or_path", "Qwen/Tiny", "--cache_dir", hub_cache, "--max_steps", 1]
+    result = train(*flags)
+    assert result.returncode == 0, result.stderr
+
+
+def test_unreachable_data_set_is_one_line_that_names_the_ways_out(train_flags: list[str], tmp_path: Path) -> None:
+    environment = script_environment(HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    result = train(*train_flags, "--dataset_name", "nobody/nothing", env=environment)
+    assert result.returncode in (3, 4)
+    assert result.stderr.count("\n") == 1
+    assert "HF_ENDPOINT" in result.stderr
+    assert "local files" in result.stderr
+
+
+def test_hub_rows_come_from_the_named_split_and_column(tmp_path: Path, monkeypatch) -> None:
+    """datasets reads a folder of that name as it reads a repository of that layout."""
+    folder = tmp_path / "owner" / "set"
+    folder.mkdir(parents=True)
+    write_corpus(folder / "train.jsonl", 7, column="body")
+    write_corpus(folder / "test.jsonl", 3, seed=1, column="body")
+    monkeypatch.chdir(tmp_path)
+    spec = SourceSpec("owner/set", "body", dataset_split="test", cache_dir=str(tmp_path / "cache"))
+    texts = [row.value for row in HubSource(spec).rows()]
+    assert texts == [json.loads(line)["body"] for line in (folder / "test.jsonl").read_text().splitlines()]
+    assert HubSource(spec).fingerprint() == HubSource(spec).fingerprint()
+    with pytest.raises(ConfigError, match=r"column 'text' not in owner/set; columns: .*body"):
+        HubSource(SourceSpec("owner/set", cache_dir=str(tmp_path / "cache")))
