@@ -123,17 +123,16 @@ class MetricsWriter:
 
 
 def format_record(record: dict, max_steps: int) -> str:
-    """The fixed line of training.log."""
-    where = f"step {record['step']}/{max_steps} | epoch {record['epoch']:.3f}"
+    """The fixed line of training.log; at most 100 columns."""
+    where = f"step {record['step']}/{max_steps}"
     if "eval_loss" in record:
         best = " | best so far" if record.get("is_best") else ""
         return (
-            f"{where} | eval loss {record['eval_loss']:.4f} | perplexity {record['eval_perplexity']:.4g} | "
-            f"token accuracy {record['eval_token_accuracy']:.2%}{best}"
+            f"{where} | epoch {record['epoch']:.2f} | eval loss {record['eval_loss']:.4f} | perplexity "
+            f"{record['eval_perplexity']:.4g} | token accuracy {record['eval_token_accuracy']:.2%}{best}"
         )
     mfu = f" | MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
     return (
-        f"{where} | loss {record['loss']:.4f} | perplexity {record['perplexity']:.4g} | "
-        f"lr {record['learning_rate']:.3e} | grad norm {record['grad_norm']:.3g} | "
-        f"{record['tokens_per_sec']:,.0f} tokens/s{mfu} | memory {record['memory_gib']:.2f} GiB"
+        f"{where} | loss {record['loss']:.4f} | lr {record['learning_rate']:.2e} | grad {record['grad_norm']:.3g} | "
+        f"{record['tokens_per_sec']:,.0f} tokens/s{mfu} | memory {record['memory_gib']:.1f} GiB"
     )

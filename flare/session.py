@@ -139,12 +139,9 @@ class Session:
         (log.warning if reason.startswith("warning") else log.info)(reason.removeprefix("warning: "))
         log.info(f"device: {self.world.size} x {device_name(self.world.device)}, precision {run.precision}")
         log.info(f"NoPE layers: {format_layers(list(run.nope_layers))} of {run.depth}; trains: {run.trainable}")
-        log.info(
-            f"data: {options.dataset_name}, documents end with {meta['end_of_text']} ({meta['end_of_text_id']}); "
-            f"train {self.train_rows.num_documents:,} documents, {self.train_rows.num_tokens:,} tokens, "
-            f"{len(self.train_rows):,} rows; held out {self.eval_rows.num_documents:,} documents, "
-            f"{self.eval_rows.num_tokens:,} tokens"
-        )
+        log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
+        for side, rows in (("train", self.train_rows), ("held out", self.eval_rows)):
+            log.info(f"{side}: {rows.num_documents:,} documents, {rows.num_tokens:,} tokens, {len(rows):,} rows")
         log.info(
             f"{self.max_steps} steps of {self.saver.global_batch_size} rows x {options.max_seq_length} tokens = "
             f"{self.saver.global_batch_size * options.max_seq_length:,} tokens a step"
