@@ -27,7 +27,7 @@ def test_removing_rope_hurts_stage_one_wins_most_back_stage_two_the_rest(tmp_pat
     loss = {m["label"]: m["datasets"]["embedded"]["loss"] for m in results["milestones"]}
     base, patched, stage1, stage2 = (loss[name] for name in ("base", "patched, untrained", "stage 1", "stage 2"))
     jump = patched - base
-    assert jump > 0.2
+    assert jump > 0.1
     assert stage1 < patched - 0.5 * jump
     assert stage2 < stage1
     assert stage2 < base + 0.15 * jump
