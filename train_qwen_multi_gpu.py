@@ -7,10 +7,15 @@ Started plainly it chooses the cards and starts its own workers; under torchrun 
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flare.config import Resolved, resolve
 from flare.errors import run_script
 from flare.threads import wait_without_spinning
+
+if TYPE_CHECKING:
+    from flare.gpus import Selection
+    from flare.setup import Run
 
 SCRIPT = Path(__file__).resolve()
 
@@ -26,9 +31,12 @@ def main(argv: list[str] | None = None) -> int:
 def start(resolved: Resolved) -> int:
     """Choose the hardware, settle the run, then train here or start workers."""
     from flare import launch
+    from flare.hosts import check_hosts
     from flare.plan import check_fits
+    from flare.plan_table import plan_lines
     from flare.setup import settle
 
+    check_hosts(not resolved.name_is_default)
     selection = launch.choose_gpus(resolved.options)
     run = settle(resolved, launch.hardware_of(resolved.options, selection))
     if selection:
@@ -39,28 +47,37 @@ def start(resolved: Resolved) -> int:
         print(line, file=sys.stderr)
     plan = run.plan()
     if resolved.options.dry_run:
-        print("\n".join(plan.lines()))
+        print("\n".join(plan_lines(plan)))
     check_fits(plan)
     if resolved.options.dry_run:
-        print(f"command: {launch.shell_command(SCRIPT, resolved, hardware, selection)}")
+        print(f"command: {launch.shell_command(SCRIPT, run, selection)}")
         return 0
-    launch.export_environment(hardware, selection)
-    if hardware.use_cuda:
+    with launch.claimed_name(run.resolved) as named:
+        return launch_run(settle(named, hardware), selection)
+
+
+def launch_run(run: "Run", selection: "Selection | None") -> int:
+    """Train in this process if it is the only one, else start workers."""
+    from flare import launch
+    from flare.handoff import export_environment
+
+    export_environment(run, selection)
+    if run.hardware.use_cuda:
         launch.check_torch_sees_cuda()
-    if hardware.world_size == 1:
+    if run.hardware.world_size == 1:
         from flare.session import run_worker
 
         return run_worker(run)
-    local = hardware.world_size // launch.num_nodes()
-    return launch.start_workers(SCRIPT, resolved.argv, local, run.experiment, resolved.options.stage)
+    return launch.start_workers(SCRIPT, run)
 
 
 def join(resolved: Resolved) -> int:
     """Be one of torchrun's workers."""
-    from flare.launch import worker_hardware
+    from flare.handoff import told_options, worker_hardware
     from flare.session import run_worker
     from flare.setup import settle
 
+    resolved = told_options(resolved)
     return run_worker(settle(resolved, worker_hardware(resolved.options)))
 
 

@@ -195,9 +195,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def model_tensors(causal_lm: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """All weights by name, a tied one once; in ``dtype`` or as they are."""
-    tensors = {name: p.detach() for name, p in causal_lm.named_parameters()}
-    return {n: t.to(dtype) for n, t in tensors.items()} if dtype else tensors
+    """All weights by name, a tied one once, on the CPU (a card may have no room for a copy); in ``dtype`` or as
+    they are."""
+    return {name: p.detach().to("cpu", dtype or p.dtype) for name, p in causal_lm.named_parameters()}
 
 
 @torch.no_grad()

@@ -8,19 +8,17 @@ import argparse
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flare.config_file import ConfigFile, read_config_file
 from flare.errors import ConfigError, join_errors, nearest
-from flare.gpus import parse_gpu_ids
-from flare.jsonc import read_jsonc
-from flare.nope.layers import parse_layers
-from flare.options import FIELDS, GROUPS, SECTIONS, STAGE_DEFAULTS, Options
+from flare.option_values import checked
+from flare.options import FIELDS, GROUPS, STAGE_DEFAULTS, Options
 
 REPO = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = REPO / "training_config.json"
-KIND_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
 
 EXAMPLES = """examples:
   python train_qwen_multi_gpu.py --stage 1 --gpu_type A800 --experiment_name my_experiment
@@ -29,6 +27,13 @@ EXAMPLES = """examples:
       --dataset_name embedded --base_output_dir ./runs --max_seq_length 256 --max_steps 20
   python train_qwen_multi_gpu.py --stage 1 --model_name_or_path Qwen/Qwen2.5-7B --dry_run
 """
+
+METAVARS = {
+    "int": "N", "float": "X", "bool": "BOOL", "switch": "BOOL|auto", "count": "N|auto", "ids": "ID", "layers": "LAYER",
+}  # fmt: skip
+
+CLOCK = "clock"
+"""Source of a default experiment name."""
 
 
 @dataclass
@@ -43,6 +48,17 @@ class Resolved:
     def given(self, name: str) -> bool:
         """Whether the user set this option on the command line."""
         return self.sources.get(name) == "command line"
+
+    @property
+    def name_is_default(self) -> bool:
+        """Whether the experiment's name is the time at which this process started, not the user's."""
+        return self.sources.get("experiment_name") == CLOCK
+
+    def with_name(self, name: str) -> "Resolved":
+        """The same with this experiment name, on the command line too: workers must not look at the clock again."""
+        argv = [*self.argv, "--experiment_name", name]
+        sources = self.sources | {"experiment_name": "command line"}
+        return Resolved(replace(self.options, experiment_name=name), sources, argv, self.warnings)
 
     def given_for_stage(self, name: str) -> bool:
         """Whether the user set this option for this very stage: command line or the file's stage block."""
@@ -68,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     groups["run"].add_argument(
-        "--config", metavar="FILE", help="JSON file, // comments allowed (training_config.json)"
+        "--config",
+        metavar="FILE[#NAME]",
+        help="JSON file, // comments allowed (training_config.json); #NAME: one of the file's named configurations",
     )
     for name, spec in FIELDS.items():
         rules = spec.metadata
@@ -88,9 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _metavar(rules: Any) -> str:
     if "choices" in rules:
         return "{" + ",".join(str(c) for c in rules["choices"]) + "}"
-    return {"int": "N", "float": "X", "bool": "BOOL", "switch": "BOOL|auto", "ids": "ID", "layers": "LAYER"}.get(
-        rules.get("kind"), "TEXT"
-    )
+    return METAVARS.get(rules.get("kind"), "TEXT")
 
 
 def _default_text(spec: Any) -> str:
@@ -112,19 +128,22 @@ def resolve(argv: list[str]) -> Resolved:
     typed = vars(given)
     problems += _unknown_arguments(unknown)
     typed |= _old_names(typed, warnings)
-    config_path = Path(typed.pop("config")) if "config" in typed else DEFAULT_CONFIG
-    command_line = _checked(typed, lambda n: f"--{n}", problems)
+    config = typed.pop("config", None)
+    command_line = checked(typed, lambda n: f"--{n}", problems)
     stage = command_line.get("stage")
-    file_values, file_stages = _read_file(config_path, problems)
-    stage = stage or file_values.get("stage") or 1
+    if config is None and not DEFAULT_CONFIG.exists():
+        file = ConfigFile(DEFAULT_CONFIG.name)
+    else:
+        file = read_config_file(config or str(DEFAULT_CONFIG), problems)
+    stage = stage or file.values.get("stage") or 1
     environment = {}
     if os.environ.get("FLARE_OUTPUT_DIR"):
         environment["base_output_dir"] = os.environ["FLARE_OUTPUT_DIR"]
     layers = [
         ("default", STAGE_DEFAULTS.get(stage, {})),
         ("environment", environment),
-        (config_path.name, file_values),
-        (f"{config_path.name}: stages.{stage}", file_stages.get(str(stage), {})),
+        (file.name, file.values),
+        (f"{file.name}: stages.{stage}", file.by_stage.get(str(stage), {})),
         ("command line", command_line),
     ]
     values, sources = _merge(layers, problems)
@@ -134,6 +153,7 @@ def resolve(argv: list[str]) -> Resolved:
         raise ConfigError(join_errors(problems))
     if options.experiment_name is None:
         options.experiment_name = f"stage{options.stage}_{time.strftime('%Y%m%d_%H%M%S')}"
+        sources["experiment_name"] = CLOCK
     return Resolved(options, sources, list(argv), warnings)
 
 
@@ -171,127 +191,6 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
         values |= layer
         sources |= dict.fromkeys(layer, source)
     return values, sources
-
-
-def _read_file(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Checked values of a config file, and those of its ``stages`` blocks by stage."""
-    if path == DEFAULT_CONFIG and not path.exists():
-        return {}, {}
-    try:
-        content = read_jsonc(path)
-    except ConfigError as error:
-        problems.append(str(error))
-        return {}, {}
-    if not isinstance(content, dict):
-        problems.append(f"{path.name} must hold an object {{...}}, got {type(content).__name__}")
-        return {}, {}
-    stages = content.pop("stages", {})
-    values = _checked_block(content, path.name, problems)
-    by_stage = {}
-    for stage, block in stages.items() if isinstance(stages, dict) else ():
-        if stage not in ("1", "2"):
-            problems.append(f'unknown key "{stage}" in {path.name} under stages; stages are "1" and "2"')
-        by_stage[stage] = _checked_block(block, f"{path.name}: stages.{stage}", problems)
-    return values, by_stage
-
-
-def _checked_block(block: Any, where: str, problems: list[str]) -> dict[str, Any]:
-    """Flatten one object of the file: options may lie in their section or beside the sections."""
-    if not isinstance(block, dict):
-        problems.append(f"{where} must be an object {{...}}")
-        return {}
-    flat: dict[str, Any] = {}
-    paths: dict[str, str] = {}
-    for key, value in block.items():
-        inside = value.items() if key in SECTIONS and isinstance(value, dict) else [(key, value)]
-        for name, item in inside:
-            path = f"{key}.{name}" if key in SECTIONS else name
-            if name not in FIELDS:
-                problems.append(f'unknown key "{path}" in {where}{nearest(name, FIELDS)}')
-            elif key in SECTIONS and FIELDS[name].metadata["section"] != key:
-                section = FIELDS[name].metadata["section"]
-                problems.append(f'"{path}" in {where}: {name} belongs under "{section}"')
-            elif name in flat:
-                problems.append(f'"{name}" is given twice in {where} ({paths[name]} and {path})')
-            else:
-                flat[name], paths[name] = item, path
-    return _checked(flat, lambda n: f"{where}: {paths[n]}", problems)
-
-
-def _checked(raw: dict[str, Any], label: Any, problems: list[str]) -> dict[str, Any]:
-    """Values of the right type and within their bounds; each mistake becomes a line of ``problems``."""
-    values = {}
-    for name, value in raw.items():
-        try:
-            values[name] = check_value(name, value, from_text=label(name).startswith("--"))
-        except ConfigError as error:
-            problems.append(f"{label(name)} {error}")
-    return values
-
-
-def check_value(name: str, value: Any, from_text: bool = False) -> Any:
-    """One option's value converted and checked against its field.
-
-    Raises: ConfigError that begins where the option's name ends ("must be ..., got ...").
-    """
-    rules = FIELDS[name].metadata
-    kind = rules.get("kind", "str")
-    if value is None:
-        return None
-    if kind == "ids":
-        return parse_gpu_ids(value)
-    if kind == "layers":
-        return _layer_words(value)
-    if kind == "switch":
-        kind = "str" if value == "auto" else "bool"
-    if from_text and kind != "str":
-        value = _from_text(value, kind)
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value).__name__ != kind:
-        shown = f'the string "{value}"' if isinstance(value, str) else repr(value)
-        raise ConfigError(f"must be {KIND_NAMES[kind]}, got {shown}")
-    _check_bounds(value, rules)
-    return value
-
-
-def _layer_words(value: Any) -> list[str]:
-    words = [str(word) for word in value] if isinstance(value, list) else str(value).split()
-    if not words:
-        raise ConfigError("needs at least one layer, or none")
-    plain = [w for w in words if w not in ("nope", "nope_attention")]
-    if plain:
-        # Syntax only: the real depth is known when the model's configuration is read.
-        parse_layers(plain, 10_000, "").copy()
-    return words
-
-
-def _from_text(value: str, kind: str) -> Any:
-    """A typed value of a command-line word; the word itself when it is none, for the type error."""
-    if kind == "bool":
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
-            value.lower(), value
-        )
-    try:
-        return {"int": int, "float": float}[kind](value)
-    except ValueError:
-        return value
-
-
-def _check_bounds(value: Any, rules: Any) -> None:
-    if "choices" in rules and value not in rules["choices"]:
-        choices = ", ".join(str(c) for c in rules["choices"])
-        raise ConfigError(f"must be one of {choices}; got {value!r}{nearest(str(value), map(str, rules['choices']))}")
-    if value != value:
-        raise ConfigError("must be a number, got nan")
-    for rule, wrong, words in (
-        ("low", lambda v, b: v < b, ">="),
-        ("above", lambda v, b: v <= b, ">"),
-        ("high", lambda v, b: v > b, "<="),
-        ("below", lambda v, b: v >= b, "<"),
-    ):
-        if rule in rules and wrong(value, rules[rule]):
-            raise ConfigError(f"must be {words} {rules[rule]}, got {value}")
 
 
 def _impossible(options: Options, sources: dict[str, str]) -> list[str]:

@@ -5,7 +5,8 @@ Ranks come from torchrun's environment. CPU runs use gloo, CUDA runs nccl.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -14,7 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from flare.errors import FlareError
+from flare.errors import ConfigError, EnvError, FlareError
+from flare.fabric import LIMIT_SEC, check_fabric, meet
+from flare.gpus import check_card
+from flare.nvidia_smi import Gpu
 
 T = TypeVar("T")
 
@@ -43,20 +47,66 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def start(use_cuda: bool, timeout_sec: int) -> World:
-    """Join the process group (none for a single process) and bind this process to its card."""
+def start(use_cuda: bool, timeout_sec: int, planned: Sequence[Gpu] = (), fabric_limit_sec: float = LIMIT_SEC) -> World:
+    """Bind this process to its card and join the process group (none for a single process).
+
+    Args:
+        timeout_sec: of the run's collectives.
+        planned: the cards of the plan, in the order of local ranks; nothing is compared when empty.
+        fabric_limit_sec: of the trial all-reduce.
+
+    Raises: EnvError for another card than planned, or processes that do not reach each other.
+    """
     rank, local_rank = rank_from_environment(), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
-        torch.cuda.set_device(device)
+        bind_card(local_rank, planned)
     if size > 1:
+        store, rank, size = meet(timeout_sec)
+        check_fabric(store, rank, size, device, fabric_limit_sec)
         dist.init_process_group(
             "nccl" if use_cuda else "gloo",
+            store=dist.PrefixStore("run", store),
+            rank=rank,
+            world_size=size,
             timeout=timedelta(seconds=timeout_sec),
             device_id=device if use_cuda else None,
         )
     return World(rank, local_rank, size, device)
+
+
+def bind_card(local_rank: int, planned: Sequence[Gpu]) -> None:
+    """Use the card of this local rank, if it is the one of the plan. Nothing is allocated on it before.
+
+    Raises: EnvError when there is no such card, or another one.
+    """
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise EnvError(
+            f"local rank {local_rank} has no card: torch sees {count} "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}); see nvidia-smi and dmesg"
+        )
+    torch.cuda.set_device(local_rank)
+    if planned:
+        card = torch.cuda.get_device_properties(local_rank)
+        check_card(planned[local_rank], card.name, str(card.uuid))
+
+
+def check_agreement(world: World, settings: dict[str, object]) -> None:
+    """Every rank of the run has the same settings. A collective: all ranks raise, or none.
+
+    Raises: ConfigError naming the first setting that differs, with two ranks and their hosts.
+    """
+    everyone = gather_objects((socket.gethostname(), settings))
+    host, first = everyone[0]
+    for rank, (other_host, other) in enumerate(everyone):
+        for name, value in first.items():
+            if other[name] != value:
+                raise ConfigError(
+                    f"ranks differ in {name}: {value!r} on rank 0 ({host}), {other[name]!r} on rank {rank} "
+                    f"({other_host}); give every host the same command, with the value spelled out"
+                )
 
 
 def stop() -> None:

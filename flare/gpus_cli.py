@@ -13,16 +13,15 @@ from typing import NoReturn
 
 from flare.errors import ConfigError, EnvError
 from flare.gpus import (
-    Gpu,
     GpuRequest,
     gib,
     list_cards,
     parse_gpu_ids,
-    query_gpus,
     select_environment,
     select_gpus,
     visible_gpus,
 )
+from flare.nvidia_smi import Gpu, query_gpus
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,28 +4,36 @@ A single process needs no launcher and runs in this one. For several, torchrun's
 again, once a rank; it passes signals on, and its workers' first error is shown once, with its exit code.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import shlex
 import shutil
+import signal
+import socket
 import sys
 import time
-import uuid
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from flare.config import Resolved
 from flare.errors import ConfigError, EnvError
 from flare.experiment import Experiment
-from flare.gpus import Gpu, GpuRequest, Selection, Skipped, query_gpus, select_environment, select_gpus
+from flare.gpus import GpuRequest, Selection, Skipped, select_environment, select_gpus
+from flare.handoff import DEVICE_VARIABLE
+from flare.hosts import master, node_rank, num_nodes, rendezvous
 from flare.metrics_file import record_status
+from flare.nvidia_smi import query_gpus
 from flare.options import Options
-from flare.plan import MIB, usable_bytes
+from flare.rooms import MIB, usable_bytes
 from flare.setup import Hardware, Run
 
 SHUTDOWN_TIMEOUT_SEC = 600
 """What torchrun's agent grants workers after a signal: a large model's last checkpoint takes minutes."""
-DEVICE_VARIABLE = "FLARE_DEVICE"
+RECORD_WAIT_SEC = 10.0
+"""How long another host's launcher waits for the first one's rank 0 to record how the run ended."""
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
@@ -58,11 +66,6 @@ def leave_out_small_cards(run: Run, selection: Selection) -> Selection:
     return replace(selection, gpus=rest, skipped=[*selection.skipped, *skipped])
 
 
-def num_nodes() -> int:
-    """Hosts of the run: ``NNODES`` of the environment, else one."""
-    return int(os.environ.get("NNODES", "1"))
-
-
 def hardware_of(options: Options, selection: Selection | None) -> Hardware:
     """Cards and number of processes of this run.
 
@@ -76,104 +79,115 @@ def hardware_of(options: Options, selection: Selection | None) -> Hardware:
     return Hardware(bool(gpus), local * num_nodes(), gpus, num_nodes())
 
 
-def worker_hardware(options: Options) -> Hardware:
-    """What a torchrun worker computes on: what our launcher said, else cards if torch sees any."""
-    world_size = int(os.environ["WORLD_SIZE"])
-    told = os.environ.get(DEVICE_VARIABLE)
-    if told is not None:
-        return visible_hardware(told == "cuda", world_size)
-    import torch
-
-    return visible_hardware(options.gpu_type != "cpu" and torch.cuda.is_available(), world_size)
-
-
-def visible_hardware(use_cuda: bool, world_size: int) -> Hardware:
-    """Cards as torch sees them in this process."""
-    if not use_cuda:
-        return Hardware(False, world_size, nodes=num_nodes())
-    import torch
-
-    cards = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
-    gpus = tuple(
-        Gpu(index, card.name, f"GPU-{card.uuid}", card.total_memory // 2**20, None) for index, card in enumerate(cards)
-    )
-    return Hardware(True, world_size, gpus, num_nodes())
-
-
-def export_environment(hardware: Hardware, selection: Selection | None) -> dict[str, str]:
-    """Set and return the variables that workers find their device by."""
-    variables = {DEVICE_VARIABLE: "cuda" if hardware.use_cuda else "cpu"}
-    if selection:
-        variables |= select_environment(selection)
-    os.environ.update(variables)
-    return variables
-
-
-def shell_command(script: Path, resolved: Resolved, hardware: Hardware, selection: Selection | None) -> str:
+def shell_command(script: Path, run: Run, selection: Selection | None) -> str:
     """The torchrun command that does what the launcher does, to read or to paste."""
-    argv = [a for a in resolved.argv if a != "--dry_run"]
+    argv = [a for a in run.resolved.argv if a != "--dry_run"]
+    if run.resolved.name_is_default:  # else each worker would take its own time for the name
+        argv += ["--experiment_name", run.options.experiment_name]
     variables = select_environment(selection) if selection else {DEVICE_VARIABLE: "cpu"}
-    local = hardware.world_size // num_nodes()
+    local = run.hardware.world_size // num_nodes()
     start = ["torchrun", "--standalone", f"--nproc_per_node={local}"]
     if num_nodes() > 1:
+        address, port = master()
         start = [
-            "torchrun", f"--nnodes={num_nodes()}", f"--node_rank={os.environ.get('NODE_RANK', '0')}",
-            f"--master_addr={os.environ.get('MASTER_ADDR', '127.0.0.1')}",
-            f"--master_port={os.environ.get('MASTER_PORT', '29500')}", f"--nproc_per_node={local}",
+            "torchrun", f"--nnodes={num_nodes()}", f"--node_rank={node_rank()}", f"--master_addr={address}",
+            f"--master_port={port}", f"--nproc_per_node={local}",
         ]  # fmt: skip
     prefix = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
     return prefix + shlex.join([*start, str(script), *argv])
 
 
-def start_workers(script: Path, argv: list[str], local_world_size: int, experiment: Experiment, stage: int) -> int:
+@contextlib.contextmanager
+def claimed_name(resolved: Resolved) -> Iterator[Resolved]:
+    """A default name that is this launch's alone: of two in one second the later gets ``_2``.
+
+    The directory is made here, and removed again if nothing was written into it.
+    """
+    if not resolved.name_is_default:
+        yield resolved
+        return
+    first = resolved.options.experiment_dir
+    for number in itertools.count(1):
+        root = first if number == 1 else first.with_name(f"{first.name}_{number}")
+        try:
+            root.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    try:
+        yield resolved.with_name(root.name)
+    finally:
+        with contextlib.suppress(OSError):
+            root.rmdir()
+
+
+def start_workers(script: Path, run: Run) -> int:
     """Run the script once a rank through torchrun's agent; returns the exit code.
 
     0 also for a clean stop on a signal, which torchrun itself would call a failure.
+
+    Raises: EnvError when this host does not meet the others.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    experiment, stage = run.experiment, run.options.stage
+    local_world_size = run.hardware.world_size // num_nodes()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_world_size)))
     config = LaunchConfig(
         nproc_per_node=local_world_size,
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(),
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT,SIGUSR1",
         shutdown_timeout=SHUTDOWN_TIMEOUT_SEC,
-        **_rendezvous(),
+        **rendezvous(),
     )
+    signal.signal(signal.SIGINT, _on_interrupt)
     try:
-        elastic_launch(config, sys.executable)("-u", str(script), *argv)
+        elastic_launch(config, sys.executable)("-u", str(script), *run.resolved.argv)
     except SignalException as error:
-        status = experiment.read_metrics().get("stages", {}).get(str(stage), {}).get("status")
-        if status in ("stopped", "finished"):
+        if _ended_cleanly(experiment, stage):
             return 0
-        record_status(experiment, stage, "failed", error=f"ended by signal {error.sigval.name}")
+        _record_failure(experiment, stage, f"ended by signal {error.sigval.name}")
         return 128 + error.sigval
     except ChildFailedError as error:
         return _report_failure(error, experiment, stage)
+    except DistError as error:
+        (address, port), reason = master(), str(error).splitlines()[0][:200]
+        raise EnvError(
+            f"the {num_nodes()} hosts of this run do not meet at {address}:{port}: {reason}; "
+            "see NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT (another one if it is in use)"
+        ) from error
     return 0
 
 
-def _rendezvous() -> dict:
-    """One host: any free port. Several: the variables that schedulers and people set for torchrun."""
-    if num_nodes() == 1:
-        return {
-            "min_nodes": 1, "max_nodes": 1, "run_id": uuid.uuid4().hex,
-            "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0",
-        }  # fmt: skip
-    missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in os.environ]
-    if missing:
-        raise ConfigError(f"NNODES={num_nodes()} needs {' and '.join(missing)} in the environment, too")
-    return {
-        "min_nodes": num_nodes(),
-        "max_nodes": num_nodes(),
-        "run_id": "flare",
-        "rdzv_backend": "static",
-        "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}",
-        "rdzv_configs": {"rank": int(os.environ["NODE_RANK"])},
-    }
+def _on_interrupt(number: int, _frame: object) -> None:
+    """First Ctrl-C: workers finish their step and write a checkpoint. Second: all end at once."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    signal.signal(signal.SIGINT, _on_second_interrupt)
+    raise SignalException("interrupted", sigval=signal.Signals(number))
+
+
+def _on_second_interrupt(_number: int, _frame: object) -> None:
+    """Workers have sessions of their own, so the terminal's Ctrl-C does not reach them: end them from here."""
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            os.killpg(int(pid), signal.SIGKILL)
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def _ended_cleanly(experiment: Experiment, stage: int) -> bool:
+    """Whether the workers recorded a clean end. The first host's rank 0 does; others may have to wait for it."""
+    deadline = time.monotonic() + (0 if node_rank() == 0 else RECORD_WAIT_SEC)
+    while True:
+        status = experiment.read_metrics().get("stages", {}).get(str(stage), {}).get("status")
+        if status in ("stopped", "finished") or time.monotonic() > deadline:
+            return status in ("stopped", "finished")
+        time.sleep(0.2)
 
 
 def _report_failure(error: object, experiment: Experiment, stage: int) -> int:
@@ -188,9 +202,17 @@ def _report_failure(error: object, experiment: Experiment, stage: int) -> int:
         message, code = f"rank {rank} failed with exit code {failure.exitcode}; see {experiment.logs}", 5
     print(f"error: {message}", file=sys.stderr, flush=True)
     if not told:
-        _append_to_log(experiment, message)
-        record_status(experiment, stage, "failed", error=message)
+        _record_failure(experiment, stage, message)
     return code
+
+
+def _record_failure(experiment: Experiment, stage: int, message: str) -> None:
+    """In the log, and on the first host as the stage's status: the other hosts' launchers only add a line."""
+    if node_rank() > 0:
+        message = f"host {socket.gethostname()}: {message}"
+    _append_to_log(experiment, message)
+    if node_rank() == 0:
+        record_status(experiment, stage, "failed", error=message)
 
 
 def _append_to_log(experiment: Experiment, message: str) -> None:

@@ -198,12 +198,13 @@ class Options:
         above=0,
         high=0.1,
     )
-    per_device_train_batch_size: int = option(
+    per_device_train_batch_size: int | str = option(
         TRAINING,
         "optimisation",
-        "rows a process works on at once; default 3 in stage 1, 2 in stage 2",
+        "rows a process works on at once; auto: as many as fit the smallest card; the rows of a step stay those of "
+        "--global_batch_size or of the default, the rest is accumulated; default 3 in stage 1, 2 in stage 2",
         None,
-        kind="int",
+        kind="count",
         low=1,
     )
     gradient_accumulation_steps: int = option(

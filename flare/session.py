@@ -26,6 +26,7 @@ from flare.model import checkpoint_layers, load_for_training
 from flare.nope.layers import format_layers
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
+from flare.plan_table import plan_lines
 from flare.prepare import max_steps, packed_rows, prepare_data
 from flare.saving import Saver
 from flare.setup import Run, check_identity
@@ -40,7 +41,8 @@ def run_worker(run: Run) -> int:
     try:
         cache = prepare_data(run)
         rows = packed_rows(run, cache)
-        world = distributed.start(use_cuda, run.options.ddp_timeout)
+        world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
+        distributed.check_agreement(world, run.common_settings() | {"data": cache.fingerprint})
         run = open_experiment(run, world)
         try:
             Session(run, world, cache, *rows).train()
@@ -134,7 +136,7 @@ class Session:
         for warning in run.resolved.warnings:
             log.warning(warning)
         reason = run.init_reason
-        for line in run.plan().lines():
+        for line in plan_lines(run.plan()):
             log.info(line)
         (log.warning if reason.startswith("warning") else log.info)(reason.removeprefix("warning: "))
         log.info(f"device: {self.world.size} x {device_name(self.world.device)}, precision {run.precision}")

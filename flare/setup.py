@@ -9,15 +9,18 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from flare.batch import default_micro_batch, global_batch_size, micro_batch_choices
 from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.experiment import Experiment, check_output_dir, existing_parent, stage_one_result
-from flare.gpus import Gpu
 from flare.hub import local_model_dir, read_hub_config, read_model_config
 from flare.nope.format import family_of, nope_layers_of, theta_of, weight_files, with_nope
 from flare.nope.layers import format_layers, parse_layers
+from flare.nvidia_smi import Gpu
 from flare.options import Options
-from flare.plan import Plan, PlanInputs, make_plan, read_available_ram
+from flare.plan import Plan, make_plan
+from flare.plan_inputs import PlanInputs
+from flare.rooms import read_available_ram
 from flare.shapes import ModelShape, known_shape
 from flare.trainable import Trainable
 
@@ -48,7 +51,6 @@ class Run:
     trainable: Trainable
     precision: str
     global_batch_size: int
-    gradient_checkpointing: bool = False
 
     @property
     def options(self) -> Options:
@@ -57,6 +59,35 @@ class Run:
     @property
     def depth(self) -> int:
         return int(self.config["num_hidden_layers"])
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows that a process works on at once: ``--per_device_train_batch_size``, ``auto`` settled."""
+        return int(self.options.per_device_train_batch_size)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """``--gradient_checkpointing``, ``auto`` settled."""
+        return self.options.gradient_checkpointing is True
+
+    def with_batch(self, micro: int, checkpointing: bool) -> "Run":
+        """The same run, its rows of a step too, with this micro-batch and gradient checkpointing or not."""
+        options = replace(
+            self.options,
+            per_device_train_batch_size=micro,
+            gradient_checkpointing=checkpointing,
+            global_batch_size=self.global_batch_size,
+        )
+        return replace(self, resolved=replace(self.resolved, options=options))
+
+    def common_settings(self) -> dict[str, object]:
+        """What every rank must have the same, on whichever host it was started."""
+        names = ("per_device_train_batch_size", "gradient_checkpointing", "max_steps", "num_train_epochs", "resume")
+        return (
+            {"experiment": str(self.experiment.root.absolute()), "global batch size": self.global_batch_size}
+            | {f"--{name}": getattr(self.options, name) for name in names}
+            | self.identity()
+        )
 
     def identity(self) -> dict:
         """What must be the same when a run is resumed; the data's part is added by the caller."""
@@ -77,14 +108,13 @@ class Run:
     def plan(self) -> Plan:
         """What the run needs, from its configuration alone."""
         options, hardware = self.options, self.hardware
-        micro = options.per_device_train_batch_size
+        micro = self.micro_batch_size
         return make_plan(
             PlanInputs(
                 shape=ModelShape.from_config(self.config, self.model_name),
                 stage=options.stage,
                 nope_layers=self.nope_layers,
-                trainable_layers="all" if self.trainable.everything else self.trainable.layers,
-                attention_only=self.trainable.attention_only,
+                trainable=self.trainable,
                 precision=self.precision,
                 world_size=hardware.world_size,
                 per_device_batch=micro,
@@ -141,11 +171,29 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
         trainable=Trainable.parse(options.train_layers, options.stage, nope_layers, depth),
         precision=choose_precision(options, hardware),
         global_batch_size=global_batch_size(options, hardware.world_size),
-        gradient_checkpointing=options.gradient_checkpointing is True,
     )
-    if options.gradient_checkpointing == "auto" and run.plan().fits is False:
-        run = replace(run, gradient_checkpointing=True)
-    return run
+    return settle_batch(run)
+
+
+def settle_batch(run: Run) -> Run:
+    """Turn ``auto`` of micro-batch and gradient checkpointing into what the plan finds to fit.
+
+    Rows of a step are the same whatever fits: a smaller micro-batch means more accumulation. A smaller
+    micro-batch is tried before checkpointing, which costs a second forward pass of the layers that train.
+    What is given is kept; what does not fit in the end is refused later, with numbers (``check_fits``).
+    """
+    options = run.options
+    sizes = micro_batch_choices(options, run.hardware.world_size)
+    switches = (False, True) if options.gradient_checkpointing == "auto" else (options.gradient_checkpointing,)
+    if run.with_batch(sizes[-1], switches[0]).plan().fits is None:  # no card tells its memory: the guide's size
+        sizes = [size for size in sizes if size <= default_micro_batch(options)] or sizes
+    tried = run
+    for checkpointing in switches:
+        for size in sizes:
+            tried = run.with_batch(size, checkpointing)
+            if tried.plan().fits is not False:
+                return tried
+    return tried
 
 
 def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
@@ -236,24 +284,6 @@ def choose_precision(options: Options, hardware: Hardware) -> str:
     if options.precision != "auto":
         return options.precision
     return "bf16" if hardware.use_cuda else "fp32"
-
-
-def global_batch_size(options: Options, world_size: int) -> int:
-    """Rows of an optimizer step.
-
-    Raises: ConfigError when ``--global_batch_size`` is not a whole number of micro-batches on every process.
-    """
-    micro = options.per_device_train_batch_size * world_size
-    if options.global_batch_size is None:
-        return micro * options.gradient_accumulation_steps
-    if options.global_batch_size % micro:
-        below = options.global_batch_size // micro * micro
-        nearest = ", ".join(str(n) for n in (below, below + micro) if n)
-        raise ConfigError(
-            f"--global_batch_size {options.global_batch_size} is not divisible by {world_size} processes x "
-            f"--per_device_train_batch_size {options.per_device_train_batch_size}; nearest: {nearest}"
-        )
-    return options.global_batch_size
 
 
 def model_fingerprint(directory: Path) -> str:

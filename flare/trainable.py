@@ -1,9 +1,15 @@
-"""What trains in a stage: everything, or some layers, or the attention of some layers. No torch."""
+"""What trains in a stage: everything, or some layers, or the attention of some layers. No torch.
 
+The model freezes the rest by it, and the plan counts by it.
+"""
+
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from flare.errors import ConfigError
 from flare.nope.layers import format_layers, parse_layers
+from flare.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -15,6 +21,11 @@ class Trainable:
     attention_only: bool = False
 
     @classmethod
+    def of(cls, layers: Collection[int] | Literal["all"], attention_only: bool = False) -> "Trainable":
+        """These layers; ``"all"`` is everything: layers, norms, embedding and head."""
+        return cls(True) if layers == "all" else cls(False, tuple(sorted(set(layers))), attention_only)
+
+    @classmethod
     def parse(cls, words: list[str] | None, stage: int, nope_layers: list[int], depth: int) -> "Trainable":
         """``--train_layers`` for a model of this depth.
 
@@ -22,15 +33,15 @@ class Trainable:
         """
         words = words or (["nope"] if stage == 1 else ["all"])
         if words == ["all"]:
-            return cls(everything=True)
+            return cls.of("all")
         if words in (["nope"], ["nope_attention"]):
             if not nope_layers:
                 raise ConfigError(
                     f"stage {stage}: nothing to train, --no_rope_layers none leaves no NoPE layer; name layers "
                     "with --train_layers (the RoPE control run: --train_layers 20-32)"
                 )
-            return cls(False, tuple(nope_layers), words == ["nope_attention"])
-        return cls(False, tuple(parse_layers(words, depth, "--train_layers")))
+            return cls.of(nope_layers, words == ["nope_attention"])
+        return cls.of(parse_layers(words, depth, "--train_layers"))
 
     def __str__(self) -> str:
         if self.everything:
@@ -45,3 +56,28 @@ class Trainable:
         if "layers" not in parts or int(parts[parts.index("layers") + 1]) not in self.layers:
             return False
         return not self.attention_only or "self_attn" in parts
+
+    def attention(self, layer_idx: int) -> bool:
+        """Whether this layer's self_attn trains."""
+        return self.everything or layer_idx in self.layers
+
+    def mlp(self, layer_idx: int) -> bool:
+        """Whether this layer's MLP and its two norms train."""
+        return self.attention(layer_idx) and not self.attention_only
+
+    def first_backward(self, shape: ModelShape) -> int:
+        """The lowest layer with a backward pass: autograd records nothing below the lowest trainable one."""
+        if self.everything:
+            return 0
+        return min(self.layers, default=shape.num_hidden_layers)
+
+    def params(self, shape: ModelShape) -> int:
+        """Number of trainable parameters; a tied weight counts once."""
+        if self.everything:
+            return shape.total_params
+        return len(self.layers) * (shape.attention_params if self.attention_only else shape.layer_params)
+
+    def matmul_params(self, shape: ModelShape, layer_idx: int) -> int:
+        """Trainable matmul weights of one layer."""
+        attention = self.attention(layer_idx) * shape.attention_matmul_params
+        return attention + self.mlp(layer_idx) * shape.mlp_params

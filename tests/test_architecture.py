@@ -9,11 +9,14 @@ from tests.conftest import REPO
 
 LAYERS = [
     ["errors", "files", "threads", "__init__"],
-    ["gpus", "gpus_cli", "jsonc", "options", "nope.layers", "trainable"],
-    ["config", "experiment", "hub", "logs", "distributed", "metrics_file", "nope.modeling_nope"],
-    ["nope.format", "nope.probe", "nope.load", "nope.patch", "loss", "optim", "shapes", "plan"],
+    ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
+    ["config_file", "config", "batch", "hosts", "fabric", "distributed"],
+    ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope"],
+    ["nope.format", "nope.probe", "nope.load", "nope.patch", "loss", "optim"],
+    ["shapes", "trainable", "flops", "activations"],
+    ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table"],
     ["data.embedded", "data.sources", "data.tokens", "data.packing", "data.order"],
-    ["setup", "launch", "model", "checkpoint", "metrics"],
+    ["setup", "handoff", "launch", "model", "checkpoint", "metrics"],
     ["trainer", "evaluation"],
     ["prepare", "saving", "session", "demo"],
 ]

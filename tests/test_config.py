@@ -88,7 +88,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         (["--learning_rate", "-1e-5"], "--learning_rate must be > 0, got -1e-05"),
         (["--learning_rate", "3"], "--learning_rate must be <= 0.1, got 3.0"),
         (["--learning_rate", "nan"], "must be a number, got nan"),
-        (["--per_device_train_batch_size", "2.5"], "must be a whole number, got the string"),
+        (["--per_device_train_batch_size", "2.5"], "must be a whole number or auto, got the string"),
         (["--experiment_name", "../x"], "must stay inside --base_output_dir"),
         (["--experiment_name", "/x"], "must stay inside --base_output_dir"),
         (["--experiment_name", "a\nb"], "control character"),

@@ -1,4 +1,4 @@
-"""Claims about flare.gpus, shown on the real subprocess with a fake nvidia-smi first on PATH."""
+"""Claims about flare.gpus and flare.nvidia_smi, shown on the real subprocess with a fake nvidia-smi first on PATH."""
 
 import os
 import re
@@ -14,21 +14,19 @@ from hypothesis import strategies as st
 
 from flare.errors import ConfigError, EnvError, FlareError
 from flare.gpus import (
-    Gpu,
     GpuRequest,
     Selection,
-    _ask_nvidia_smi,
     check_card,
     list_cards,
     list_indices,
     parse_gpu_ids,
     peak_tflops,
-    query_gpus,
     select_environment,
     select_gpus,
     visible_gpus,
 )
 from flare.gpus_cli import format_table
+from flare.nvidia_smi import Gpu, _ask_nvidia_smi, query_gpus
 from tests.fake_nvidia_smi import FakeNvidiaSmi, card_uuid, install, install_raw, mig_uuid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -470,7 +468,7 @@ def test_both_nvidia_smi_calls_share_one_time_limit(server, monkeypatch):
         limits.append(timeout_sec)
         return _ask_nvidia_smi(arguments, timeout_sec)
 
-    monkeypatch.setattr("flare.gpus._ask_nvidia_smi", ask)
+    monkeypatch.setattr("flare.nvidia_smi._ask_nvidia_smi", ask)
     query_gpus(timeout_sec=50, visible=mig_uuid(0, 0))
     assert limits[0] == 50
     assert limits[1] < 50

@@ -15,15 +15,23 @@ from torch._C._profiler import _EventType
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from flare import loss, plan, shapes
+from flare import activations, loss
+from flare.activations import Microbatch
 from flare.checkpoint import model_tensors, save_tensors
 from flare.errors import ConfigError, EnvError
-from flare.model import Trainable, TrainingModel, checkpoint_layers, set_trainable
+from flare.flops import attention_forward_flops, token_flops
+from flare.memory import ADAM_STATE_BYTES, LOSS_CHUNK_ROWS, loss_bytes, memory
+from flare.model import TrainingModel, checkpoint_layers, set_trainable
 from flare.nope.layers import auto_band
 from flare.nope.modeling_nope import remove_rope
 from flare.optim import optimizer_tensors, parameter_groups
-from flare.plan import GIB, MIB, PlanInputs, check_fits, largest_micro_batch, make_plan, memory, suggest
-from flare.shapes import KNOWN_SHAPES, Microbatch, ModelShape, Trained, known_shape, token_flops
+from flare.plan import check_fits, checkpoints_on_disk, make_plan
+from flare.plan_inputs import PlanInputs
+from flare.plan_table import plan_lines
+from flare.rooms import GIB, MIB, read_available_ram, usable_bytes
+from flare.shapes import BF16_BYTES, KNOWN_SHAPES, ModelShape, known_shape
+from flare.suggest import largest_micro_batch, suggest
+from flare.trainable import Trainable
 
 A800, A40 = ("NVIDIA A800 80GB PCIe", 81920), ("NVIDIA A40", 46068)
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -144,10 +152,10 @@ def test_instruct_and_base_models_have_the_plain_shape() -> None:
 
 def test_trainable_parameters_by_hand() -> None:
     attention, layer = 192 + 16, 192 + 16 + 384 + 16
-    assert Trained.of("all").params(TINY) == 800 + 4 * layer + 8 == TINY.total_params
-    assert Trained.of({1, 2}).params(TINY) == 2 * layer
-    assert Trained.of({1, 2}, attention_only=True).params(TINY) == 2 * attention
-    assert Trained.of(()).params(TINY) == 0
+    assert Trainable.of("all").params(TINY) == 800 + 4 * layer + 8 == TINY.total_params
+    assert Trainable.of({1, 2}).params(TINY) == 2 * layer
+    assert Trainable.of({1, 2}, attention_only=True).params(TINY) == 2 * attention
+    assert Trainable.of(()).params(TINY) == 0
 
 
 # --- FLOPs ---
@@ -155,7 +163,7 @@ def test_trainable_parameters_by_hand() -> None:
 
 def test_flops_by_hand() -> None:
     # Per token: a layer's matrices have 576 weights, the head 800; attention forward 2 x T x 8 = 160.
-    flops = token_flops(TINY, Trained.of({1}), seq_len=10)
+    flops = token_flops(TINY, Trainable.of({1}), seq_len=10)
     assert flops.frozen_prefix == 2 * 576
     assert flops.frozen_above == 4 * (2 * 576 + 800)
     assert flops.trainable == 6 * 576
@@ -163,7 +171,7 @@ def test_flops_by_hand() -> None:
     assert flops.recompute == 0
     assert flops.model == 6 * (4 * 576 + 800) + 3 * 4 * 160
     assert flops.executed == 1152 + 7808 + 3456 + 1840
-    everything = token_flops(TINY, Trained.of("all"), 10, gradient_checkpointing=True, loss_recompute=True)
+    everything = token_flops(TINY, Trainable.of("all"), 10, gradient_checkpointing=True, loss_recompute=True)
     assert everything.trainable == 6 * (4 * 576 + 800) and everything.frozen_above == 0
     assert everything.recompute == 4 * (2 * (576 - 128) + 160) + 2 * 800
 
@@ -171,22 +179,22 @@ def test_flops_by_hand() -> None:
 def test_attention_flops_are_those_of_a_causal_score_matrix() -> None:
     # T (T + 1) / 2 pairs of 2 heads; score and weighted sum are 2 x 4 FLOPs each; spread over T tokens.
     exact = 10 * 11 / 2 * 2 * (2 * 4 + 2 * 4) / 10
-    assert shapes.attention_forward_flops(TINY, 10) == pytest.approx(exact, rel=1 / 10)
+    assert attention_forward_flops(TINY, 10) == pytest.approx(exact, rel=1 / 10)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("train", ["all", "nope", "nope_attention"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_matmul_flops_are_those_that_torch_counts(family: str, train: str, checkpointing: bool) -> None:
-    model, shape, trained = tiny_training(family, train, True, checkpointing, vocab_size=128)
+    model, shape, trainable = tiny_training(family, train, True, checkpointing, vocab_size=128)
     ids, positions = rows_of_tokens(128, rows=1, seq_len=32, documents=1)
     with FlopCounterMode(display=False) as counter:
         model(ids, ids, positions).backward()
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     counted = sum(flops for op, flops in counts.items() if "mm" in op) / 32
-    plain = token_flops(shape, trained, 32, checkpointing, loss_recompute=True)
-    layers = shape.num_hidden_layers - trained.first_backward(shape)
-    attention_rerun = layers * shapes.attention_forward_flops(shape, 32) if checkpointing else 0
+    plain = token_flops(shape, trainable, 32, checkpointing, loss_recompute=True)
+    layers = shape.num_hidden_layers - trainable.first_backward(shape)
+    attention_rerun = layers * attention_forward_flops(shape, 32) if checkpointing else 0
     # q, k and v of the lowest trained attention have no input gradient: the norm below is frozen.
     qkv = shape.hidden_size * (shape.query_size + 2 * shape.key_value_size)
     left_out = 2 * qkv if train == "nope_attention" else 0
@@ -198,7 +206,7 @@ def test_matmul_flops_are_those_that_torch_counts(family: str, train: str, check
 
 def tiny_training(
     family: str, train: str, bf16: bool, checkpointing: bool, attention: str = "sdpa", **changes: object
-) -> tuple[TrainingModel, ModelShape, Trained]:
+) -> tuple[TrainingModel, ModelShape, Trainable]:
     """A small model as the trainer prepares it: 6 layers, NoPE layers 2 and 3."""
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "vocab_size": 100, "tie_word_embeddings": True}
@@ -207,16 +215,15 @@ def tiny_training(
     config = CONFIGS[family](**(sizes | changes), attn_implementation=attention)
     model = MODELS[family](config)
     remove_rope(model.model, [2, 3])
-    trainable = Trainable(train == "all", (2, 3), train == "nope_attention")
+    trainable = Trainable.of("all" if train == "all" else {2, 3}, train == "nope_attention")
     set_trainable(model, trainable, "bf16" if bf16 else "fp32")
     model.train()
     if checkpointing:
         checkpoint_layers(model)
-    trained = Trained.of("all" if train == "all" else {2, 3}, train == "nope_attention")
-    assert trained.params(ModelShape.from_config(config.to_dict())) == sum(
+    assert trainable.params(ModelShape.from_config(config.to_dict())) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
-    return TrainingModel(model, bf16=bf16), ModelShape.from_config(config.to_dict()), trained
+    return TrainingModel(model, bf16=bf16), ModelShape.from_config(config.to_dict()), trainable
 
 
 def rows_of_tokens(vocab_size: int, rows: int, seq_len: int, documents: int) -> tuple[torch.Tensor, ...]:
@@ -251,35 +258,35 @@ def saved_bytes(model: TrainingModel, ids: torch.Tensor, positions: torch.Tensor
 @pytest.mark.parametrize("documents", [1, 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_saved_activations(family: str, train: str, bf16: bool, documents: int, checkpointing: bool) -> None:
-    model, shape, trained = tiny_training(family, train, bf16, checkpointing)
+    model, shape, trainable = tiny_training(family, train, bf16, checkpointing)
     ids, positions = rows_of_tokens(100, rows=2, seq_len=96, documents=documents)
-    batch = Microbatch(2, 96, bf16, trained.everything, document_mask=documents > 1)
-    expected = shapes.final_norm_saved_bytes(shape, batch, trained)
+    batch = Microbatch(2, 96, bf16, trainable.everything, document_mask=documents > 1)
+    expected = activations.final_norm_saved_bytes(shape, batch, trainable)
     if checkpointing:
-        layers = shape.num_hidden_layers - trained.first_backward(shape)
-        expected += layers * shapes.layer_input_bytes(shape, batch)
+        layers = shape.num_hidden_layers - trainable.first_backward(shape)
+        expected += layers * activations.layer_input_bytes(shape, batch)
     else:
-        copies = sum(trained.matmul_params(shape, i) for i in range(6)) if bf16 else 0
-        expected += shapes.rotary_bytes(shape, batch) + plan.BF16_BYTES * copies
-        expected += sum(shapes.layer_saved_bytes(shape, batch, trained, i) for i in range(6))
+        copies = sum(trainable.matmul_params(shape, i) for i in range(6)) if bf16 else 0
+        expected += activations.rotary_bytes(shape, batch) + BF16_BYTES * copies
+        expected += sum(activations.layer_saved_bytes(shape, batch, trainable, i) for i in range(6))
     assert expected == pytest.approx(saved_bytes(model, ids, positions), rel=0.02)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("train", ["all", "nope"])
 def test_saved_activations_of_eager_attention(train: str, bf16: bool) -> None:
-    model, shape, trained = tiny_training("qwen3", train, bf16, False, attention="eager")
+    model, shape, trainable = tiny_training("qwen3", train, bf16, False, attention="eager")
     ids, positions = rows_of_tokens(100, rows=1, seq_len=256, documents=2)
-    batch = Microbatch(1, 256, bf16, trained.everything, eager_attention=True)
-    copies = sum(trained.matmul_params(shape, i) for i in range(6)) if bf16 else 0
-    expected = shapes.final_norm_saved_bytes(shape, batch, trained) + plan.BF16_BYTES * copies
-    expected += sum(shapes.layer_saved_bytes(shape, batch, trained, i) for i in range(6))
+    batch = Microbatch(1, 256, bf16, trainable.everything, eager_attention=True)
+    copies = sum(trainable.matmul_params(shape, i) for i in range(6)) if bf16 else 0
+    expected = activations.final_norm_saved_bytes(shape, batch, trainable) + BF16_BYTES * copies
+    expected += sum(activations.layer_saved_bytes(shape, batch, trainable, i) for i in range(6))
     assert expected == pytest.approx(saved_bytes(model, ids, positions), rel=0.02)
 
 
 def test_layers_below_the_lowest_trainable_one_save_nothing() -> None:
-    batch, trained = Microbatch(1, 10, False, False), Trained.of({2})
-    saved = [shapes.layer_saved_bytes(TINY, batch, trained, i) for i in range(4)]
+    batch, trainable = Microbatch(1, 10, False, False), Trainable.of({2})
+    saved = [activations.layer_saved_bytes(TINY, batch, trainable, i) for i in range(4)]
     assert saved[:2] == [0, 0] and saved[2] > saved[3] > 0
 
 
@@ -290,7 +297,7 @@ def test_saved_bytes_of_a_trainable_layer_by_hand() -> None:
     mlp = 2 * 4 * 160  # gate, silu, up, their product
     copies = (3 + 2) * 2 * 80  # q, k, v, gate and up each convert the fp32 output of a norm
     batch = Microbatch(1, 10, bf16=True, fp32_residual=False)
-    assert shapes.layer_saved_bytes(TINY, batch, Trained.of({1, 2}), 2) == 2 * norm + attention + mlp + copies
+    assert activations.layer_saved_bytes(TINY, batch, Trainable.of({1, 2}), 2) == 2 * norm + attention + mlp + copies
 
 
 def allocated_peak(step: Callable[[], None]) -> int:
@@ -374,7 +381,7 @@ def assert_peak(
 ) -> None:
     """The plan of a whole optimizer step, less what is resident, within 3 % of what torch allocates."""
     sizes = {"hidden_size": 128, "intermediate_size": 512} | sizes
-    model, shape, trained = tiny_training(family, train, bf16, checkpointing, attention, **sizes)
+    model, shape, trainable = tiny_training(family, train, bf16, checkpointing, attention, **sizes)
     groups = parameter_groups(model.trainable_parameters(), 0.0)
     optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=fused)
     ids, positions = rows_of_tokens(shape.vocab_size, rows, seq_len, documents)
@@ -388,7 +395,7 @@ def assert_peak(
     step()  # makes the optimizer's state, which is resident
     inputs = PlanInputs(
         shape,
-        trainable_layers="all" if train == "all" else (2, 3),
+        trainable=Trainable.of("all" if train == "all" else (2, 3)),
         precision="bf16" if bf16 else "fp32",
         per_device_batch=rows,
         accumulation=accumulation,
@@ -399,7 +406,7 @@ def assert_peak(
         attn_implementation=attention,
     )
     need = memory(inputs)
-    moments = plan.ADAM_STATE_BYTES * trained.params(shape)
+    moments = ADAM_STATE_BYTES * trainable.params(shape)
     assert need.peak_bytes - need.weights - moments == pytest.approx(allocated_peak(step), rel=0.03)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     state = optimizer_tensors(optimizer)
@@ -418,13 +425,13 @@ def test_peak_memory_of_the_loss(bf16: bool, head_trains: bool, vocab_size: int,
     weight = weight if head_trains else weight.to(dtype)
     labels = torch.randint(0, vocab_size, (1024,))
     shape = replace(TINY, vocab_size=vocab_size, hidden_size=hidden_size)
-    expected = plan.loss_bytes(shape, Microbatch(1, 1024, bf16, head_trains), head_trains)
+    expected = loss_bytes(shape, Microbatch(1, 1024, bf16, head_trains), head_trains)
     peak = allocated_peak(lambda: loss.linear_cross_entropy_sum(hidden, weight.to(dtype), labels).backward())
     assert expected == pytest.approx(peak, rel=0.05)
 
 
 def test_the_loss_chunk_is_that_of_the_loss() -> None:
-    assert plan.LOSS_CHUNK_ROWS == loss.CHUNK_ROWS
+    assert LOSS_CHUNK_ROWS == loss.CHUNK_ROWS
 
 
 # --- memory of real shapes ---
@@ -470,7 +477,7 @@ def test_qwen25_7b_stage_2_on_one_a40_is_refused_with_numbers_and_a_way_out() ->
     assert "--train_layers nope_attention" in message and "--model_name_or_path Qwen/Qwen2.5-1.5B" in message
     one_row, band = replace(made.inputs, per_device_batch=1), made.inputs.nope_layers
     ways = [
-        replace(one_row, trainable_layers=band, attention_only=True),
+        replace(one_row, trainable=Trainable.of(band, attention_only=True)),
         replace(one_row, shape=known_shape("Qwen/Qwen2.5-1.5B")),
     ]
     assert [make_plan(way).fits for way in ways] == [True, True]
@@ -498,8 +505,8 @@ def test_what_costs_memory() -> None:
     peak = memory(base).peak_bytes
     assert memory(replace(base, gradient_checkpointing=True)).peak_bytes < peak
     assert memory(replace(base, document_mask=False)).peak_bytes < peak
-    assert memory(replace(base, attention_only=True)).peak_bytes < peak
-    longer_prefix = replace(base, trainable_layers=tuple(range(23, 36)))
+    assert memory(replace(base, trainable=Trainable.of(base.nope_layers, attention_only=True))).peak_bytes < peak
+    longer_prefix = replace(base, trainable=Trainable.of(range(23, 36)))
     assert memory(longer_prefix).peak_bytes < peak
     assert memory(replace(base, attn_implementation="eager")).peak_bytes > peak
     assert memory(replace(base, precision="fp32")).peak_bytes > peak
@@ -507,15 +514,15 @@ def test_what_costs_memory() -> None:
 
 
 def test_reserve_by_hand() -> None:
-    assert plan.usable_bytes(46068 * MIB) == int(46068 * MIB * 0.94) - int(0.7 * GIB)
-    assert plan.usable_bytes(MIB) == 0
+    assert usable_bytes(46068 * MIB) == int(46068 * MIB * 0.94) - int(0.7 * GIB)
+    assert usable_bytes(MIB) == 0
 
 
 def test_unknown_memory_is_no_verdict() -> None:
     made = make_plan(qwen("Qwen3-32B", 2, (("NVIDIA Odd", None),)))
     assert made.fits is None and suggest(made.inputs) == ""
     check_fits(made)
-    assert any("not known" in line for line in made.lines())
+    assert any("not known" in line for line in plan_lines(made))
     # A known card beside it still counts.
     assert make_plan(qwen("Qwen3-32B", 2, (("NVIDIA Odd", None), A40))).fits is False
 
@@ -628,10 +635,10 @@ def test_nothing_is_suggested_where_all_is_well() -> None:
 def test_available_ram_is_read_from_meminfo(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\n", encoding="ascii")
-    assert plan.read_available_ram(meminfo) == 8_000_000 * 1024
+    assert read_available_ram(meminfo) == 8_000_000 * 1024
     meminfo.write_text("MemTotal: 1 kB\n", encoding="ascii")
-    assert plan.read_available_ram(meminfo) is None
-    assert plan.read_available_ram(tmp_path / "absent") is None
+    assert read_available_ram(meminfo) is None
+    assert read_available_ram(tmp_path / "absent") is None
 
 
 def test_cpu_processes_share_the_memory_of_their_host() -> None:
@@ -672,7 +679,7 @@ def test_disk_by_hand() -> None:
     ],
 )
 def test_checkpoints_at_the_fullest_moment(changes: dict, checkpoints: int) -> None:
-    assert plan.checkpoints_on_disk(PlanInputs(TINY, **changes)) == checkpoints
+    assert checkpoints_on_disk(PlanInputs(TINY, **changes)) == checkpoints
 
 
 @pytest.mark.parametrize("train", ["all", "nope"])
@@ -685,8 +692,8 @@ def test_checkpoint_bytes_are_those_of_a_written_checkpoint(train: str, tmp_path
     save_tensors(model_tensors(model.causal_lm), tmp_path / "model.safetensors")
     save_tensors(optimizer_tensors(optimizer), tmp_path / "optimizer.safetensors")
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
-    layers = "all" if train == "all" else (2, 3)
-    made = make_plan(PlanInputs(shape, trainable_layers=layers))
+    trainable = Trainable.of("all" if train == "all" else (2, 3))
+    made = make_plan(PlanInputs(shape, trainable=trainable))
     assert made.checkpoint_bytes == pytest.approx(written, rel=0.01)
 
 
@@ -700,7 +707,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_an_error() -> None:
 def test_a_disk_too_small_for_all_checkpoints_is_told_in_the_table() -> None:
     made = make_plan(qwen("Qwen2.5-3B", 1, (A800,), per_device_batch=3, free_disk_bytes=60 * GIB))
     check_fits(made)
-    assert "TOO LITTLE, --save_total_limit 2 fits" in " ".join(" ".join(made.lines()).split())
+    assert "TOO LITTLE, --save_total_limit 2 fits" in " ".join(" ".join(plan_lines(made)).split())
     cured = make_plan(replace(made.inputs, save_total_limit=2))
     assert cured.disk_bytes <= 60 * GIB < make_plan(replace(made.inputs, save_total_limit=3)).disk_bytes
 
@@ -722,9 +729,9 @@ def all_tables() -> dict[str, list[str]]:
                 gpus=(A800,) * 4 + (A40,) * 4,
                 gradient_checkpointing=stage == 2,
                 free_disk_bytes=GIB,
-                attention_only=stage == 1,
+                trainable=Trainable.of(scattered, attention_only=True) if stage == 1 else None,
             )
-            tables[f"{name} stage {stage}"] = make_plan(inputs).lines()
+            tables[f"{name} stage {stage}"] = plan_lines(make_plan(inputs))
     return tables
 
 
@@ -738,7 +745,7 @@ def test_tables_of_all_shapes_are_aligned_and_at_most_100_columns_wide() -> None
 
 def test_the_table_tells_what_section_4_asks_for() -> None:
     made = make_plan(qwen("Qwen2.5-3B", 1, (A800,) * 4, per_device_batch=3, free_disk_bytes=200 * GIB))
-    text = " ".join(" ".join(made.lines()).split())
+    text = " ".join(" ".join(plan_lines(made)).split())
     for part in (
         "Qwen/Qwen2.5-3B: 3.09 B parameters, 36 layers",
         "stage 1 trains 1.00 B (layers 20-32), frozen 2.08 B",
@@ -763,6 +770,6 @@ def test_the_plan_does_not_offer_what_is_not_built() -> None:
 
 
 def test_the_plan_needs_no_torch() -> None:
-    code = "import flare.plan, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import flare.plan_table, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -1,0 +1,209 @@
+"""Memory that one process of a run needs at its peak, by part: weights, optimizer, activations, loss.
+
+Pure functions over ``PlanInputs``; no torch. The activations of one layer are in activations.py, the memory
+that there is in rooms.py. How the formulas come about, and what they were checked against, is in
+docs/memory.md.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from flare import activations
+from flare.activations import Microbatch
+from flare.plan_inputs import PlanInputs
+from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
+
+LOSS_CHUNK_ROWS = 256
+"""Rows of logits at a time: ``flare.loss.CHUNK_ROWS``, which cannot be imported without torch."""
+
+ADAM_STATE_BYTES = 2 * FP32_BYTES
+"""AdamW's two fp32 moments, per trainable parameter."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one card (or of one CPU process), by part; each part at its own largest.
+
+    The parts are not all at their largest at once, so ``peak_bytes`` is at most their sum.
+    """
+
+    weights: int  # frozen in bf16 on bf16 runs, trainable as fp32 masters
+    weight_copies: int  # bf16 copies of trainable matmul weights that autocast caches
+    gradients: int  # fp32, of trainable parameters
+    optimizer: int  # AdamW's moments, and what its update needs for a moment
+    activations: int  # what autograd saves from the forward to the backward pass
+    working: int  # of one layer at a time: recomputed activations, gradients of activations
+    logits: int  # one chunk of the loss, with the gradients that it makes
+    peak_bytes: int
+    peak_phase: str
+
+    def parts(self) -> list[tuple[str, int]]:
+        """(name, bytes) of each part, in the order of the table."""
+        return [
+            ("weights", self.weights),
+            ("bf16 copies", self.weight_copies),
+            ("gradients", self.gradients),
+            ("optimizer", self.optimizer),
+            ("activations", self.activations),
+            ("one layer's backward", self.working),
+            ("logits", self.logits),
+        ]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes of one decoder layer that has a backward pass."""
+
+    kept: int  # activations from forward to backward
+    rerun: int  # saved again by the recomputation (0 without checkpointing)
+    copies: int  # autocast's copies of its trainable weights
+    gradients: int
+    first_gradient: int  # down_proj's, the first to appear
+    transient: int  # gradients of activations while its backward pass runs
+
+
+def memory(inputs: PlanInputs, parallel: Literal["ddp", "fsdp"] = "ddp") -> Memory:
+    """Peak memory of one process.
+
+    ddp: everything on every card; the reduction buckets are the gradients (gradient_as_bucket_view).
+    fsdp: weights, gradients and optimizer state divided by the world size, one unit gathered in bf16.
+    """
+    trainable, shape, batch = inputs.what_trains, inputs.shape, inputs.microbatch
+    shards = inputs.world_size if parallel == "fsdp" else 1
+    params = trainable.params(shape)
+    gradients = FP32_BYTES * params // shards
+    weights = (inputs.frozen_bytes * (shape.total_params - params) + FP32_BYTES * params) // shards
+    moments = ADAM_STATE_BYTES * params // shards
+    with_backward = range(trainable.first_backward(shape), shape.num_hidden_layers)
+    layers = [_layer(inputs, layer_idx, shards) for layer_idx in with_backward]
+    gathered = _gathered_bytes(inputs) if shards > 1 else 0
+    phases = dict(_phases(inputs, layers, gradients, shards))
+    phase = max(phases, key=phases.__getitem__)
+    copies = sum(layer.copies for layer in layers)
+    return Memory(
+        weights=weights,
+        weight_copies=gathered or copies,
+        gradients=gradients,
+        optimizer=moments + _update_bytes(inputs, shards),
+        activations=sum(layer.kept for layer in layers)
+        + _held_bytes(inputs)
+        + activations.final_norm_saved_bytes(shape, batch, trainable),
+        working=max((layer.rerun + layer.transient for layer in layers), default=0),
+        logits=loss_bytes(shape, batch, trainable.everything) + _final_hidden_bytes(shape, batch),
+        peak_bytes=weights + moments + gathered + phases[phase],
+        peak_phase=phase,
+    )
+
+
+def _layer(inputs: PlanInputs, layer_idx: int, shards: int) -> _Layer:
+    shape, batch, trainable = inputs.shape, inputs.microbatch, inputs.what_trains
+    saved = activations.layer_saved_bytes(shape, batch, trainable, layer_idx)
+    params = trainable.attention(layer_idx) * shape.attention_params
+    params += trainable.mlp(layer_idx) * (shape.mlp_params + shape.norm_params)
+    copied = trainable.matmul_params(shape, layer_idx) if inputs.bf16 and shards == 1 else 0
+    own_input = activations.layer_input_bytes(shape, batch)
+    # An fp32 input is itself what the recomputed norm saves: counted once.
+    input_saved = batch.residual_bytes == FP32_BYTES and (
+        trainable.everything or layer_idx > trainable.first_backward(shape)
+    )
+    return _Layer(
+        kept=own_input if inputs.gradient_checkpointing else saved,
+        rerun=saved - input_saved * own_input if inputs.gradient_checkpointing else 0,
+        copies=BF16_BYTES * copied,
+        gradients=FP32_BYTES * params // shards,
+        first_gradient=FP32_BYTES * trainable.mlp(layer_idx) * shape.mlp_params // 3 // shards,
+        transient=activations.backward_transient_bytes(shape, batch, trainable.mlp(layer_idx)),
+    )
+
+
+def _phases(
+    inputs: PlanInputs,
+    layers: list[_Layer],
+    gradients: int,
+    shards: int,
+) -> Iterator[tuple[str, int]]:
+    """(moment of a step, bytes alive then beyond weights and moments), for each moment that may be the peak.
+
+    Gradients are there from the start when they outlive a backward pass: in DDP's buckets, or while
+    micro-batches accumulate. Else they grow, layer by layer from the top, while activations go.
+    """
+    shape, batch, trainable = inputs.shape, inputs.microbatch, inputs.what_trains
+    persistent = gradients if inputs.accumulation > 1 or (inputs.world_size > 1 and shards == 1) else 0
+    first, held = trainable.first_backward(shape), _held_bytes(inputs)
+    shared = held + activations.final_norm_saved_bytes(shape, batch, trainable)
+    kept = sum(layer.kept for layer in layers)
+    copies = sum(layer.copies for layer in layers)
+    # Checkpointed layers save no copies, but autocast's cache holds all of them until the forward pass ends.
+    graph_copies = 0 if inputs.gradient_checkpointing else copies
+    forward = activations.forward_transient_bytes(shape, batch)
+    yield "end of the forward pass", persistent + kept + copies + shared + forward
+    chunk = loss_bytes(shape, batch, trainable.everything) + _final_hidden_bytes(shape, batch)
+    yield "loss", persistent + kept + graph_copies + shared + chunk
+    grown = FP32_BYTES * shape.embedding_params // shards if trainable.everything else 0
+    for index in reversed(range(len(layers))):
+        layer = layers[index]
+        below = sum(x.kept + (x.copies if graph_copies else 0) for x in layers[: index + 1])
+        own = layer.rerun + (0 if graph_copies else layer.copies) + layer.transient
+        alive = persistent or grown + layer.first_gradient
+        yield f"backward of layer {first + index}", alive + below + own + held
+        grown += layer.gradients
+    # The embedding's gradient is dense and, when tied, is added to the head's.
+    embedding = FP32_BYTES * shape.embedding_params if trainable.everything and shape.tie_word_embeddings else 0
+    yield "end of the backward pass", gradients + embedding
+    yield "optimizer update", gradients + _update_bytes(inputs, shards)
+
+
+def _held_bytes(inputs: PlanInputs) -> int:
+    """Alive all through the backward pass: cos and sin, and the boolean mask that checkpoints hold on to."""
+    batch = inputs.microbatch
+    mask = batch.mask_elements if inputs.gradient_checkpointing else 0
+    return activations.rotary_bytes(inputs.shape, batch) + mask
+
+
+def _final_hidden_bytes(shape: ModelShape, batch: Microbatch) -> int:
+    return batch.compute_bytes * batch.tokens * shape.hidden_size
+
+
+def _update_bytes(inputs: PlanInputs, shards: int) -> int:
+    """What an optimizer update allocates: nothing when fused, else temporaries of one tensor at a time."""
+    if inputs.optimizer == "adamw_torch_fused":
+        return 0
+    shape, trainable = inputs.shape, inputs.what_trains
+    largest = shape.query_size * shape.hidden_size
+    if not trainable.attention_only:
+        largest = shape.intermediate_size * shape.hidden_size
+    if trainable.everything:
+        largest = max(largest, shape.embedding_params)
+    return 2 * FP32_BYTES * largest // shards
+
+
+def _gathered_bytes(inputs: PlanInputs) -> int:
+    """FSDP's largest unit, whole: its weights in the compute dtype, and a trainable one's fp32 gradient."""
+    shape, trainable = inputs.shape, inputs.what_trains
+    unit = max(shape.layer_params, shape.embedding_params)
+    trainable_unit = unit if trainable.everything else shape.layer_params
+    return inputs.frozen_bytes * unit + FP32_BYTES * trainable_unit
+
+
+def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool) -> int:
+    """Peak of ``flare.loss.linear_cross_entropy_sum`` beyond its inputs: C rows of V logits at a time.
+
+    fp32: torch's linear_cross_entropy makes all gradients in its forward pass: of the hidden states (N, H),
+    and of the weight (V, H) when it trains; beside them logits (C, V) and scaled inputs (C, H), or in its
+    backward pass as many zeros as gradients, which torch puts in for the outputs that nothing uses.
+    bf16: checkpointed chunks; log_softmax and two gradients of it (C, V) in fp32, or further on the casts of
+    one gradient, beside the chunk's and the summed weight gradient (V, H), all in bf16, and the bf16 copy of
+    the fp32 weight.
+    """
+    rows = min(LOSS_CHUNK_ROWS, batch.tokens)
+    chunk, hidden = rows * shape.vocab_size, batch.tokens * shape.hidden_size
+    weight = shape.embedding_params
+    if not batch.bf16:
+        gradients = hidden + (weight if head_trains else 0)
+        return FP32_BYTES * (gradients + max(chunk + rows * shape.hidden_size, gradients))
+    softmax = 3 * FP32_BYTES * chunk
+    if not head_trains:
+        return softmax + BF16_BYTES * hidden
+    casts = (FP32_BYTES + BF16_BYTES) * chunk
+    return max(softmax + 2 * BF16_BYTES * weight, casts + 3 * BF16_BYTES * weight) + BF16_BYTES * hidden

@@ -1,0 +1,103 @@
+"""The plan of a run as the aligned table that people read. No torch."""
+
+import textwrap
+from collections.abc import Iterator
+
+from flare.flops import TokenFlops
+from flare.nope.layers import format_layers
+from flare.plan import Plan, checkpoints_on_disk
+from flare.rooms import count_processes, in_gib
+
+WIDTH, LABEL_WIDTH = 100, 16
+"""Columns of the table."""
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan as an aligned table, at most 100 columns wide."""
+    return [line for label, text in _table(plan) for line in _wrap(label, text)]
+
+
+def _table(plan: Plan) -> Iterator[tuple[str, str]]:
+    """(label, text) of each row."""
+    inputs, shape, trainable = plan.inputs, plan.inputs.shape, plan.inputs.what_trains
+    which = "everything" if trainable.everything else str(trainable)
+    size = f"{_count(shape.total_params)} parameters, {shape.num_hidden_layers} layers"
+    yield "model", f"{shape.name or shape.family}: {size}"
+    yield (
+        f"stage {inputs.stage}",
+        f"trains {_count(plan.trainable_params)} ({which}), frozen {_count(plan.frozen_params)}",
+    )
+    yield "NoPE layers", format_layers(list(inputs.nope_layers))
+    checkpointing = "on" if inputs.gradient_checkpointing else "off"
+    yield "runs in", f"{inputs.precision}, DDP, gradient checkpointing {checkpointing}, {inputs.optimizer}"
+    yield "batch", _batch_words(plan)
+    yield from _flops_rows(plan.flops)
+    yield from _memory_rows(plan)
+    yield "disk", _disk_words(plan)
+
+
+def _batch_words(plan: Plan) -> str:
+    inputs = plan.inputs
+    return (
+        f"{inputs.per_device_batch} rows x {inputs.accumulation} accumulation x "
+        f"{count_processes(inputs.world_size)} = {inputs.global_batch_size} rows of {inputs.seq_len} = "
+        f"{plan.tokens_per_step:,} tokens a step"
+    )
+
+
+def _flops_rows(flops: TokenFlops) -> Iterator[tuple[str, str]]:
+    yield "FLOPs/token", _column("executed", _giga(flops.executed))
+    for name in ("frozen_prefix", "frozen_above", "trainable", "attention", "recompute"):
+        yield "", _column(f"  {name.replace('_', ' ')}", _giga(getattr(flops, name)))
+    yield "", _column("model (6N)", _giga(flops.model))
+
+
+def _memory_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    need = plan.memory
+    peak = f"{_column('peak', in_gib(need.peak_bytes))}  {need.peak_phase}"
+    yield f"memory/{'card' if plan.inputs.gpus else 'process'}", peak
+    for name, size in need.parts():
+        yield "", _column(f"  {name}", in_gib(size))
+    for room in plan.rooms:
+        spare = room.usable_bytes - need.peak_bytes
+        verdict = f"fits, {in_gib(spare)} to spare" if spare >= 0 else f"DOES NOT FIT, {in_gib(-spare)} too much"
+        yield "", f"{room.label}: {in_gib(room.total_bytes)}, {in_gib(room.usable_bytes)} usable: {verdict}"
+    if not plan.rooms:
+        yield "", "not compared: how much memory there is, is not known"
+
+
+def _disk_words(plan: Plan) -> str:
+    inputs, free = plan.inputs, plan.inputs.free_disk_bytes
+    text = (
+        f"{checkpoints_on_disk(inputs)} x checkpoint {in_gib(plan.checkpoint_bytes)} + final model "
+        f"{in_gib(plan.final_model_bytes)} = {in_gib(plan.disk_bytes)}"
+    )
+    if free is None:
+        return text
+    text = f"{text}; {in_gib(free)} free"
+    if free >= plan.disk_bytes:
+        return text
+    limit = (free - plan.final_model_bytes) // plan.checkpoint_bytes - 1 - inputs.keeps_best
+    cure = f"--save_total_limit {limit} fits" if limit >= 1 else "choose another --base_output_dir"
+    return f"{text}: TOO LITTLE, {cure}"
+
+
+def _column(name: str, value: str) -> str:
+    return f"{name:<24}{value:>14}"
+
+
+def _wrap(label: str, text: str) -> list[str]:
+    """One row of the table; long text goes on under itself, columns stay as they are."""
+    is_columns = "  " in text
+    pieces = [text] if is_columns else textwrap.wrap(text, WIDTH - LABEL_WIDTH)
+    return [f"{label if i == 0 else '':<{LABEL_WIDTH}}{piece}".rstrip() for i, piece in enumerate(pieces)]
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:.2f} GFLOP"
+
+
+def _count(params: int) -> str:
+    if params >= 1e9:
+        return f"{params / 1e9:.2f} B"
+    return f"{params / 1e6:.1f} M" if params else "none"
