@@ -162,13 +162,25 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def prune(directory: Path, limit: int | None, best_step: int | None) -> None:
-    """Keep the newest ``limit`` checkpoints, and the best one whatever its age."""
+def prune(directory: Path, limit: int | None, keep_steps: set[int | None]) -> None:
+    """Keep the newest ``limit`` checkpoints, and those of ``keep_steps`` (just written, best) whatever their age."""
     if limit is None:
         return
     for old in list_checkpoints(directory)[:-limit]:
-        if old.step != best_step:
+        if old.step not in keep_steps:
             remove_checkpoint(old.path)
+
+
+def set_aside_newer(directory: Path, step: int) -> list[str]:
+    """Rename checkpoints beyond ``step`` to superseded-checkpoint-N: resuming an older one begins another branch,
+    and the newest must not be taken for its end. Returns their names."""
+    names = []
+    for newer in list_checkpoints(directory):
+        if newer.step > step:
+            shutil.rmtree(directory / f"superseded-{newer.path.name}", ignore_errors=True)
+            os.rename(newer.path, directory / f"superseded-{newer.path.name}")
+            names.append(newer.path.name)
+    return names
 
 
 # -- tensors --------------------------------------------------------------------------------------

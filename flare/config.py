@@ -179,7 +179,8 @@ def _old_names(typed: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
 
 
 def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tuple[dict, dict]:
-    """Values by rising precedence. Steps and epochs replace each other: the higher rank wins."""
+    """Values by rising precedence. Steps and epochs replace each other, and so do the two ways to give the warm-up:
+    the higher rank wins."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:
@@ -188,6 +189,9 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
         for name, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
             if layer.get(name) is not None:
                 values[other] = None
+        for name, other in (("warmup_steps", "warmup_ratio"), ("warmup_ratio", "warmup_steps")):
+            if layer.get(name) and not layer.get(other):
+                values[other] = 0
         values |= layer
         sources |= dict.fromkeys(layer, source)
     return values, sources
@@ -197,10 +201,10 @@ def _impossible(options: Options, sources: dict[str, str]) -> list[str]:
     """Combinations that cannot be, each as a line."""
     problems = []
     name = options.experiment_name
-    if name is not None and (
-        not name.strip() or name in (".", "..") or Path(name).is_absolute() or ".." in Path(name).parts
-    ):
+    if name is not None and (not Path(name.strip()).parts or Path(name).is_absolute() or ".." in Path(name).parts):
         problems.append(f"--experiment_name {name!r} must stay inside --base_output_dir: no '..', no absolute path")
+    if name is not None and len(name.encode()) > 200:
+        problems.append(f"--experiment_name is {len(name.encode())} bytes long; give at most 200")
     if name is not None and any(ord(c) < 32 for c in name):
         problems.append(f"--experiment_name {name!r} holds a control character")
     if options.warmup_steps and options.warmup_ratio:

@@ -4,6 +4,7 @@ Ranks come from torchrun's environment. CPU runs use gloo, CUDA runs nccl.
 """
 
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,9 @@ from flare.gpus import check_card
 from flare.nvidia_smi import Gpu
 
 T = TypeVar("T")
+
+WAIT_HOURS = 12
+"""How long ranks wait for what rank 0 does alone: a large checkpoint on a slow disk takes long, and is no hang."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _waiting_group.cache_clear()
 
 
 def _device() -> torch.device:
@@ -149,8 +154,14 @@ def gather_objects(item: object) -> list:
     if not dist.is_initialized():
         return [item]
     items: list = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=_waiting_group())
     return items
+
+
+@functools.cache
+def _waiting_group() -> dist.ProcessGroup:
+    """A gloo group in which ranks may wait for hours while rank 0 saves: ``--ddp_timeout`` is for training."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=WAIT_HOURS))
 
 
 def wrap_ddp(module: torch.nn.Module, world: World) -> torch.nn.Module:
@@ -186,6 +197,11 @@ def on_main(world: World, work: Callable[[], T]) -> T:
             result = work()
         except FlareError as error:
             failure = error
+        except OSError as error:
+            failure = EnvError(str(error))
+        except Exception as error:  # whatever it is: the others must not wait for a rank that is gone
+            failure = FlareError(f"rank 0: {type(error).__name__}: {error}")
+            failure.__cause__ = error
     result, failure = gather_objects((result, failure))[0]
     if failure is not None:
         raise failure

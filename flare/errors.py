@@ -68,11 +68,16 @@ def run_script(main: Callable[[], int]) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130  # what shells say of a process that Ctrl-C ended
     except BrokenPipeError:
         # `script | head` closed our stdout: not an error of the run. Point stdout elsewhere, so that
         # the interpreter's last flush does not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if os.environ.get("FLARE_DEBUG") == "1":
+            traceback.print_exc()
+        print(f"error: {error} (FLARE_DEBUG=1 shows where)", file=sys.stderr, flush=True)
+        return EnvError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130  # what shells say of a process that Ctrl-C ended

@@ -64,15 +64,22 @@ class Experiment:
             return {}
 
     def recorded_stage(self) -> int | None:
-        """The stage whose checkpoints lie directly in the directory."""
-        return self.read_metrics().get("current_stage")
+        """The stage whose results lie directly in the directory: as recorded, else as its final model says."""
+        return self.read_metrics().get("current_stage") or self.trained(self.final_model).get("stage")
 
-    def finished(self, stage: int) -> bool:
-        """Whether a final model of this stage is there."""
-        return self.result_of(stage) is not None
+    @staticmethod
+    def trained(model_dir: Path) -> dict:
+        """What a final model's config.json says of its training (stage, step, trained_tokens); else nothing."""
+        try:
+            return json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("flare") or {}
+        except (OSError, ValueError):
+            return {}
 
     def result_of(self, stage: int) -> Path | None:
-        """The final model of a stage, or None while there is none."""
+        """The final model of a stage, or None while there is none or the stage goes on."""
+        status = self.read_metrics().get("stages", {}).get(str(stage), {}).get("status", "finished")
+        if status != "finished":
+            return None
         candidates = [self.stage1 / "final_model"] if stage == 1 else []
         if self.recorded_stage() == stage:
             candidates.append(self.final_model)
@@ -114,10 +121,10 @@ class Experiment:
         for path in (self.checkpoints, self.logs, self.tensorboard):
             path.mkdir(parents=True, exist_ok=True)
 
-    def clear(self, stage: int) -> None:
-        """Delete what a run of this stage wrote (``--overwrite_output_dir``); a stage-1 result stays for stage 2."""
+    def overwritten_by(self, stage: int) -> list[Path]:
+        """What ``--overwrite_output_dir`` deletes before a run of this stage; a stage-1 result stays for stage 2."""
         if stage == 2 and self.recorded_stage() == 1:
-            return
+            return []
         doomed = [
             *STAGE_CONTENT,
             "logs",
@@ -130,8 +137,11 @@ class Experiment:
             doomed = [*STAGE_CONTENT]
         elif stage == 1:
             doomed.append("stage1")
-        for name in doomed:
-            path = self.root / name
+        return [self.root / name for name in doomed]
+
+    def clear(self, stage: int) -> None:
+        """Delete what a run of this stage wrote."""
+        for path in self.overwritten_by(stage):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

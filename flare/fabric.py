@@ -122,8 +122,11 @@ def _ranks_without(store: dist.Store, what: str, size: int) -> list[int]:
 
 
 def _ranks(ranks: list[int], store: dist.Store | None = None) -> str:
-    """ "rank 1 (host b)", "rank 1, rank 3"; at most eight."""
-    names = [f"rank {r}" + (f" ({store.get(f'host/{r}').decode()})" if store else "") for r in ranks[:8]]
+    """ "rank 1 (host b)", "rank 1, rank 3"; at most eight. Asks the store only for what it has: it would wait."""
+    known = [
+        f" ({store.get(f'host/{r}').decode()})" if store and store.check([f"host/{r}"]) else "" for r in ranks[:8]
+    ]
+    names = [f"rank {rank}{host}" for rank, host in zip(ranks, known, strict=False)]
     return ", ".join(names) + (" and others" if len(ranks) > 8 else "")
 
 

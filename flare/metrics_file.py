@@ -10,13 +10,19 @@ SCHEMA_VERSION = 1
 
 def record_status(experiment: Experiment, stage: int, status: str, **facts: object) -> None:
     """Write how a stage stands (running, stopped, finished, failed) into training_metrics.json."""
-    content = experiment.read_metrics() or {
-        "schema_version": SCHEMA_VERSION,
-        "experiment": experiment.root.name,
-    }
-    content["current_stage"] = stage
+    content = _content(experiment)
     block = content.setdefault("stages", {}).setdefault(str(stage), {})
     if status != "failed":
         block.pop("error", None)
     block |= {"status": status, "updated": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts}
     write_json(experiment.metrics_file, content)
+
+
+def enter_stage(experiment: Experiment, stage: int) -> None:
+    """Write that the directory now belongs to this stage. Only under the lock, when the hand-over is done: a
+    start that dies before must not make stage 1's results look like stage 2's."""
+    write_json(experiment.metrics_file, _content(experiment) | {"current_stage": stage})
+
+
+def _content(experiment: Experiment) -> dict:
+    return experiment.read_metrics() or {"schema_version": SCHEMA_VERSION, "experiment": experiment.root.name}

@@ -10,7 +10,7 @@ from typing import Any
 
 MODEL, DATA, TRAINING = "model_args", "data_args", "training_args"
 
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
 
 STAGE_DEFAULTS: dict[int, dict[str, Any]] = {
@@ -61,7 +61,7 @@ class Options:
     overwrite_output_dir: bool = option(
         TRAINING, "run", "delete what this experiment directory holds and start anew", False, kind="bool"
     )
-    seed: int = option(TRAINING, "run", "seed of the row order", 42, kind="int", low=0)
+    seed: int = option(TRAINING, "run", "seed of the row order", 42, kind="int", low=0, high=2**32 - 1)
 
     # -- hardware -----------------------------------------------------------------------------------
     gpu_type: str | None = option(

@@ -3,6 +3,8 @@
 import math
 import os
 
+import numpy as np
+
 from flare.data.packing import PackedRows, split_documents
 from flare.data.sources import SourceSpec, open_source
 from flare.data.tokens import TokenCache, TokenSettings, build_token_cache, default_cache_dir
@@ -52,12 +54,14 @@ def packed_rows(run: Run, cache: TokenCache) -> tuple[PackedRows, PackedRows]:
             f"the data gives {train_rows.num_tokens:,} training tokens, one step needs "
             f"{run.global_batch_size * options.max_seq_length + 1:,}; lower --max_seq_length or the batch size"
         )
+    if eval_rows.num_targets(np.arange(len(eval_rows))) == 0:
+        raise DataError("the held-out documents are single tokens: nothing can be evaluated; give longer documents")
     return train_rows, eval_rows
 
 
-def max_steps(run: Run, train_rows: PackedRows) -> int:
+def max_steps(run: Run, train_rows: PackedRows, global_batch_size: int) -> int:
     """Steps of the run: ``--max_steps``, or what ``--num_train_epochs`` comes to."""
     options = run.options
     if options.num_train_epochs is not None:
-        return math.ceil(options.num_train_epochs * len(train_rows) / run.global_batch_size)
+        return math.ceil(options.num_train_epochs * len(train_rows) / global_batch_size)
     return options.max_steps

@@ -22,14 +22,13 @@ class Saver:
 
     Args:
         identity: what must be the same when the run is resumed.
-        max_steps: of the whole stage, for the record.
     """
 
-    def __init__(self, run: Run, world: World, identity: dict, global_batch_size: int, max_steps: int) -> None:
+    def __init__(self, run: Run, world: World, identity: dict, global_batch_size: int) -> None:
         self.run, self.world = run, world
         self.identity = identity
         self.global_batch_size = global_batch_size
-        self.max_steps = max_steps
+        self.max_steps = 0  # of the whole stage, settled when the global batch is
         self.model: TrainingModel | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -64,6 +63,7 @@ class Saver:
             "identity": self.identity,
             "global_batch_size": self.global_batch_size,
             "world_size": self.world.size,
+            "options": self.run.settings(),
             "progress": progress.as_dict(),
         }
         weights = ckpt.model_tensors(self.model.causal_lm)
@@ -74,9 +74,8 @@ class Saver:
         files["trainer_state.json"] = lambda path: write_json(path, state)
         facts = {"stage": options.stage, "tokens": progress.tokens, "world_size": self.world.size}
         written = ckpt.write_checkpoint(checkpoints, progress.step, files, facts)
-        ckpt.prune(
-            checkpoints, options.save_total_limit, progress.best_step if options.early_stopping_patience else None
-        )
+        best = progress.best_step if options.early_stopping_patience else None
+        ckpt.prune(checkpoints, options.save_total_limit, {progress.step, best})
         log.info(f"saved {written.path.name} in {time.perf_counter() - t0:.1f} s")
         self.record("running", progress)
 
@@ -103,7 +102,7 @@ class Saver:
         """config.json of what is written: the model, plus how far it was trained."""
         dtype = str(self.saved_dtype).removeprefix("torch.")
         past = (self.run.config.get("flare") or {}).get("trained_tokens", 0)
-        facts = {"stage": self.run.options.stage, "trained_tokens": past + progress.tokens}
+        facts = {"stage": self.run.options.stage, "step": progress.step, "trained_tokens": past + progress.tokens}
         return self.run.config | {"dtype": dtype, "flare": facts}
 
     @property

@@ -22,6 +22,7 @@ from flare.gpus import peak_tflops
 from flare.launch import tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
+from flare.metrics_file import enter_stage
 from flare.model import checkpoint_layers, load_for_training
 from flare.nope.layers import format_layers
 from flare.nope.probe import verify_nope
@@ -64,9 +65,6 @@ def open_experiment(run: Run, world: World) -> Run:
     start_logging(world.rank, world.size, experiment.training_log, experiment.logs)
     if not run.init_from.exists():  # stage 1's result has just moved to stage1/
         run = replace(run, init_from=experiment.stage1 / "final_model")
-    if world.is_main:
-        experiment.record_command([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *run.resolved.argv], {})
-        experiment.record_environment()
     return run
 
 
@@ -78,6 +76,9 @@ def _prepare_directory(run: Run) -> None:
     if options.stage == 2:
         experiment.hand_over()
     experiment.create()
+    enter_stage(experiment, options.stage)
+    experiment.record_command([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *run.resolved.argv], {})
+    experiment.record_environment()
     ckpt.clean_leftovers(experiment.checkpoints)
     if options.resume == "never" and ckpt.list_checkpoints(experiment.checkpoints):
         raise ConfigError(
@@ -96,15 +97,15 @@ class Session:
         self.train_rows, self.eval_rows = train_rows, eval_rows
         self.options, self.experiment = run.options, run.experiment
         self.identity = run.identity() | {"data": cache.fingerprint}
-        self.max_steps = max_steps(run, train_rows)
-        self.saver = Saver(run, world, self.identity, run.global_batch_size, self.max_steps)
+        self.saver = Saver(run, world, self.identity, run.global_batch_size)
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the end of the stage."""
         self._log_start()
         resume_from = distributed.on_main(self.world, self._find_checkpoint)
         progress = self._read_progress(resume_from)
-        if progress.step >= self.max_steps and self.experiment.final_model.exists():
+        self._settle_length()
+        if self._is_done(progress):
             log.info(
                 f"stage {self.options.stage} of {self.experiment.root.name!r} is finished already (step "
                 f"{progress.step}); a larger --max_steps continues it"
@@ -144,10 +145,18 @@ class Session:
         log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
         for side, rows in (("train", self.train_rows), ("held out", self.eval_rows)):
             log.info(f"{side}: {rows.num_documents:,} documents, {rows.num_tokens:,} tokens, {len(rows):,} rows")
-        log.info(
-            f"{self.max_steps} steps of {self.saver.global_batch_size} rows x {options.max_seq_length} tokens = "
-            f"{self.saver.global_batch_size * options.max_seq_length:,} tokens a step"
-        )
+
+    def _settle_length(self) -> None:
+        """Steps of the stage, from the global batch that the run really has."""
+        rows, length = self.saver.global_batch_size, self.options.max_seq_length
+        self.max_steps = self.saver.max_steps = max_steps(self.run, self.train_rows, rows)
+        log.info(f"{self.max_steps} steps of {rows} rows x {length} tokens = {rows * length:,} tokens a step")
+
+    def _is_done(self, progress: Progress) -> bool:
+        """Whether nothing is left to train and final_model is of this very step (not of a shorter run before)."""
+        exported = self.experiment.trained(self.experiment.final_model)
+        is_exported = (exported.get("stage"), exported.get("step")) == (self.options.stage, progress.step)
+        return is_exported and (progress.step >= self.max_steps or progress.out_of_patience(self.options))
 
     def _find_checkpoint(self) -> Checkpoint | None:
         resume = self.options.resume
@@ -177,7 +186,25 @@ class Session:
         check_identity(self.identity, state["identity"], resume_from.path.name)
         self._keep_global_batch(state)
         log.info(f"resumes from {resume_from.path.name}, {state['progress']['tokens']:,} tokens seen")
-        return Progress(**state["progress"])
+        self._log_changes(state["options"])
+        if resume_from.path.resolve().parent == self.experiment.checkpoints.resolve():
+            for name in distributed.on_main(
+                self.world, lambda: ckpt.set_aside_newer(resume_from.path.parent, resume_from.step)
+            ):
+                log.warning(f"{name} is newer than the checkpoint to resume: renamed to superseded-{name}")
+        progress = Progress(**state["progress"])
+        kept = {c.step for c in ckpt.list_checkpoints(self.experiment.checkpoints)}
+        if self.options.early_stopping_patience and progress.best_step not in kept:
+            progress.forget_best()  # its weights were not kept: the run had no patience then
+        return progress
+
+    def _log_changes(self, then: dict) -> None:
+        """Name what resumes with another value; what must not change has been refused before."""
+        now = self.run.settings()
+        silent = ("resume", "dry_run", "overwrite_output_dir", "experiment_name", "base_output_dir", "config")
+        changes = [f"{k} {then[k]} -> {now[k]}" for k in now if k in then and then[k] != now[k] and k not in silent]
+        if changes:
+            log.warning(f"resumes with changes: {', '.join(changes)}")
 
     def _keep_global_batch(self, state: dict) -> None:
         """The recorded global batch goes on, on any number of processes; changed flags are refused."""
@@ -214,7 +241,8 @@ class Session:
         if resume_from:
             tensors = ckpt.load_tensors(resume_from.path / "optimizer.safetensors")
             try:
-                load_optimizer_tensors(self.optimizer, tensors)
+                if tensors or resume_from.step > 0:  # before its first step Adam has no state
+                    load_optimizer_tensors(self.optimizer, tensors)
             except KeyError as error:
                 raise CheckpointError(f"{resume_from.path.name}: optimizer state is incomplete: {error}") from error
         counts = [0, 0]

@@ -14,7 +14,7 @@ from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.experiment import Experiment, check_output_dir, existing_parent, stage_one_result
 from flare.hub import local_model_dir, read_hub_config, read_model_config
-from flare.nope.format import family_of, nope_layers_of, theta_of, weight_files, with_nope
+from flare.nope.format import nope_layers_of, theta_of, weight_files, with_nope
 from flare.nope.layers import format_layers, parse_layers
 from flare.nvidia_smi import Gpu
 from flare.options import Options
@@ -97,7 +97,7 @@ class Run:
             "model": model_fingerprint(self.init_from),
             "nope_layers": list(self.nope_layers),
             "rope_theta": theta_of(self.config, "model"),
-            "train_layers": options.train_layers or "default",
+            "train_layers": str(self.trainable),
             "max_seq_length": options.max_seq_length,
             "packing": options.packing,
             "seed": options.seed,
@@ -156,6 +156,7 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     name, reason = choose_start(resolved, experiment)
     init_from, raw = open_model(name, options)
     where = str(init_from or name)
+    _check_overwrite(experiment, options, init_from)
     nope_layers = choose_nope_layers(resolved, raw, where)
     config = with_nope(raw, nope_layers, options.rope_theta, where)
     _check_length(options, config)
@@ -196,6 +197,22 @@ def settle_batch(run: Run) -> Run:
     return tried
 
 
+def _check_overwrite(experiment: Experiment, options: Options, init_from: Path | None) -> None:
+    """``--overwrite_output_dir`` must not delete what the run starts from."""
+    if not options.overwrite_output_dir:
+        return
+    doomed = [path.resolve() for path in experiment.overwritten_by(options.stage)]
+    starts = [init_from] if init_from else []
+    if options.resume not in ("auto", "never"):
+        starts.append(Path(options.resume))
+    for start in starts:
+        if any(path == start.resolve() or path in start.resolve().parents for path in doomed):
+            raise ConfigError(
+                f"--overwrite_output_dir would delete {start}, which the run starts from; choose another "
+                "--experiment_name"
+            )
+
+
 def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
     """(directory, config.json) of the model to start from; a dry run is content with the configuration.
 
@@ -205,7 +222,7 @@ def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
         return None, hub_model_config(name, options.cache_dir)
     directory = local_model_dir(name, options.cache_dir)
     raw = read_model_config(directory)
-    family_of(raw, str(directory))
+    ModelShape.from_config(raw, str(directory))  # refuses another family, and sizes that are missing
     weight_files(directory)
     return directory, raw
 

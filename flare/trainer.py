@@ -41,6 +41,15 @@ class Progress:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    def out_of_patience(self, options: Options) -> bool:
+        """Whether early stopping ends the run here."""
+        patience = options.early_stopping_patience
+        return patience is not None and self.evaluations_without_gain >= patience
+
+    def forget_best(self) -> None:
+        """Begin anew to look for the best evaluation."""
+        self.best_loss, self.best_step, self.evaluations_without_gain = None, None, 0
+
 
 class StopRequest:
     """Signals that ask for a clean stop. A second Ctrl-C stops at once."""
@@ -116,6 +125,8 @@ class Trainer:
         self.stop_request.install()
         if progress.step == 0 and options.eval_steps:
             self._evaluate()
+        if progress.out_of_patience(options):
+            return "early_stopped"
         while progress.step < self.parts.max_steps:
             self.throughput.start()
             loss, grad_norm, stop = self._step()
@@ -128,7 +139,7 @@ class Trainer:
                 self._save()
             if stop:
                 return "stopped"
-            if self._out_of_patience():
+            if progress.out_of_patience(options):
                 self._save()
                 return "early_stopped"
         return "finished"
@@ -257,10 +268,6 @@ class Trainer:
         )
         if gain and options.early_stopping_patience:
             self._save()  # the best weights must be there when patience runs out
-
-    def _out_of_patience(self) -> bool:
-        patience = self.options.early_stopping_patience
-        return patience is not None and self.progress.evaluations_without_gain >= patience
 
     def _save(self) -> None:
         if self.saved_step == self.progress.step and self.progress.step > 0:

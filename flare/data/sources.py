@@ -159,8 +159,8 @@ def _read_jsonl(file: Path, column: str) -> Iterator[Row]:
                 record = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 yield Row(BadRow(f"is not UTF-8 (byte {error.start})"), where)
-            except json.JSONDecodeError as error:
-                yield Row(BadRow(f"is not JSON ({error.msg})"), where)
+            except ValueError as error:  # no JSON, or a number that no int holds
+                yield Row(BadRow(f"is not JSON ({getattr(error, 'msg', error)})"), where)
             else:
                 yield Row(_column(record, column, str(file), first), where)
                 first = False

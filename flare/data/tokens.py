@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flare.data.sources import BadRow, Row, Source
-from flare.errors import DataError, EnvError
+from flare.errors import ConfigError, DataError, EnvError
 from flare.logs import log
 
 FORMAT_VERSION = 1
@@ -51,6 +51,13 @@ class TokenCache:
         self.tokens = np.memmap(directory / "tokens.bin", dtype=self.meta["dtype"], mode="r")
         self.offsets = np.load(directory / "offsets.npy")
         self.hashes = np.load(directory / "hashes.npy")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the files are as long as meta.json says (a power loss may cut what was not synced)."""
+        meta = self.meta
+        sizes = (len(self.tokens), int(self.offsets[-1]), len(self.hashes))
+        return sizes == (meta["num_tokens"], meta["num_tokens"], meta["num_documents"])
 
     @property
     def fingerprint(self) -> str:
@@ -116,14 +123,32 @@ def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settin
     }
     fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     directory = cache_dir / f"tokens-{fingerprint}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--cache_dir {cache_dir} cannot be made: {error.strerror}") from error
     with open(cache_dir / f".tokens-{fingerprint}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (directory / "meta.json").is_file():
+        if not _is_built(directory):
             _build(source, tokenizer, directory, key | {"fingerprint": fingerprint}, settings)
     cache = TokenCache(directory)
     _check_bad_rows(cache.meta["bad_rows"], cache.meta["num_documents"], cache.meta["first_bad_rows"], settings)
     return cache
+
+
+def _is_built(directory: Path) -> bool:
+    """Whether a whole cache is there; what is left of a damaged one is removed."""
+    try:
+        if TokenCache(directory).is_whole:
+            return True
+    except FileNotFoundError:
+        if not directory.exists():
+            return False
+    except (OSError, ValueError, KeyError):
+        pass
+    log.warning(f"the token cache {directory} is damaged and built again")
+    shutil.rmtree(directory, ignore_errors=True)
+    return False
 
 
 def _build(source: Source, tokenizer: object, directory: Path, key: dict, settings: TokenSettings) -> None:
@@ -132,6 +157,9 @@ def _build(source: Source, tokenizer: object, directory: Path, key: dict, settin
     part.mkdir(parents=True)
     try:
         meta = _write_tokens(source, tokenizer, part, settings)
+        for path in part.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         with open(part / "meta.json", "w", encoding="utf-8") as file:
             json.dump(key | meta, file, indent=2)
             file.flush()

@@ -88,7 +88,10 @@ def weight_files(directory: Path) -> list[Path]:
     """
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (directory / index).is_file():
-            names = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
+            try:
+                names = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{directory / index} is no index of weight files") from error
             files = [directory / name for name in sorted(names)]
             for file in files:
                 if not file.is_file():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -83,7 +84,7 @@ def _load_weights(
         model, info = architecture.from_pretrained(
             directory, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **extra
         )
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{directory} cannot be loaded: {reason}") from error
     problems = []
@@ -108,6 +109,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     model_type = str(read_model_config(directory).get("model_type", "")).removesuffix("_nope")
     own_file = model_type in FAMILIES and (directory / "tokenizer.json").is_file()
+    if model_type in FAMILIES and not own_file and not (directory / "vocab.json").is_file():
+        # transformers would make up an empty tokenizer, and the data would be end-of-text tokens only.
+        raise CheckpointError(f"{directory} has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     loader = PreTrainedTokenizerFast if own_file else AutoTokenizer
     try:
         with quiet_transformers():

@@ -34,13 +34,16 @@ def probe_nope_layers(model: torch.nn.Module) -> list[int]:
     ]
     was_training = model.training
     model.eval()
-    try:
-        decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
-    return [i for i, (module, kwargs) in enumerate(calls) if _ignores_positions(decoder, module, kwargs)]
+    # On bf16 runs frozen weights are bf16 beside fp32 masters, and only autocast brings them together.
+    mixed = len({parameter.dtype for parameter in decoder.parameters()}) > 1
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        try:
+            decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            model.train(was_training)
+        return [i for i, (module, kwargs) in enumerate(calls) if _ignores_positions(decoder, module, kwargs)]
 
 
 def _ignores_positions(decoder: torch.nn.Module, attention: torch.nn.Module, kwargs: dict) -> bool:

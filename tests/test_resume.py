@@ -1,0 +1,188 @@
+"""What must not be lost or mistaken between runs: each row is a defect that a review found and reproduced."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flare.checkpoint import list_checkpoints, set_aside_newer
+from flare.data.tokens import TokenCache
+from flare.experiment import Experiment
+from flare.metrics_file import enter_stage, record_status
+from tests.conftest import train
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "run"
+
+
+def trained(run: Path) -> dict:
+    return json.loads((run / "final_model" / "config.json").read_text())["flare"]
+
+
+@pytest.mark.parametrize("train_layers", ["nope", "nope_attention"])
+def test_stage_one_trains_and_resumes_in_bf16_below_frozen_layers(
+    train_flags: list[str], run: Path, train_layers: str
+) -> None:
+    """Layers 2 and 3 stay frozen in bf16 above the fp32 masters of layer 1, as the guide's band has it."""
+    flags = [*train_flags, "--precision", "bf16", "--no_rope_layers", "1", "--train_layers", train_layers]
+    first = train(*flags, "--max_steps", 2)
+    assert first.returncode == 0, first.stderr
+    second = train(*flags, "--max_steps", 4)
+    assert second.returncode == 0, second.stderr
+    assert "resumes from checkpoint-2" in second.stderr
+
+
+def test_a_start_of_stage_two_that_died_leaves_stage_one_as_it_was(train_flags: list[str], run: Path) -> None:
+    assert train(*train_flags, "--max_steps", 1).returncode == 0
+    record_status(Experiment(run), 2, "failed", error="ended by signal SIGTERM")  # what the launcher writes
+    assert Experiment(run).recorded_stage() == 1
+    assert Experiment(run).overwritten_by(2) == []
+    result = train(*train_flags[:2], *train_flags[4:-3], "--stage", 2, "--max_steps", 1, "--overwrite_output_dir")
+    assert result.returncode == 0, result.stderr
+    assert "stage 2 starts from the result of stage 1" in result.stderr
+    assert (run / "stage1" / "final_model" / "config.json").is_file()
+
+
+def test_stage_is_known_without_the_metrics_file(train_flags: list[str], run: Path) -> None:
+    assert train(*train_flags, "--max_steps", 1).returncode == 0
+    (run / "training_metrics.json").unlink()
+    assert Experiment(run).recorded_stage() == 1
+    enter_stage(Experiment(run), 2)
+    assert Experiment(run).recorded_stage() == 2
+
+
+def test_overwriting_what_the_run_starts_from_is_refused(train_flags: list[str], run: Path) -> None:
+    assert train(*train_flags, "--max_steps", 1).returncode == 0
+    result = train(*train_flags, "--overwrite_output_dir", "--model_name_or_path", run / "final_model")
+    assert result.returncode == 2
+    assert "would delete" in result.stderr
+    assert (run / "final_model" / "config.json").is_file()
+
+
+def test_a_final_model_of_a_shorter_run_is_not_taken_for_the_longer_ones(train_flags: list[str], run: Path) -> None:
+    assert train(*train_flags, "--max_steps", 2).returncode == 0
+    shutil.copytree(run / "final_model", run / "old")
+    assert train(*train_flags, "--max_steps", 4).returncode == 0
+    shutil.rmtree(run / "final_model")
+    (run / "old").rename(run / "final_model")  # as if killed between the last checkpoint and the export
+    result = train(*train_flags, "--max_steps", 4)
+    assert result.returncode == 0, result.stderr
+    assert trained(run)["step"] == 4
+
+
+def test_stage_two_does_not_start_from_a_stage_one_that_goes_on(train_flags: list[str], run: Path) -> None:
+    assert train(*train_flags, "--max_steps", 1).returncode == 0
+    (run / "STOP").touch()
+    assert train(*train_flags, "--max_steps", 4).returncode == 0  # extended, and stopped on the way
+    flags = [*train_flags[:2], *train_flags[4:-3]]
+    result = train(*flags, "--stage", 2, "--max_steps", 1)
+    assert result.returncode == 2
+    assert "finish it first" in result.stderr
+
+
+def test_early_stopping_can_be_turned_on_at_resume_and_ends_for_good(train_flags: list[str], run: Path) -> None:
+    flags = [*train_flags, "--eval_steps", 1, "--learning_rate", "0.05", "--lr_scheduler_type", "constant"]
+    assert train(*flags, "--max_steps", 3).returncode == 0
+    flags += ["--max_steps", 40, "--early_stopping_patience", 2]
+    result = train(*flags)
+    assert result.returncode == 0, result.stderr
+    stopped_at = trained(run)["step"]
+    again = train(*flags)
+    assert "finished already" in again.stderr
+    assert trained(run)["step"] == stopped_at
+
+
+def test_a_run_killed_right_after_its_first_evaluation_resumes(train_flags: list[str], run: Path) -> None:
+    flags = [*train_flags, "--early_stopping_patience", 3]
+    assert train(*flags, "--max_steps", 1).returncode == 0
+    for name in ("checkpoint-1", "../final_model"):
+        shutil.rmtree(run / "checkpoints" / name)
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [0]
+    result = train(*flags, "--max_steps", 2)
+    assert result.returncode == 0, result.stderr
+    assert "resumes from checkpoint-0" in result.stderr
+
+
+def test_epochs_stay_epochs_on_another_number_of_processes(train_flags: list[str], run: Path) -> None:
+    steps = train_flags.index("--max_steps")
+    flags = [*train_flags[:steps], *train_flags[steps + 2 :], "--num_train_epochs", "0.1", "--save_steps", "2"]
+    (run.parent).mkdir()
+    first = train(*flags, "--nproc_per_node", 2)
+    assert first.returncode == 0, first.stderr
+    total = trained(run)["step"]
+    shutil.rmtree(run / "final_model")
+    for checkpoint in list_checkpoints(run / "checkpoints")[1:]:
+        shutil.rmtree(checkpoint.path)
+    second = train(*flags)
+    assert second.returncode == 0, second.stderr
+    assert trained(run)["step"] == total
+
+
+def test_resuming_an_older_checkpoint_begins_a_branch_of_its_own(train_flags: list[str], run: Path) -> None:
+    flags = [*train_flags, "--save_steps", 2, "--save_total_limit", 1]
+    assert train(*flags, "--save_total_limit", 9).returncode == 0
+    result = train(*flags, "--max_steps", 4, "--resume", run / "checkpoints" / "checkpoint-2")
+    assert result.returncode == 0, result.stderr
+    assert "superseded-checkpoint-6" in result.stderr
+    assert trained(run)["step"] == 4
+    assert (run / "checkpoints" / "superseded-checkpoint-6").is_dir()
+    assert set_aside_newer(run / "checkpoints", 4) == []
+
+
+def test_changes_at_resume_are_named(train_flags: list[str], run: Path) -> None:
+    assert train(*train_flags, "--max_steps", 1).returncode == 0
+    result = train(*train_flags, "--max_steps", 2, "--learning_rate", "5e-4")
+    assert result.returncode == 0
+    assert "resumes with changes: learning_rate 0.001 -> 0.0005, max_steps 1 -> 2" in result.stderr
+
+
+def test_a_damaged_token_cache_is_built_again(train_flags: list[str], run: Path, tmp_path: Path) -> None:
+    flags = [*train_flags, "--cache_dir", tmp_path / "cache", "--max_steps", 1]
+    assert train(*flags).returncode == 0
+    (directory,) = (tmp_path / "cache").glob("tokens-*")
+    with open(directory / "tokens.bin", "r+b") as file:
+        file.truncate(100)
+    assert not TokenCache(directory).is_whole
+    result = train(*flags, "--experiment_name", "again")
+    assert result.returncode == 0, result.stderr
+    assert "is damaged and built again" in result.stderr
+    assert TokenCache(directory).is_whole
+
+
+def test_plausible_mistakes_end_in_one_line(train_flags: list[str], base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    for name in ("no_tokenizer", "empty_weights", "no_depth"):
+        shutil.copytree(base, tmp_path / name)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "no_tokenizer" / file).unlink()
+    (tmp_path / "empty_weights" / "model.safetensors").write_bytes(b"")
+    config = json.loads((base / "config.json").read_text())
+    del config["num_hidden_layers"]
+    (tmp_path / "no_depth" / "config.json").write_text(json.dumps(config))
+    for changes, words in (
+        (["--experiment_name", "file"], "out/file"),
+        (["--experiment_name", "./"], "must stay inside"),
+        (["--experiment_name", "x" * 300], "at most 200"),
+        (["--cache_dir", tmp_path / "out" / "file"], "--cache_dir"),
+        (["--seed", "20250101123456"], "--seed must be <="),
+        (["--model_name_or_path", tmp_path / "no_tokenizer"], "has no tokenizer"),
+        (["--model_name_or_path", tmp_path / "empty_weights"], "cannot be loaded"),
+        (["--model_name_or_path", tmp_path / "no_depth"], "num_hidden_layers must be"),
+    ):
+        result = train(*train_flags, *changes)
+        assert result.returncode in (2, 4), (changes, result.stderr)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, (changes, result.stderr)
+        assert words in errors[0], (changes, errors)
+        assert "Traceback" not in result.stderr
+
+
+def test_warm_up_on_the_command_line_replaces_that_of_the_file() -> None:
+    from flare.config import resolve
+
+    options = resolve(["--warmup_steps", "10"]).options  # training_config.json sets warmup_ratio
+    assert (options.warmup_steps, options.warmup_ratio) == (10, 0)
