@@ -1,6 +1,6 @@
 """Every training option, said once: type, default, section of the JSON file, help line.
 
-``--help``, the table in docs/options.md, the validation in ``flare.config`` and the JSON keys derive from
+``--help``, the validation in ``flare.config`` and the JSON keys derive from
 the fields below. No torch here: ``--help`` must start in well under a second.
 """
 

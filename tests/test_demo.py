@@ -35,7 +35,9 @@ def test_removing_rope_hurts_stage_one_wins_most_back_stage_two_the_rest(tmp_pat
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(words)]
     assert Path(line.split()[-1], "config.json").is_file()
     report = (tmp_path / "demo" / "evaluation" / "evaluation_report.md").read_text()
-    assert all((tmp_path / "demo" / "evaluation" / plot).is_file() for plot in re.findall(r"\((plots/[^)]+)\)", report))
+    assert all(
+        (tmp_path / "demo" / "evaluation" / plot).is_file() for plot in re.findall(r"\((plots/[^)]+)\)", report)
+    )
 
     again = run_demo(tmp_path, seed)
     assert again.returncode == 0

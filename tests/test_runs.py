@@ -305,7 +305,7 @@ def test_stage_two_takes_over_stage_one_of_the_same_name(train_flags: list[str],
     assert (run / "stage1" / "checkpoints" / "checkpoint-2").is_dir()
     config = json.loads((run / "final_model" / "config.json").read_text())
     assert config["nope_layers"] == [1, 3]
-    assert config["flare"] == {"stage": 2, "trained_tokens": 4 * 2 * 32}
+    assert config["flare"] == {"stage": 2, "step": 2, "trained_tokens": 4 * 2 * 32}
     assert set(metrics(run)["stages"]) == {"1", "2"}
     changed = [n for n, t in weights(run / "final_model").items() if not torch.equal(t, stage1[n])]
     assert "model.embed_tokens.weight" in changed
