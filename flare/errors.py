@@ -64,20 +64,22 @@ def run_script(main: Callable[[], int]) -> int:
     try:
         return main()
     except FlareError as error:
-        if os.environ.get("FLARE_DEBUG") == "1":
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         # `script | head` closed our stdout: not an error of the run. Point stdout elsewhere, so that
         # the interpreter's last flush does not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if os.environ.get("FLARE_DEBUG") == "1":
-            traceback.print_exc()
-        print(f"error: {error} (FLARE_DEBUG=1 shows where)", file=sys.stderr, flush=True)
-        return EnvError.exit_code
+        return _fail(f"{error} (FLARE_DEBUG=1 shows where)", EnvError.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130  # what shells say of a process that Ctrl-C ended
+
+
+def _fail(message: str, exit_code: int) -> int:
+    """Print the line, after the traceback when one is asked for; returns the code."""
+    if os.environ.get("FLARE_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return exit_code
