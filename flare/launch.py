@@ -5,6 +5,7 @@ again, once a rank; it passes signals on, and its workers' first error is shown 
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -34,6 +35,8 @@ SHUTDOWN_TIMEOUT_SEC = 600
 """What torchrun's agent grants workers after a signal: a large model's last checkpoint takes minutes."""
 RECORD_WAIT_SEC = 10.0
 """How long another host's launcher waits for the first one's rank 0 to record how the run ended."""
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that a process gets when its parent dies."""
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
@@ -219,6 +222,12 @@ def _append_to_log(experiment: Experiment, message: str) -> None:
     if experiment.training_log.exists():
         with open(experiment.training_log, "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {message}\n")
+
+
+def end_with_launcher() -> None:
+    """From a worker: when the launcher dies, killed or not, get SIGTERM and so stop with a checkpoint (Linux)."""
+    if DEVICE_VARIABLE in os.environ and ERROR_FILE_VARIABLE in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def tell_launcher(message: str, exit_code: int) -> bool:

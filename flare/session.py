@@ -19,7 +19,7 @@ from flare.data.tokens import TokenCache
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.gpus import peak_tflops
-from flare.launch import tell_launcher
+from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
 from flare.metrics_file import enter_stage
@@ -39,6 +39,7 @@ def run_worker(run: Run) -> int:
     use_cuda = run.hardware.use_cuda
     rank = distributed.rank_from_environment()
     start_logging(rank, run.hardware.world_size)
+    end_with_launcher()
     try:
         cache = prepare_data(run)
         rows = packed_rows(run, cache)

@@ -173,11 +173,12 @@ def wait_for_line(process: subprocess.Popen, words: str) -> None:
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_run_continues_to_the_same_bits(train_flags: list[str], tmp_path: Path, processes: int) -> None:
-    flags = [*train_flags, "--max_steps", 40, "--save_steps", 5, "--eval_steps", 10, "--nproc_per_node", processes]
+    """One process is gone at once. Of two, the launcher is killed: its workers stop by themselves."""
+    flags = [*train_flags, "--max_steps", 100, "--save_steps", 5, "--eval_steps", 10, "--nproc_per_node", processes]
     whole = train(*flags, "--experiment_name", "whole")
     assert whole.returncode == 0, whole.stderr
     process = start(*flags)
-    wait_for_line(process, "step 17/40")
+    wait_for_line(process, "step 17/100")
     process.kill()
     process.wait()
     run = tmp_path / "out" / "run"
@@ -185,11 +186,13 @@ def test_killed_run_continues_to_the_same_bits(train_flags: list[str], tmp_path:
     assert not (run / "final_model").exists()
     resumed = train(*flags)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resumes from checkpoint-15" in resumed.stderr or "resumes from checkpoint-20" in resumed.stderr
+    found = re.search(r"resumes from checkpoint-(\d+)", resumed.stderr)
+    assert found
+    assert 15 <= int(found[1]) < 100
     assert_same_weights(run / "final_model", tmp_path / "out" / "whole" / "final_model")
     assert losses(run) == losses(tmp_path / "out" / "whole")
     lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in lines if "loss" in r] == list(range(1, 41))
+    assert [r["step"] for r in lines if "loss" in r] == list(range(1, 101))
 
 
 def wait_until_unlocked(run: Path) -> None:
