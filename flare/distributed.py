@@ -41,11 +41,6 @@ class World:
         return self.rank == 0
 
 
-def launched_by_torchrun() -> bool:
-    """Whether this process is a worker that torchrun (or our launcher, through its API) started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def rank_from_environment() -> int:
     """This process's rank as torchrun tells it; 0 for a single process."""
     return int(os.environ.get("RANK", 0))

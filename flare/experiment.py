@@ -158,11 +158,10 @@ class Experiment:
 
     # -- records -------------------------------------------------------------------------------------
 
-    def record_command(self, command: list[str], environment: dict[str, str]) -> None:
+    def record_command(self, command: list[str]) -> None:
         """Append the command, ready to paste, with date and working directory."""
-        prefix = "".join(f"{k}={shlex.quote(v)} " for k, v in environment.items())
         stamp = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        text = f"# {stamp}\ncd {shlex.quote(os.getcwd())} && {prefix}{shlex.join(command)}\n\n"
+        text = f"# {stamp}\ncd {shlex.quote(os.getcwd())} && {shlex.join(command)}\n\n"
         with open(self.root / "train_command.txt", "a", encoding="utf-8") as file:
             file.write(text)
 

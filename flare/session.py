@@ -78,7 +78,7 @@ def _prepare_directory(run: Run) -> None:
         experiment.hand_over()
     experiment.create()
     enter_stage(experiment, options.stage)
-    experiment.record_command([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *run.resolved.argv], {})
+    experiment.record_command([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *run.resolved.argv])
     experiment.record_environment()
     ckpt.clean_leftovers(experiment.checkpoints)
     if options.resume == "never" and ckpt.list_checkpoints(experiment.checkpoints):
@@ -202,7 +202,7 @@ class Session:
     def _log_changes(self, then: dict) -> None:
         """Name what resumes with another value; what must not change has been refused before."""
         now = self.run.settings()
-        silent = ("resume", "dry_run", "overwrite_output_dir", "experiment_name", "base_output_dir", "config")
+        silent = ("resume", "dry_run", "overwrite_output_dir", "experiment_name", "base_output_dir")
         changes = [f"{k} {then[k]} -> {now[k]}" for k in now if k in then and then[k] != now[k] and k not in silent]
         if changes:
             log.warning(f"resumes with changes: {', '.join(changes)}")

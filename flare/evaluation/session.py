@@ -72,6 +72,7 @@ class Evaluation:
         self.directory = local_model_dir(settings.model_path, settings.cache_dir)
         self.others = [local_model_dir(name, settings.cache_dir) for name in settings.compare_to]
         self.results_file = settings.output_dir / "evaluation_results.json"
+        self.environment = _environment()  # asks git and nvidia-smi: once, not once a model
         self.texts: dict[str, list[str]] = {}
         self.failed: dict[str, str] = {}
         self.by_position: dict[str, dict[str, list[dict]]] = {}
@@ -98,7 +99,7 @@ class Evaluation:
         """Results of one model on all data sets."""
         with self._loaded(directory) as (model, tokenizer):
             record = model_record(model, tokenizer, str(directory), _probe(model))
-            results = new_results(record, self._settings(tokenizer), _environment())
+            results = new_results(record, self._settings(tokenizer), self.environment)
             scores: list[DatasetScore] = []
             for name, texts in self.texts.items():
                 try:
