@@ -13,7 +13,7 @@ LAYERS = [
     ["config_file", "config", "batch", "hosts", "fabric", "distributed"],
     ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope"],
     ["nope.format", "nope.probe", "nope.load", "nope.patch", "loss", "optim"],
-    ["nope.canary_file", "nope.canary"],
+    ["nope.canary_file", "nope.canary", "nope.endpoint"],
     ["shapes", "trainable", "flops", "activations"],
     ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table"],
     ["data.embedded", "data.sources", "data.tokens", "data.packing", "data.order"],
