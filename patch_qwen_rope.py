@@ -3,6 +3,7 @@
 
 python patch_qwen_rope.py --model_name_or_path DIR --no_rope_layers 20-32 --output_dir OUT
 python patch_qwen_rope.py --inspect OUT
+python patch_qwen_rope.py --verify_endpoint http://localhost:8000 --model_name_or_path DIR
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from flare.errors import ConfigError, run_script
+from flare.errors import ConfigError, FlareError, run_script
 
 
 def __getattr__(name: str):
@@ -36,6 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rope_theta", type=float, metavar="X", help="RoPE base of the other layers [the model's]")
     parser.add_argument("--output_dir", metavar="OUT", help="where the patched checkpoint goes")
     parser.add_argument("--inspect", metavar="DIR", help="say what a model directory is")
+    parser.add_argument(
+        "--verify_endpoint", metavar="URL",
+        help="ask a completions server (vLLM, SGLang, llama.cpp) whether it runs the model of --model_name_or_path, "
+        "which has a nope_canary.json: the true model, the one with RoPE everywhere, or neither",
+    )  # fmt: skip
+    parser.add_argument(
+        "--served_model_name", metavar="NAME", help="as --verify_endpoint's server calls it [its only]"
+    )
     return parser
 
 
@@ -58,13 +67,29 @@ def inspect(directory: Path) -> None:
         print(f"{name + ':':<20}{value if isinstance(value, str | int) else json.dumps(value)}")
 
 
+def verify_server(url: str, directory: str | None, served_model_name: str | None) -> int:
+    """Print which model a server runs. Returns: the exit code, 0 for the true model."""
+    from flare.nope.canary_file import read_canary
+    from flare.nope.endpoint import verify_endpoint
+
+    if not directory:
+        raise ConfigError("--verify_endpoint needs --model_name_or_path DIR, a model with a nope_canary.json")
+    verdict = verify_endpoint(url, read_canary(Path(directory)), served_model_name)
+    print(f"{url} runs: {verdict}")
+    return 0 if verdict.is_true_model else FlareError.exit_code
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.served_model_name and not args.verify_endpoint:
+        raise ConfigError("--served_model_name is for --verify_endpoint")
     if args.inspect:
         inspect(Path(args.inspect))
         return 0
+    if args.verify_endpoint:
+        return verify_server(args.verify_endpoint, args.model_name_or_path, args.served_model_name)
     if not args.model_name_or_path or not args.output_dir:
-        raise ConfigError("give --model_name_or_path and --output_dir, or --inspect DIR")
+        raise ConfigError("give --model_name_or_path and --output_dir, or --inspect DIR, or --verify_endpoint URL")
     from flare.hub import local_model_dir
     from flare.nope.layers import format_layers
     from flare.nope.patch import patch_checkpoint

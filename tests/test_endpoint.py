@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +17,7 @@ from flare.nope.canary_file import Canary, read_canary
 from flare.nope.endpoint import verify_endpoint
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint
-from tests.conftest import write_base
+from tests.conftest import run_script, script_environment, write_base
 
 LAYERS = [1, 3]
 SHARP = {"initializer_range": 0.1}
@@ -233,3 +234,31 @@ def test_several_models_ask_for_a_name(canary: Canary) -> None:
 def test_what_is_no_url_is_refused(canary: Canary) -> None:
     with pytest.raises(ConfigError, match="--verify_endpoint localhost:8000: give a URL like http"):
         verify_endpoint("localhost:8000", canary)
+
+
+# -- the script ------------------------------------------------------------------------------------------------------
+
+
+def test_script_prints_the_verdict_and_exits_by_it(models: dict, directory: Path) -> None:
+    def script(url: str, *flags: object) -> tuple[int, str, str]:
+        result = run_script(
+            "patch_qwen_rope.py", "--verify_endpoint", url, *flags, env=script_environment(OPENAI_API_KEY="")
+        )
+        return result.returncode, result.stdout, result.stderr
+
+    model = ("--model_name_or_path", directory / "true")
+    for name, code, what in (("true", 0, "true model"), ("base", 5, "RoPE everywhere")):
+        with serving("vllm", models[name]) as server:
+            returned, out, err = script(server.url, *model)
+        assert (returned, err) == (code, "")
+        assert out.startswith(f"{server.url} runs: {what} (")
+    with socket.socket() as free:  # bound, not listening: nothing answers here, and nobody else can take the port
+        free.bind(("127.0.0.1", 0))
+        returned, out, err = script(f"http://127.0.0.1:{free.getsockname()[1]}", *model)
+    assert (returned, out, err.count("\n")) == (4, "", 1)
+    assert "no server answers at http://127.0.0.1" in err
+    assert script("http://127.0.0.1:1", "--model_name_or_path", directory / "base")[0] == 2  # no canary there
+    assert "--model_name_or_path" in script("http://127.0.0.1:1")[2]
+    result = run_script("patch_qwen_rope.py", "--served_model_name", "x", "--inspect", directory / "true")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--served_model_name is for --verify_endpoint" in result.stderr
