@@ -13,7 +13,7 @@ from flare.errors import CheckpointError
 from flare.model import set_trainable
 from flare.nope import canary as canary_module
 from flare.nope.canary import canary_sequences, check_canary, measure_canary, rope_everywhere, write_canary
-from flare.nope.canary_file import CANARY_FILE, LOCAL, SERVER, judge, read_canary
+from flare.nope.canary_file import CANARY_FILE, LOCAL, SERVER, copy_canary, judge, read_canary
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint, patch_qwen_rope
 from flare.nope.probe import probe_nope_layers
@@ -279,6 +279,13 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / CANARY_FILE).write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_canary(tmp_path)
+
+
+def test_an_export_takes_the_canary_along(patched: Path, tmp_path: Path) -> None:
+    assert copy_canary(patched, tmp_path)
+    assert read_canary(tmp_path) == read_canary(patched)
+    (tmp_path / "none").mkdir()
+    assert not copy_canary(tmp_path / "none", tmp_path)
 
 
 def test_weights_that_are_not_finite_give_no_canary(tmp_path: Path) -> None:

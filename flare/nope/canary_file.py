@@ -7,6 +7,7 @@ Whoever has the file can tell which of the two runs somewhere, from log-probabil
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,6 +193,17 @@ def read_canary(directory: Path) -> Canary:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     return canary
+
+
+def copy_canary(source: Path, target: Path) -> bool:
+    """Take the canary, if there is one, along to a directory with the same weights in another form (an export).
+
+    Returns: whether there was one.
+    """
+    if not (source / CANARY_FILE).is_file():
+        return False
+    shutil.copyfile(source / CANARY_FILE, target / CANARY_FILE)
+    return True
 
 
 def _scores(content: dict) -> Scores:
