@@ -46,7 +46,8 @@ def test_a_run_leaves_every_file_of_the_guide(train_flags: list[str], tmp_path: 
     for name in (
         "checkpoints/checkpoint-6/manifest.json", "final_model/config.json", "final_model/model.safetensors",
         "final_model/tokenizer.json", "final_model/modeling_nope.py", "final_model/nope_canary.json",
-        "logs/metrics.jsonl", "tensorboard/stage1", "training.log", "training_metrics.json", "train_command.txt", "environment_info.txt",
+        "logs/metrics.jsonl", "tensorboard/stage1", "training.log", "training_metrics.json", "train_command.txt",
+        "environment_info.txt",
     ):  # fmt: skip
         assert (run / name).exists(), name
     log = (run / "training.log").read_text().lower()
