@@ -8,7 +8,7 @@ layer of it exists twice at a time, and a fresh load of the saved model gives th
 import contextlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ TOP_POSITIONS = tuple(range(7, LENGTH, 8))
 VOCABULARY_CHUNK = 8192
 """Rows of the lm_head that exist in fp32 at a time (160 MiB at hidden 5120)."""
 
+Recast = Callable[[torch.Tensor], torch.Tensor]
 WITH_ROPE = {nope: plain for plain, nope in NOPE_ATTENTION.items()}
 
 
@@ -150,7 +151,7 @@ def rope_everywhere(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _computing_in_fp32(model: PreTrainedModel, saved) -> Iterator[None]:
+def _computing_in_fp32(model: PreTrainedModel, saved: Recast) -> Iterator[None]:
     """Evaluation in true fp32 with torch's own attention, layer by layer; the model comes out as it was.
 
     ``saved`` turns a weight into the fp32 numbers that its file holds. Attention kernels for bf16 only cannot be
@@ -176,7 +177,7 @@ def _computing_in_fp32(model: PreTrainedModel, saved) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _swapped_weights(modules: tuple[torch.nn.Module, ...], saved) -> Iterator[None]:
+def _swapped_weights(modules: tuple[torch.nn.Module, ...], saved: Recast) -> Iterator[None]:
     """While one of the modules runs, its weights are ``saved(weight)``; afterwards the same tensors as before."""
     own: dict[torch.nn.Parameter, torch.Tensor] = {}
 

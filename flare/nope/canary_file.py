@@ -23,8 +23,8 @@ NEITHER = "neither"
 UNDECIDABLE = "undecidable"
 
 FP32_NOISE_NATS = 1e-3
-"""What the order of fp32 sums changes a token's NLL by, on another machine, at most. Two references that lie nearer
-to each other than this are the same to every measurement. A guess on the safe side: 1e-6 was measured on the CPU."""
+"""References that lie nearer to each other than this are the same to every measurement. A guess on the safe side for
+large models on other machines; on tiny ones another attention kernel changed the mean by 1e-6 nats."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ LOCAL = Limits(noise_nats=FP32_NOISE_NATS, furthest_nats=0.01)
 """Both sides in fp32 from the same weights."""
 
 SERVER = Limits(noise_nats=0.1, furthest_nats=0.25)
-"""A server computes in bf16 or less. bf16 logits of size 16-32 come in steps of 0.125, so one is off by up to
-0.06, and so is the sum over the vocabulary; fp8 weights add about as much. 0.25 is a guess: a checkpoint trained
-a little further may lie as near as a 4-bit copy, and calling both ``neither`` is the safe side."""
+"""A server computes in bf16 or less. bf16 logits of size 16-32 come in steps of 0.125, so one is off by up to 0.06.
+Both numbers are guesses with that in mind: a checkpoint trained a little further may lie as near as a 4-bit copy
+(0.09 in docs/design.md), and calling what is too far ``neither`` is the safe side."""
 
 
 @dataclass(frozen=True)
