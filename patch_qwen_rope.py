@@ -1,16 +1,33 @@
 #!/usr/bin/env python3
-"""Remove RoPE from chosen layers of a Qwen checkpoint on disk; importable: patch_qwen_rope, verify_nope.
+"""Remove RoPE from chosen layers of a Qwen checkpoint on disk, and take the result elsewhere.
 
-python patch_qwen_rope.py --model_name_or_path DIR --no_rope_layers 20-32 --output_dir OUT
-python patch_qwen_rope.py --inspect OUT
+Importable, too: patch_qwen_rope (a loaded model), verify_nope.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from flare.errors import ConfigError, run_script
+from flare.config import OneLineParser
+from flare.errors import ConfigError, join_errors, run_script
+
+EXAMPLES = """\
+examples (patch, look, prove, export, undo):
+  python patch_qwen_rope.py --model_name_or_path Qwen/Qwen2.5-3B --no_rope_layers 20-32 --output_dir patched
+  python patch_qwen_rope.py --inspect patched
+  python patch_qwen_rope.py --verify patched
+  python patch_qwen_rope.py --export native --model_name_or_path patched --output_dir native
+  python patch_qwen_rope.py --restore_rope --model_name_or_path native --output_dir plain
+"""
+
+MODES = {
+    "inspect": ({"inspect"}, set()),
+    "verify": ({"verify"}, set()),
+    "export": ({"export", "model_name_or_path", "output_dir"}, set()),
+    "restore_rope": ({"restore_rope", "model_name_or_path", "output_dir"}, set()),
+    "patch": ({"model_name_or_path", "output_dir"}, {"no_rope_layers", "rope_theta", "nope_temperature"}),
+}
+"""Mode -> the flags that it needs, and those that it takes; every other flag would have no effect there."""
 
 
 def __getattr__(name: str):
@@ -27,51 +44,103 @@ def __getattr__(name: str):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", metavar="DIR", help="directory or hub name of the plain model")
-    parser.add_argument(
-        "--no_rope_layers", nargs="+", default=["auto"], metavar="LAYER",
+    parser = OneLineParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model_name_or_path", metavar="DIR", help="directory or hub name of the model")
+    add("--output_dir", metavar="OUT", help="new directory for the result; weights are hard links where unchanged")
+    patch = parser.add_argument_group("patch (the default)")
+    add = patch.add_argument
+    add(
+        "--no_rope_layers", nargs="+", metavar="LAYER",
         help="indices and ranges (3 7 20-32), every:4, or auto (the band 20-32 of 36, scaled) [auto]",
     )  # fmt: skip
-    parser.add_argument("--rope_theta", type=float, metavar="X", help="RoPE base of the other layers [the model's]")
-    parser.add_argument("--output_dir", metavar="OUT", help="where the patched checkpoint goes")
-    parser.add_argument("--inspect", metavar="DIR", help="say what a model directory is")
+    add("--rope_theta", type=float, metavar="X", help="RoPE base of the other layers [the model's]")
+    add(
+        "--nope_temperature", type=float, metavar="BETA",
+        help="multiply the attention scores of the NoPE layers by BETA (above 1: sharper), folded into q_proj (Qwen2) "
+        "or q_norm (Qwen3); exact for powers of two, else up to one rounding of the stored dtype. Training has no "
+        "such flag: it starts from the patched checkpoint",
+    )  # fmt: skip
+    other = parser.add_argument_group("instead of patching, one of")
+    add = other.add_argument
+    add("--inspect", metavar="DIR", help="say what a model directory is, from its config.json")
+    add("--verify", metavar="DIR", help="load a model (patched, exported or plain) and prove that it is that")
+    add(
+        "--export", choices=("native",), metavar="native",
+        help="write a patched model as SmolLM3 (Qwen2, Qwen2.5) or ExaoneMoe (Qwen3), for runtimes without our code; "
+        "reloaded and compared bitwise before it is done",
+    )  # fmt: skip
+    add("--restore_rope", action="store_true", help="write a patched or exported model as plain Qwen again")
     return parser
 
 
-def inspect(directory: Path) -> None:
-    """Print family, layers, NoPE layers, theta and trained tokens, one a line."""
-    from flare.hub import read_model_config
-    from flare.nope.format import family_of, nope_layers_of, theta_of
-    from flare.nope.layers import format_layers
+def choose_mode(given: dict) -> str:
+    """The mode that the flags ask for. Raises: ConfigError for two modes, a missing flag or one without effect."""
+    asked = [mode for mode in MODES if mode in given]
+    if len(asked) > 1:
+        raise ConfigError(f"--{asked[0]} and --{asked[1]} exclude each other; run them one after the other")
+    mode = asked[0] if asked else "patch"
+    needed, taken = MODES[mode]
+    name = f"--{mode}" if asked else "patching (or give --inspect, --verify, --export, --restore_rope)"
+    problems = [f"{name} needs --{flag}" for flag in sorted(needed - given.keys())]
+    problems += [f"{name} makes no use of --{flag}; leave it out" for flag in sorted(given.keys() - needed - taken)]
+    if problems:
+        raise ConfigError(join_errors(problems))
+    return mode
 
-    config = read_model_config(directory)
-    facts = {
-        "family": family_of(config, str(directory)),
-        "model_type": config["model_type"],
-        "layers": config["num_hidden_layers"],
-        "NoPE layers": format_layers(nope_layers_of(config)),
-        "rope_theta": f"{theta_of(config, str(directory)):g}",
-    }
-    facts |= {name.replace("_", " "): value for name, value in (config.get("flare") or {}).items()}
-    for name, value in facts.items():
-        print(f"{name + ':':<20}{value if isinstance(value, str | int) else json.dumps(value)}")
+
+def run_patch(args: argparse.Namespace, source: Path, target: Path) -> None:
+    from flare.nope.layers import format_layers
+    from flare.nope.patch import patch_checkpoint
+
+    layers = getattr(args, "no_rope_layers", ["auto"])
+    temperature = getattr(args, "nope_temperature", None)
+    patched = patch_checkpoint(source, target, layers, getattr(args, "rope_theta", None), temperature)
+    folded = f", their attention scores times {temperature:g}" if temperature is not None else ""
+    print(f"{target}: NoPE layers {format_layers(patched)}{folded}")
+
+
+def run_export(source: Path, target: Path) -> None:
+    from flare.nope.card import gguf_limits
+    from flare.nope.export import export_native
+
+    config, compared = export_native(source, target)
+    print(f"{target}: {config['architectures'][0]}; {compared}")
+    print(f"llama.cpp (GGUF): {gguf_limits(config)}")
+
+
+def run_restore(source: Path, target: Path) -> None:
+    from flare.nope.export import restore_rope
+
+    config = restore_rope(source, target)
+    print(
+        f"{target}: {config['architectures'][0]} with RoPE in every layer. Weights trained without RoPE now get RoPE: "
+        "this is not the model that was trained"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.inspect:
-        inspect(Path(args.inspect))
-        return 0
-    if not args.model_name_or_path or not args.output_dir:
-        raise ConfigError("give --model_name_or_path and --output_dir, or --inspect DIR")
-    from flare.hub import local_model_dir
-    from flare.nope.layers import format_layers
-    from flare.nope.patch import patch_checkpoint
+    mode = choose_mode(vars(args))
+    if mode in ("inspect", "verify"):
+        from flare.nope.verify import model_facts, verify_directory
 
-    source = local_model_dir(args.model_name_or_path)
-    layers = patch_checkpoint(source, Path(args.output_dir), args.no_rope_layers, args.rope_theta)
-    print(f"{args.output_dir}: NoPE layers {format_layers(layers)}")
+        directory = Path(getattr(args, mode))
+        for name, value in model_facts(directory).items():
+            print(f"{name + ':':<20}{value}")
+        for line in verify_directory(directory) if mode == "verify" else ():
+            print(line)
+        return 0
+    from flare.hub import local_model_dir
+
+    source, target = local_model_dir(args.model_name_or_path), Path(args.output_dir)
+    if mode == "patch":
+        run_patch(args, source, target)
+    else:
+        (run_export if mode == "export" else run_restore)(source, target)
     return 0
 
 

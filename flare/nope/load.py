@@ -23,7 +23,7 @@ from transformers import (
 from flare.errors import CheckpointError
 from flare.hub import read_model_config
 from flare.nope import modeling_nope
-from flare.nope.format import FAMILIES, nope_layers_of, weight_files
+from flare.nope.format import FAMILIES, is_export, nope_layers_of, weight_files
 from flare.nope.layers import format_layers
 from flare.nope.probe import verify_nope
 
@@ -107,9 +107,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     Raises: CheckpointError when there is none.
     """
-    model_type = str(read_model_config(directory).get("model_type", "")).removesuffix("_nope")
-    own_file = model_type in FAMILIES and (directory / "tokenizer.json").is_file()
-    if model_type in FAMILIES and not own_file and not (directory / "vocab.json").is_file():
+    config = read_model_config(directory)
+    is_qwen = str(config.get("model_type", "")).removesuffix("_nope") in FAMILIES or is_export(config)
+    own_file = is_qwen and (directory / "tokenizer.json").is_file()
+    if is_qwen and not own_file and not (directory / "vocab.json").is_file():
         # transformers would make up an empty tokenizer, and the data would be end-of-text tokens only.
         raise CheckpointError(f"{directory} has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     loader = PreTrainedTokenizerFast if own_file else AutoTokenizer
