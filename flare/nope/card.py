@@ -1,5 +1,7 @@
 """README.md of a native export: what it is, who runs it, and who would run it wrongly."""
 
+from pathlib import Path
+
 from flare.nope.compare import Comparison
 from flare.nope.format import nope_layers_of
 from flare.nope.layers import format_layers
@@ -50,19 +52,19 @@ Checked when it was written: {compared}.
 | SGLang | {sglang}; not run here |
 | llama.cpp (GGUF) | {gguf} |
 
-A server that puts RoPE back still answers, and perplexity does not tell. Ask the server:
-`patch_qwen_rope.py` of Flare has the tools to verify a directory (`--verify DIR`).
+A runtime that puts RoPE back still answers, and perplexity does not tell. `patch_qwen_rope.py --verify DIR` of Flare
+holds this directory to what config.json says.
 
-Weight files may be hard links to those of the model that this one was made from: write new files, never into these.
+Weight files may be hard links to those of the model that this one was made from: write other files, not these.
 """
 
 
-def export_card(config: dict, compared: Comparison, made_from: str) -> str:
-    """README.md for an export with this config.json."""
+def export_card(config: dict, compared: Comparison, source: Path) -> str:
+    """README.md for an export with this config.json. Of ``source`` only the last two names: cards are published."""
     rope = config["rope_parameters"]
     return CARD.format(
         **FACTS[config["model_type"]],
-        made_from=made_from,
+        made_from=Path(*source.absolute().parts[-2:]),
         layers=format_layers(nope_layers_of(config)),
         depth=config["num_hidden_layers"],
         theta=rope["rope_theta"],

@@ -34,7 +34,7 @@ def export_native(source: Path, target: Path) -> tuple[dict, Comparison]:
         copy_companions(source, part)
         write_config(native, part)
         compared = compare_with_export(source, part, nope_layers_of(native))
-        (part / "README.md").write_text(export_card(native, compared, str(source)), encoding="utf-8")
+        (part / "README.md").write_text(export_card(native, compared, source), encoding="utf-8")
     return native, compared
 
 

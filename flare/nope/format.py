@@ -103,6 +103,15 @@ def nope_layers_of(config: dict) -> list[int]:
     return layers
 
 
+def says_which_layers(config: dict) -> bool:
+    """Whether a config.json says which layers are NoPE layers, in a way that is known here.
+
+    Not so: GPT-2, whose positions are no RoPE, or other hybrids. ``nope_layers_of`` knows nothing about them.
+    """
+    model_type = str(config.get("model_type", "")).removesuffix("_nope")
+    return model_type in FAMILIES or model_type in STOCK_NOPE_FIELDS or "nope_layers" in config
+
+
 def _smollm3_nope_layers(config: dict) -> list[int]:
     """SmolLM3's ``no_rope_layers`` has 1 for a layer that uses RoPE, 0 for one that does not."""
     period = config.get("no_rope_layer_interval", 4)

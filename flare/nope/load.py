@@ -23,7 +23,7 @@ from transformers import (
 from flare.errors import CheckpointError
 from flare.hub import read_model_config
 from flare.nope import modeling_nope
-from flare.nope.format import FAMILIES, is_export, nope_layers_of, weight_files
+from flare.nope.format import FAMILIES, is_export, nope_layers_of, says_which_layers, weight_files
 from flare.nope.layers import format_layers
 from flare.nope.probe import verify_nope
 
@@ -48,7 +48,8 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     config_dict: dict | None = None,
 ) -> PreTrainedModel:
-    """A causal LM of ours or of transformers, in evaluation mode on the CPU, its NoPE layers proven.
+    """A causal LM of ours or of transformers, in evaluation mode on the CPU; its NoPE layers are proven where its
+    config.json says which they are.
 
     Args:
         directory: a local model directory.
@@ -72,7 +73,8 @@ def load_causal_lm(
             config = AutoConfig.for_model(**raw)
             architecture = AutoModelForCausalLM
         model = _load_weights(architecture, directory, config, dtype, attn_implementation)
-    verify_nope(model, nope_layers_of(raw), str(directory))
+    if says_which_layers(raw):
+        verify_nope(model, nope_layers_of(raw), str(directory))
     return model.eval()
 
 

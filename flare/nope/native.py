@@ -48,6 +48,8 @@ def to_native(config: dict, where: str) -> dict:
         raise ConfigError(f"{where} has no NoPE layers; stock runtimes open a plain {family} model as it is")
     rope = rope_of(config, where)
     _check_representable(config, rope, where)
+    if family == "qwen3" and config.get("attention_bias"):
+        raise ConfigError(f"{where} has biases on its projections (attention_bias); ExaoneMoe has none")
     stock = QWEN_CONFIGS[family].from_dict(config)  # fills in Qwen's own defaults
     native = {key: getattr(stock, key) for key in COPIED}
     native |= {key: config[key] for key in RECORDS if key in config}
@@ -61,7 +63,7 @@ def to_native(config: dict, where: str) -> dict:
         "architectures": [ARCHITECTURES[model_type]],
         "nope_layers": layers,  # our own record: runtimes ignore it, --verify compares
     }
-    return with_rope(native | SPECIFIC[family](config, layers, where), rope)
+    return with_rope(native | SPECIFIC[family](native, layers, where), rope)
 
 
 def _check_representable(config: dict, rope: dict, where: str) -> None:
@@ -95,8 +97,6 @@ def _exaone_moe(config: dict, layers: list[int], where: str) -> dict:
             f"all {depth} layers of {where} are NoPE layers; ExaoneMoe cannot say that: vLLM and SGLang turn RoPE on "
             "everywhere when no layer is a sliding one"
         )
-    if config.get("attention_bias"):
-        raise ConfigError(f"{where} has biases on its projections (attention_bias); ExaoneMoe has none")
     window = max(NO_WINDOW, config["max_position_embeddings"])
     return {
         "layer_types": ["full_attention" if i in layers else "sliding_attention" for i in range(depth)],

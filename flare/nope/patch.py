@@ -88,6 +88,8 @@ def _layers_to_patch(config: dict, no_rope_layers: str | int | list, where: str)
             f"{where} has NoPE layers already: {format_layers(nope_layers_of(config))}; patch the plain model "
             "(--restore_rope makes one)"
         )
+    if "nope_temperature" in config:
+        raise ConfigError(f"{where} has a nope_temperature but no NoPE layers: its config.json was edited")
     layers = parse_layers(no_rope_layers, int(config["num_hidden_layers"]))
     if not layers:
         raise ConfigError("--no_rope_layers none patches no layer")

@@ -38,7 +38,7 @@ def new_directory(target: Path, source: Path) -> Iterator[Path]:
             target.rmdir()
         os.rename(part, target)
     except OSError as error:
-        raise EnvError(f"cannot write --output_dir {target}: {error.strerror or error}") from error
+        raise EnvError(f"cannot write --output_dir {target}: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
