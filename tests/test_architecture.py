@@ -12,7 +12,7 @@ LAYERS = [
     ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "distributed"],
     ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope"],
-    ["nope.tensors", "nope.temperature", "nope.staging", "nope.format", "nope.shards"],
+    ["nope.flags", "nope.tensors", "nope.temperature", "nope.staging", "nope.format", "nope.shards"],
     ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "loss", "optim"],
     ["shapes", "trainable", "flops", "activations"],
     ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table"],

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import patch_qwen_rope as script
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.nope.export import restore_rope
+from flare.nope.flags import EXAMPLES
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint
 from flare.nope.shards import read_header
@@ -66,7 +67,7 @@ def test_the_examples_of_the_help_run_one_after_the_other(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for line in script.EXAMPLES.splitlines()[1:]:
+    for line in EXAMPLES.splitlines()[1:]:
         words = line.replace("Qwen/Qwen2.5-3B", str(base)).replace("20-32", "every:4").split()
         assert words[:2] == ["python", "patch_qwen_rope.py"]
         assert run(*words[2:]) == 0
@@ -163,6 +164,13 @@ def test_restoring_a_plain_model_is_refused(base: Path, tmp_path: Path) -> None:
 def test_layers_that_cannot_be_are_refused(base: Path, tmp_path: Path, layers: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         run("--model_name_or_path", base, "--output_dir", tmp_path / "out", "--no_rope_layers", *layers.split())
+
+
+@pytest.mark.parametrize("theta", ["0", "nan", "inf"])
+def test_a_theta_that_cannot_be_is_refused(base: Path, tmp_path: Path, theta: str) -> None:
+    with pytest.raises(ConfigError, match=f"--rope_theta {theta} must be a number above 0"):
+        run("--model_name_or_path", base, "--output_dir", tmp_path / "out", "--rope_theta", theta)
+    assert not (tmp_path / "out").exists()
 
 
 def test_layer_types_with_sliding_windows_are_refused(base: Path, tmp_path: Path) -> None:

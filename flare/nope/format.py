@@ -75,7 +75,8 @@ def with_rope(config: dict, rope: dict) -> dict:
 
     transformers 4.57 reading a file of version 5 only would take another theta, and no scaling, without a word.
     """
-    scaling = None if rope["rope_type"] == "default" else rope
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    scaling = None if rope["rope_type"] == "default" else scaling
     return config | {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 

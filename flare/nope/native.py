@@ -4,7 +4,7 @@ Both do Qwen's arithmetic, operation by operation, and both have layers without 
 config.json says so. Plain dict in, plain dict out; the weights are export.py's, the proof is compare.py's.
 """
 
-from transformers import Qwen2Config, Qwen3Config
+from typing import TYPE_CHECKING
 
 from flare.errors import CheckpointError, ConfigError
 from flare.nope.format import (
@@ -17,8 +17,10 @@ from flare.nope.format import (
     with_rope,
 )
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 ARCHITECTURES = {"smollm3": "SmolLM3ForCausalLM", "exaone_moe": "ExaoneMoeForCausalLM"}
-QWEN_CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
 COPIED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
@@ -50,7 +52,7 @@ def to_native(config: dict, where: str) -> dict:
     _check_representable(config, rope, where)
     if family == "qwen3" and config.get("attention_bias"):
         raise ConfigError(f"{where} has biases on its projections (attention_bias); ExaoneMoe has none")
-    stock = QWEN_CONFIGS[family].from_dict(config)  # fills in Qwen's own defaults
+    stock = _with_defaults(config, family)
     native = {key: getattr(stock, key) for key in COPIED}
     native |= {key: config[key] for key in RECORDS if key in config}
     if "torch_dtype" in config:
@@ -64,6 +66,13 @@ def to_native(config: dict, where: str) -> dict:
         "nope_layers": layers,  # our own record: runtimes ignore it, --verify compares
     }
     return with_rope(native | SPECIFIC[family](native, layers, where), rope)
+
+
+def _with_defaults(config: dict, family: str) -> "PretrainedConfig":
+    """The configuration object of stock Qwen, which fills in Qwen's own defaults."""
+    from transformers import Qwen2Config, Qwen3Config  # here: --inspect needs no transformers
+
+    return {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family].from_dict(config)
 
 
 def _check_representable(config: dict, rope: dict, where: str) -> None:

@@ -1,5 +1,6 @@
 """Take RoPE out of chosen layers: of a loaded model, or of a checkpoint on disk without loading it."""
 
+import math
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -99,6 +100,8 @@ def _layers_to_patch(config: dict, no_rope_layers: str | int | list, where: str)
 def _patched_config(
     config: dict, layers: list[int], rope_theta: float | None, nope_temperature: float | None, where: str
 ) -> dict:
+    if rope_theta is not None and not 0 < rope_theta < math.inf:
+        raise ConfigError(f"--rope_theta {rope_theta:g} must be a number above 0")
     patched = with_nope(config, layers, rope_theta, where)
     if nope_temperature is None:
         return patched

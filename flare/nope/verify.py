@@ -6,6 +6,7 @@ from pathlib import Path
 from flare.hub import read_model_config
 from flare.nope.format import EXPORTED, family_of, is_export, nope_layers_of, theta_of
 from flare.nope.layers import format_layers
+from flare.nope.native import check_native
 
 
 def model_facts(directory: Path) -> dict[str, str]:
@@ -16,6 +17,8 @@ def model_facts(directory: Path) -> dict[str, str]:
     """
     config = read_model_config(directory)
     where = str(directory)
+    if is_export(config):
+        check_native(config, where)
     facts = {
         "family": EXPORTED[config["model_type"]] if is_export(config) else family_of(config, where),
         "model_type": config["model_type"],
@@ -35,13 +38,8 @@ def verify_directory(directory: Path) -> list[str]:
     Returns: what was found, a line each.
     Raises: CheckpointError for weights that do not fit, or layers that are not what config.json says.
     """
-    model_facts(directory)
-    config = read_model_config(directory)
-    # Here, not above: --inspect needs no torch.
-    from flare.nope.load import load_causal_lm
-    from flare.nope.native import check_native
+    from flare.nope.load import load_causal_lm  # here, not above: --inspect needs no torch
 
-    if is_export(config):
-        check_native(config, str(directory))
+    layers = model_facts(directory)["NoPE layers"]
     load_causal_lm(directory)  # runs the probe
-    return [f"NoPE layers found: {format_layers(nope_layers_of(config))}, as config.json says (structural probe)"]
+    return [f"NoPE layers found: {layers}, as config.json says (structural probe)"]
