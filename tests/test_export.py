@@ -82,7 +82,7 @@ def to_bf16(directory: Path) -> None:
 def to_bin(directory: Path) -> None:
     """As the guide's final models: one pickled file, the tied head in it twice."""
     weights = load_file(directory / "model.safetensors")
-    torch.save(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, directory / "pytorch_model.bin")
+    torch.save({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights, directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
 
 
@@ -275,6 +275,24 @@ def test_export_config_says_everything_that_the_defaults_would_say_otherwise(fam
         assert native["is_moe_layer"] == [False, False]
         assert native["sliding_window"] >= native["max_position_embeddings"]
         assert native["sliding_window_pattern"] is None
+
+
+def test_patching_an_export_names_the_way_back(families: dict[str, Family], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'smollm3' model.*--restore_rope makes a Qwen model"):
+        patch_checkpoint(families["qwen2-tied"].export, tmp_path / "out", [1])
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-untied"])
+def test_an_export_that_transformers_saved_again_is_still_ours(
+    families: dict[str, Family], tmp_path: Path, name: str
+) -> None:
+    """After fine-tuning, say: one file with o_proj biases in it, a config.json of transformers' making."""
+    AutoModelForCausalLM.from_pretrained(families[name].export).save_pretrained(tmp_path / "saved")
+    assert verify_directory(tmp_path / "saved") == verify_directory(families[name].export)
+    restore_rope(tmp_path / "saved", tmp_path / "plain")
+    restored, plain = load_causal_lm(tmp_path / "plain"), load_causal_lm(families[name].base)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(restored(tokens).logits, plain(tokens).logits)
 
 
 def test_trained_o_proj_biases_are_not_thrown_away(families: dict[str, Family], tmp_path: Path) -> None:

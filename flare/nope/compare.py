@@ -69,7 +69,9 @@ def _write_expected(source: Path, logits_file: Path) -> Comparison:
     del model
     gc.collect()
     save_tensors(logits, logits_file, {"threads": str(torch.get_num_threads())})
-    return Comparison(sorted({name.split()[1] for name in logits}), 2 * stock_check.TOKENS, last_position)
+    dtypes = sorted({name.split()[1] for name in logits})
+    tokens = sum(tensor.shape[1] for name, tensor in logits.items() if name.endswith(f" {dtypes[0]}"))
+    return Comparison(dtypes, tokens, last_position)
 
 
 def _reload(export: Path, logits_file: Path) -> list[int]:

@@ -200,15 +200,17 @@ def _bin_pieces(files: list[Path], change: Change) -> Iterator[_Piece]:
 
 
 def _load_bin(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickled file, memory-mapped and without running what a pickle could; a tied one once.
+    """The tensors of a pickled file, memory-mapped and without running what a pickle could; no tied lm_head.
 
     Raises: CheckpointError for a file that holds anything else.
     """
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
-        return {name: state[name] for name in reversed(first.values())}
-    except (OSError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        embedding, head = (state.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+        if embedding is not None and head is not None and embedding.data_ptr() == head.data_ptr():
+            del state["lm_head.weight"]  # safetensors files hold a tensor once
+        return dict(state)
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{file} cannot be read as a file of plain tensors: {reason}") from error
 

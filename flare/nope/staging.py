@@ -10,9 +10,9 @@ from flare.errors import ConfigError, EnvError
 
 NOT_TAKEN = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.index.json",  # weights
-    "config.json", "modeling_nope.py",  # written anew
-    "README.md", "nope_canary.json",  # of the other model
-    "trainer_state.json", "manifest.json", "training_args.bin", ".*",  # of a training run
+    "config.json",  # written anew
+    "*.py", "README.md", "nope_canary.json",  # of the other model
+    "trainer_state.json", "manifest.json", ".*",  # of a training run
 )  # fmt: skip
 """Files of a model directory that do not go along when another is made of it. The tokenizer's, licences and
 generation_config.json do."""
