@@ -13,10 +13,12 @@ from flare.errors import CheckpointError
 from flare.model import set_trainable
 from flare.nope import canary as canary_module
 from flare.nope.canary import canary_sequences, check_canary, measure_canary, rope_everywhere, write_canary
-from flare.nope.canary_file import CANARY_FILE, LOCAL, SERVER, copy_canary, judge, read_canary
+from flare.nope.canary_file import CANARY_FILE, LOCAL, SERVER, judge, read_canary
+from flare.nope.export import export_native, restore_rope
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint, patch_qwen_rope
 from flare.nope.probe import probe_nope_layers
+from flare.nope.verify import verify_directory
 from flare.trainable import Trainable
 from tests.conftest import train, write_base
 
@@ -281,11 +283,22 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
         read_canary(tmp_path)
 
 
-def test_an_export_takes_the_canary_along(patched: Path, tmp_path: Path) -> None:
-    assert copy_canary(patched, tmp_path)
-    assert read_canary(tmp_path) == read_canary(patched)
-    (tmp_path / "none").mkdir()
-    assert not copy_canary(tmp_path / "none", tmp_path)
+def test_an_export_takes_the_canary_along_and_passes_it(patched: Path, tmp_path: Path) -> None:
+    export_native(patched, tmp_path / "native")
+    assert read_canary(tmp_path / "native") == read_canary(patched)
+    assert verify_directory(tmp_path / "native")[-1].startswith("nope_canary.json: true model (")
+    restore_rope(tmp_path / "native", tmp_path / "plain")
+    assert not (tmp_path / "plain" / CANARY_FILE).exists()  # it is another model
+
+
+def test_an_edited_list_of_layers_is_caught_by_verify(patched: Path, tmp_path: Path) -> None:
+    """Another list makes another consistent model: the structural probe has nothing to say against it."""
+    shutil.copytree(patched, tmp_path / "copy")
+    assert verify_directory(tmp_path / "copy")[-1].startswith("nope_canary.json: true model (")
+    config = json.loads((patched / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"nope_layers": [1, 2]}))
+    with pytest.raises(CheckpointError, match=r"is not the model of its nope_canary\.json: neither"):
+        verify_directory(tmp_path / "copy")
 
 
 def test_weights_that_are_not_finite_give_no_canary(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flare.nope.export import export_native
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint
 from tests.conftest import REPO, script_environment, write_base
@@ -26,11 +27,15 @@ pytestmark = pytest.mark.slow
 
 VERSION = "4.57.6"
 LAYERS = [0, 2]
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 BASES = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
     "qwen3": ("qwen3", {"tie_word_embeddings": False}),
 }
+NATIVE = {"smollm3-tied": "qwen2-tied", "smollm3-untied": "qwen2-untied", "smollm3-yarn": "qwen2-yarn"}
+"""Native exports and what they are exports of. ExaoneMoe is not in that transformers."""
 
 
 @pytest.fixture(scope="session")
@@ -76,13 +81,14 @@ def write_reference(folder: Path, model_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Name -> directory of every model that is opened. A native export goes in under a name that BASES has not:
-    then it is opened without trust_remote_code, and ``results`` has its entry."""
+    """Name -> directory of every model that is opened; those in BASES with trust_remote_code."""
     root = tmp_path_factory.mktemp("written")
     for name, (family, shape) in BASES.items():
         write_base(root / f"base-{name}", family, initializer_range=0.1, **shape)
         patch_checkpoint(root / f"base-{name}", root / name, LAYERS, rope_theta=4321.0)
-    return {name: root / name for name in BASES}
+    for name, source in NATIVE.items():
+        export_native(root / source, root / name)
+    return {name: root / name for name in (*BASES, *NATIVE)}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +128,16 @@ def test_nothing_opens_without_trust_remote_code(results: dict, name: str) -> No
 def test_what_it_saves_is_the_same_model_and_as_careful(results: dict, name: str) -> None:
     assert results[name]["round_trip_equal"]
     assert results[name]["round_trip_without_trust"] == "ValueError"
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_exports_need_no_code_of_ours(results: dict, name: str) -> None:
+    found = results[name]
+    assert (found["class"], found["without_trust"]) == ("SmolLM3ForCausalLM", "opened")
+    assert found["logits_difference"] == 0
+    assert found["dynamic_cache_equal"]
+    assert found["static_cache_equal"]
+    assert found["round_trip_equal"]
 
 
 @pytest.mark.parametrize("name", BASES)
