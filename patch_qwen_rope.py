@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-"""Remove RoPE from chosen layers of a Qwen checkpoint on disk; importable: patch_qwen_rope, verify_nope.
+"""Remove RoPE from chosen layers of a Qwen checkpoint on disk, and take the result elsewhere.
 
-python patch_qwen_rope.py --model_name_or_path DIR --no_rope_layers 20-32 --output_dir OUT
-python patch_qwen_rope.py --inspect OUT
+Importable, too: patch_qwen_rope (a loaded model), verify_nope.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from flare.errors import ConfigError, run_script
+from flare.errors import FlareError, run_script
+from flare.nope.flags import build_parser, choose_mode
 
 
 def __getattr__(name: str):
@@ -26,52 +25,68 @@ def __getattr__(name: str):
     raise AttributeError(name)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", metavar="DIR", help="directory or hub name of the plain model")
-    parser.add_argument(
-        "--no_rope_layers", nargs="+", default=["auto"], metavar="LAYER",
-        help="indices and ranges (3 7 20-32), every:4, or auto (the band 20-32 of 36, scaled) [auto]",
-    )  # fmt: skip
-    parser.add_argument("--rope_theta", type=float, metavar="X", help="RoPE base of the other layers [the model's]")
-    parser.add_argument("--output_dir", metavar="OUT", help="where the patched checkpoint goes")
-    parser.add_argument("--inspect", metavar="DIR", help="say what a model directory is")
-    return parser
-
-
-def inspect(directory: Path) -> None:
-    """Print family, layers, NoPE layers, theta and trained tokens, one a line."""
-    from flare.hub import read_model_config
-    from flare.nope.format import family_of, nope_layers_of, theta_of
+def run_patch(args: argparse.Namespace, source: Path, target: Path) -> None:
     from flare.nope.layers import format_layers
+    from flare.nope.patch import patch_checkpoint
 
-    config = read_model_config(directory)
-    facts = {
-        "family": family_of(config, str(directory)),
-        "model_type": config["model_type"],
-        "layers": config["num_hidden_layers"],
-        "NoPE layers": format_layers(nope_layers_of(config)),
-        "rope_theta": f"{theta_of(config, str(directory)):g}",
-    }
-    facts |= {name.replace("_", " "): value for name, value in (config.get("flare") or {}).items()}
-    for name, value in facts.items():
-        print(f"{name + ':':<20}{value if isinstance(value, str | int) else json.dumps(value)}")
+    layers = getattr(args, "no_rope_layers", ["auto"])
+    temperature = getattr(args, "nope_temperature", None)
+    patched = patch_checkpoint(source, target, layers, getattr(args, "rope_theta", None), temperature)
+    folded = f", their attention scores times {temperature:g}" if temperature is not None else ""
+    print(f"{target}: NoPE layers {format_layers(patched)}{folded}")
+
+
+def run_export(source: Path, target: Path) -> None:
+    from flare.nope.card import gguf_limits
+    from flare.nope.export import export_native
+
+    config, compared = export_native(source, target)
+    print(f"{target}: {config['architectures'][0]}; {compared}")
+    print(f"llama.cpp (GGUF): {gguf_limits(config)}")
+
+
+def run_restore(source: Path, target: Path) -> None:
+    from flare.nope.export import restore_rope
+
+    config = restore_rope(source, target)
+    print(
+        f"{target}: {config['architectures'][0]} with RoPE in every layer. Weights trained without RoPE now get RoPE: "
+        "this is not the model that was trained"
+    )
+
+
+def run_endpoint(args: argparse.Namespace) -> int:
+    """Print which model a server runs. Returns: the exit code, 0 for the true model."""
+    from flare.nope.canary_file import read_canary
+    from flare.nope.endpoint import verify_endpoint
+
+    canary = read_canary(Path(args.model_name_or_path))
+    verdict = verify_endpoint(args.verify_endpoint, canary, getattr(args, "served_model_name", None))
+    print(f"{args.verify_endpoint} runs: {verdict}")
+    return 0 if verdict.is_true_model else FlareError.exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.inspect:
-        inspect(Path(args.inspect))
-        return 0
-    if not args.model_name_or_path or not args.output_dir:
-        raise ConfigError("give --model_name_or_path and --output_dir, or --inspect DIR")
-    from flare.hub import local_model_dir
-    from flare.nope.layers import format_layers
-    from flare.nope.patch import patch_checkpoint
+    mode = choose_mode(vars(args))
+    if mode in ("inspect", "verify"):
+        from flare.nope.verify import model_facts, verify_directory
 
-    source = local_model_dir(args.model_name_or_path)
-    layers = patch_checkpoint(source, Path(args.output_dir), args.no_rope_layers, args.rope_theta)
-    print(f"{args.output_dir}: NoPE layers {format_layers(layers)}")
+        directory = Path(getattr(args, mode))
+        for name, value in model_facts(directory).items():
+            print(f"{name + ':':<20}{value}")
+        for line in verify_directory(directory) if mode == "verify" else ():
+            print(line)
+        return 0
+    if mode == "verify_endpoint":
+        return run_endpoint(args)
+    from flare.hub import local_model_dir
+
+    source, target = local_model_dir(args.model_name_or_path), Path(args.output_dir)
+    if mode == "patch":
+        run_patch(args, source, target)
+    else:
+        (run_export if mode == "export" else run_restore)(source, target)
     return 0
 
 

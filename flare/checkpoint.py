@@ -23,12 +23,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from flare.errors import CheckpointError, EnvError
-from flare.files import file_mode, write_json
+from flare.files import write_json
 from flare.nope.format import write_config
+from flare.nope.shards import save_tensors  # noqa: F401 (saving.py writes through this module)
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -184,15 +185,6 @@ def set_aside_newer(directory: Path, step: int) -> list[str]:
 
 
 # -- tensors --------------------------------------------------------------------------------------
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file with the permissions that the umask asks for (safetensors itself writes 0600)."""
-    try:
-        save_file({n: tensor.contiguous() for n, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # how safetensors tells of a full disk
-        raise OSError(str(error)) from error
-    os.chmod(path, file_mode())
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -65,14 +65,16 @@ class Resolved:
         return self.given(name) or ": stages." in self.sources.get(name, "")
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as everywhere in Flare."""
+
     def error(self, message: str) -> None:  # type: ignore[override]
         raise ConfigError(message[0].lower() + message[1:] + "; see --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``train_qwen_multi_gpu.py``, made from the option fields."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="train_qwen_multi_gpu.py",
         description="Staged continued pretraining of Qwen models with NoPE layers.",
         epilog=EXAMPLES,

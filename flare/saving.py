@@ -12,6 +12,8 @@ from flare.files import write_json
 from flare.logs import log
 from flare.metrics_file import record_status
 from flare.model import TrainingModel
+from flare.nope.canary import measure_canary
+from flare.nope.canary_file import CANARY_FILE
 from flare.optim import optimizer_tensors
 from flare.setup import Run
 from flare.trainer import Progress
@@ -87,6 +89,9 @@ class Saver:
         else:
             name, write = "model.safetensors", lambda path: ckpt.save_tensors(tensors, path)
         files = ckpt.model_files(self._config(progress), self.run.init_from, name, write)
+        canary = measure_canary(self.model.causal_lm, self.saved_dtype)
+        if canary:
+            files[CANARY_FILE] = lambda path: write_json(path, canary.as_dict())
         ckpt.export_model(self.run.experiment.final_model, files)
 
     def _use_best_weights(self, progress: Progress) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flare.nope.canary_file import read_canary
 from tests.conftest import REPO, script_environment, train
 
 
@@ -44,8 +45,9 @@ def test_a_run_leaves_every_file_of_the_guide(train_flags: list[str], tmp_path: 
     run = tmp_path / "out" / "run"
     for name in (
         "checkpoints/checkpoint-6/manifest.json", "final_model/config.json", "final_model/model.safetensors",
-        "final_model/tokenizer.json", "final_model/modeling_nope.py", "logs/metrics.jsonl", "tensorboard/stage1",
-        "training.log", "training_metrics.json", "train_command.txt", "environment_info.txt",
+        "final_model/tokenizer.json", "final_model/modeling_nope.py", "final_model/nope_canary.json",
+        "logs/metrics.jsonl", "tensorboard/stage1", "training.log", "training_metrics.json", "train_command.txt",
+        "environment_info.txt",
     ):  # fmt: skip
         assert (run / name).exists(), name
     log = (run / "training.log").read_text().lower()
@@ -106,6 +108,9 @@ def test_layouts_give_the_same_losses_and_weights(
     assert losses(run) == pytest.approx(losses(one_process_run), rel=1e-5)
     # Adam divides by the root of tiny second moments: rounding in the first steps' gradients shows in weights.
     assert_same_weights(run / "final_model", one_process_run / "final_model", relative=1e-3)
+    canaries = [read_canary(r / "final_model") for r in (run, one_process_run)]
+    assert canaries[0].sequences == canaries[1].sequences
+    assert canaries[0].true_model.flat_nll() == pytest.approx(canaries[1].true_model.flat_nll(), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ from flare.errors import CheckpointError, ConfigError
 MODELING_FILE = Path(__file__).with_name("modeling_nope.py")
 FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3"}
 """model_type of the stock family -> prefix of its class names."""
+NATIVE_TYPES = {"qwen2": "smollm3", "qwen3": "exaone_moe"}
+"""model_type of the stock family -> that of a native export: another architecture with the same arithmetic."""
+EXPORTED = {native: family for family, native in NATIVE_TYPES.items()}
 
 
 def family_of(config: dict, where: str) -> str:
@@ -21,11 +24,14 @@ def family_of(config: dict, where: str) -> str:
     """
     model_type = str(config.get("model_type", "")).removesuffix("_nope")
     if model_type not in FAMILIES:
+        hint = "; --restore_rope makes a Qwen model of this native export" if is_export(config) else ""
         raise ConfigError(
-            f"{where} is a {config.get('model_type')!r} model; supported: qwen2 (Qwen2, Qwen2.5) and qwen3, dense"
+            f"{where} is a {config.get('model_type')!r} model; supported: qwen2 (Qwen2, Qwen2.5) and qwen3, "
+            f"dense{hint}"
         )
-    if config.get("use_sliding_window"):
-        raise ConfigError(f"{where} uses sliding-window attention (use_sliding_window), which is not supported")
+    if config.get("use_sliding_window") or set(config.get("layer_types") or []) - {"full_attention"}:
+        key = "use_sliding_window" if config.get("use_sliding_window") else "layer_types"
+        raise ConfigError(f"{where} uses sliding-window attention ({key}), which is not supported")
     return model_type
 
 
@@ -43,20 +49,97 @@ def theta_of(config: dict, where: str) -> float:
     return float(new if new is not None else old if old is not None else 10000.0)
 
 
+def rope_of(config: dict, where: str) -> dict:
+    """RoPE of a config.json of transformers 4 or 5, as transformers 5 spells it: rope_type, rope_theta, scaling.
+
+    Raises: CheckpointError when the two spellings disagree.
+    """
+    theta = theta_of(config, where)
+    new, old = (_rope_type_named(config.get(key)) for key in ("rope_parameters", "rope_scaling"))
+    if new and old and new | {"rope_theta": theta} != old | {"rope_theta": theta}:
+        raise CheckpointError(f"{where}: rope_scaling and rope_parameters disagree; set both to the true one")
+    return {"rope_type": "default"} | new | old | {"rope_theta": theta}
+
+
+def _rope_type_named(parameters: dict | None) -> dict:
+    """With ``rope_type`` for what older files call ``type``."""
+    named = dict(parameters or {})
+    if "type" in named:
+        named.setdefault("rope_type", named.pop("type"))
+        named.pop("type", None)
+    return named
+
+
+def with_rope(config: dict, rope: dict) -> dict:
+    """The config.json with this RoPE in both spellings.
+
+    transformers 4.57 reading a file of version 5 only would take another theta, and no scaling, without a word.
+    """
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    scaling = None if rope["rope_type"] == "default" else scaling
+    return config | {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+
+def is_export(config: dict) -> bool:
+    """Whether a config.json is that of a native export of ours: a stock architecture with our record of the layers."""
+    return config.get("model_type") in EXPORTED and "nope_layers" in config
+
+
 def nope_layers_of(config: dict) -> list[int]:
-    """NoPE layers that a config.json names; none for a plain model."""
-    return sorted(config.get("nope_layers") or [])
+    """NoPE layers that a config.json names, ours or a stock architecture's that has some; none for a plain model.
+
+    Raises: CheckpointError when an export's own record and its architecture's field name different layers.
+    """
+    recorded = config.get("nope_layers")
+    architecture = STOCK_NOPE_FIELDS.get(config.get("model_type"))
+    if architecture is None:
+        return sorted(recorded or [])
+    field, read = architecture
+    layers = read(config)
+    if recorded is not None and sorted(recorded) != layers:
+        raise CheckpointError(
+            f"config.json contradicts itself: nope_layers says {sorted(recorded)}, {field} says {layers}; "
+            "one of them was edited"
+        )
+    return layers
+
+
+def says_which_layers(config: dict) -> bool:
+    """Whether a config.json says which layers are NoPE layers, in a way that is known here.
+
+    Not so: GPT-2, whose positions are no RoPE, or other hybrids. ``nope_layers_of`` knows nothing about them.
+    """
+    model_type = str(config.get("model_type", "")).removesuffix("_nope")
+    return model_type in FAMILIES or model_type in STOCK_NOPE_FIELDS or "nope_layers" in config
+
+
+def _smollm3_nope_layers(config: dict) -> list[int]:
+    """SmolLM3's ``no_rope_layers`` has 1 for a layer that uses RoPE, 0 for one that does not."""
+    period = config.get("no_rope_layer_interval", 4)
+    flags = config.get("no_rope_layers") or [(i + 1) % period for i in range(config["num_hidden_layers"])]
+    return [i for i, uses_rope in enumerate(flags) if not uses_rope]
+
+
+def _exaone_moe_nope_layers(config: dict) -> list[int]:
+    """ExaoneMoe rotates in sliding layers only; in all of them when there is no window at all."""
+    if config.get("sliding_window", 1) is None:
+        return []
+    return [i for i, kind in enumerate(config.get("layer_types") or []) if kind == "full_attention"]
+
+
+STOCK_NOPE_FIELDS = {
+    "smollm3": ("no_rope_layers", _smollm3_nope_layers),
+    "exaone_moe": ("layer_types", _exaone_moe_nope_layers),
+}
 
 
 def with_nope(config: dict, nope_layers: list[int], rope_theta: float | None, where: str) -> dict:
     """The config.json of the same model with these NoPE layers (a plain Qwen config when there are none)."""
     family = family_of(config, where)
-    theta = rope_theta if rope_theta is not None else theta_of(config, where)
-    new = {k: v for k, v in config.items() if k not in ("auto_map", "nope_layers")}
-    # Both spellings: transformers 4.57 reading a v5 config.json would silently take another theta.
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {"rope_type": "default"})
-    new["rope_parameters"] = parameters | {"rope_theta": theta}
-    new["rope_theta"] = theta
+    rope = rope_of(config, where)
+    if rope_theta is not None:
+        rope["rope_theta"] = float(rope_theta)
+    new = with_rope({k: v for k, v in config.items() if k not in ("auto_map", "nope_layers")}, rope)
     name = FAMILIES[family]
     if not nope_layers:
         return new | {"model_type": family, "architectures": [f"{name}ForCausalLM"]}
@@ -74,10 +157,10 @@ def with_nope(config: dict, nope_layers: list[int], rope_theta: float | None, wh
 
 
 def write_config(config: dict, directory: Path) -> None:
-    """Write config.json, and the modelling file beside it when the model has NoPE layers."""
+    """Write config.json, and the modelling file beside it when the model needs it."""
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
-    if nope_layers_of(config):
+    if "auto_map" in config:
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
 
 

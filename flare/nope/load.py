@@ -23,7 +23,7 @@ from transformers import (
 from flare.errors import CheckpointError
 from flare.hub import read_model_config
 from flare.nope import modeling_nope
-from flare.nope.format import FAMILIES, nope_layers_of, weight_files
+from flare.nope.format import FAMILIES, is_export, nope_layers_of, says_which_layers, weight_files
 from flare.nope.layers import format_layers
 from flare.nope.probe import verify_nope
 
@@ -48,7 +48,8 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     config_dict: dict | None = None,
 ) -> PreTrainedModel:
-    """A causal LM of ours or of transformers, in evaluation mode on the CPU, its NoPE layers proven.
+    """A causal LM of ours or of transformers, in evaluation mode on the CPU; its NoPE layers are proven where its
+    config.json says which they are.
 
     Args:
         directory: a local model directory.
@@ -72,7 +73,8 @@ def load_causal_lm(
             config = AutoConfig.for_model(**raw)
             architecture = AutoModelForCausalLM
         model = _load_weights(architecture, directory, config, dtype, attn_implementation)
-    verify_nope(model, nope_layers_of(raw), str(directory))
+    if says_which_layers(raw):
+        verify_nope(model, nope_layers_of(raw), str(directory))
     return model.eval()
 
 
@@ -107,9 +109,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     Raises: CheckpointError when there is none.
     """
-    model_type = str(read_model_config(directory).get("model_type", "")).removesuffix("_nope")
-    own_file = model_type in FAMILIES and (directory / "tokenizer.json").is_file()
-    if model_type in FAMILIES and not own_file and not (directory / "vocab.json").is_file():
+    config = read_model_config(directory)
+    is_qwen = str(config.get("model_type", "")).removesuffix("_nope") in FAMILIES or is_export(config)
+    own_file = is_qwen and (directory / "tokenizer.json").is_file()
+    if is_qwen and not own_file and not (directory / "vocab.json").is_file():
         # transformers would make up an empty tokenizer, and the data would be end-of-text tokens only.
         raise CheckpointError(f"{directory} has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     loader = PreTrainedTokenizerFast if own_file else AutoTokenizer

@@ -9,6 +9,7 @@ shift would prove nothing: RoPE ignores it too.
 import torch
 
 from flare.errors import CheckpointError
+from flare.nope.format import nope_layers_of
 from flare.nope.layers import format_layers
 
 PROBE_TOKENS = 8
@@ -62,12 +63,12 @@ def verify_nope(model: torch.nn.Module, expected: list[int] | None = None, where
 
     Args:
         model: a causal LM of transformers (wrapped models: pass the inner one).
-        expected: default ``model.config.nope_layers``, none for a plain model.
+        expected: default what ``model.config`` says, none for a plain model.
     Returns: the NoPE layers.
     Raises: CheckpointError when they differ.
     """
     if expected is None:
-        expected = getattr(model.config, "nope_layers", None) or []
+        expected = nope_layers_of(model.config.to_dict())
     found = probe_nope_layers(model)
     if found != sorted(expected):
         raise CheckpointError(
