@@ -6,7 +6,8 @@ import os
 import numpy as np
 
 from flare.data.packing import PackedRows, split_documents
-from flare.data.sources import SourceSpec, open_source
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
 from flare.data.tokens import TokenCache, TokenSettings, build_token_cache, default_cache_dir
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer

@@ -10,7 +10,8 @@ import torch
 
 from flare import distributed
 from flare.data.packing import PackedRows, split_documents
-from flare.data.sources import SourceSpec, open_source
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
 from flare.data.tokens import TokenSettings, build_token_cache
 from flare.hub import read_model_config
 from flare.model import load_for_training

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from flare.data.packing import PackedRows, split_documents
-from flare.data.sources import SourceSpec, open_source
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
 from flare.data.tokens import TokenCache, TokenSettings, build_token_cache, end_of_text_id
 from flare.errors import ConfigError, DataError
 from flare.loss import IGNORE_INDEX

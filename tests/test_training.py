@@ -9,7 +9,8 @@ from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from flare.data.order import RowOrder
 from flare.data.packing import PackedRows, split_documents
-from flare.data.sources import SourceSpec, open_source
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
 from flare.data.tokens import TokenCache, TokenSettings, build_token_cache
 from flare.distributed import World
 from flare.errors import FlareError

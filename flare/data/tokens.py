@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flare.data.sources import BadRow, Row, Source
+from flare.data.rows import BadRow, Row, Source
 from flare.errors import ConfigError, DataError, EnvError
 from flare.logs import log
 
