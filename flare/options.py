@@ -179,7 +179,7 @@ class Options:
         high=1,
     )
     preprocessing_num_workers: int | None = option(
-        DATA, "data", "threads that tokenise; default all cores", None, kind="int", low=1
+        DATA, "data", "cores that tokenise; default all", None, kind="int", low=1
     )
     cache_dir: str | None = option(
         DATA,

@@ -1,14 +1,14 @@
 """The data of a run: from its options to training rows and held-out rows, before any process group."""
 
 import math
-import os
 
 import numpy as np
 
+from flare.data.build import build_token_cache
 from flare.data.packing import PackedRows, split_documents
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
-from flare.data.tokens import TokenCache, TokenSettings, build_token_cache, default_cache_dir
+from flare.data.tokens import TokenCache, TokenSettings, default_cache_dir
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from flare.setup import Run
@@ -21,8 +21,6 @@ def prepare_data(run: Run) -> TokenCache:
     """
     options = run.options
     cache_dir = default_cache_dir(options.cache_dir)
-    if options.preprocessing_num_workers:
-        os.environ["RAYON_NUM_THREADS"] = str(options.preprocessing_num_workers)
     spec = SourceSpec(
         options.dataset_name,
         options.text_column,
@@ -37,7 +35,7 @@ def prepare_data(run: Run) -> TokenCache:
             f"the tokenizer of {run.init_from} has {len(tokenizer)} ids but the embedding {rows} rows; they do not "
             "belong together"
         )
-    settings = TokenSettings(options.dataset_size, options.max_bad_rows)
+    settings = TokenSettings(options.dataset_size, options.max_bad_rows, options.preprocessing_num_workers)
     return build_token_cache(open_source(spec, cache_dir), tokenizer, cache_dir, settings)
 
 

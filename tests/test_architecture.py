@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPO
 
 LAYERS = [
-    ["errors", "files", "threads", "__init__"],
+    ["errors", "files", "parent", "threads", "__init__"],
     ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "distributed"],
     ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope"],
@@ -23,7 +23,14 @@ LAYERS = [
         "data.files",
         "data.hub_sets",
         "data.sources",
+        "data.documents",
+        "data.encode",
+        "data.parts",
+        "data.worker",
+        "data.pool",
+        "data.progress",
         "data.tokens",
+        "data.build",
         "data.packing",
         "data.order",
     ],

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from flare.data.documents import BadRows, text_hash, usable_texts
 from flare.data.file_formats import KINDS
 from flare.data.packing import split_documents
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
-from flare.data.tokens import BadRows, default_cache_dir, text_hash, usable_texts
+from flare.data.tokens import default_cache_dir
 from flare.errors import ConfigError, DataError
 
 DEFAULT_DATASETS = ("wikitext2", "c4", "lambada", "pg19")
