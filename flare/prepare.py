@@ -1,6 +1,7 @@
 """The data of a run: from its options to training rows and held-out rows, before any process group."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from flare.data.sources import open_source
 from flare.data.tokens import TokenCache, TokenSettings, default_cache_dir
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
+from flare.options import Options
 from flare.setup import Run
 
 
@@ -19,7 +21,14 @@ def prepare_data(run: Run) -> TokenCache:
 
     Call before the process group starts: a long build would run into its timeout.
     """
-    options = run.options
+    return token_cache(run.options, run.init_from, run.config)
+
+
+def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache:
+    """The token cache of the data that the options name, for the tokenizer of a model.
+
+    Raises: ConfigError for a tokenizer that does not belong to the model's ``config``.
+    """
     cache_dir = default_cache_dir(options.cache_dir)
     spec = SourceSpec(
         options.dataset_name,
@@ -28,11 +37,11 @@ def prepare_data(run: Run) -> TokenCache:
         options.dataset_split,
         options.cache_dir,
     )
-    tokenizer = load_tokenizer(run.init_from)
-    rows = int(run.config["vocab_size"])
+    tokenizer = load_tokenizer(model_dir)
+    rows = int(config["vocab_size"])
     if len(tokenizer) > rows:
         raise ConfigError(
-            f"the tokenizer of {run.init_from} has {len(tokenizer)} ids but the embedding {rows} rows; they do not "
+            f"the tokenizer of {model_dir} has {len(tokenizer)} ids but the embedding {rows} rows; they do not "
             "belong together"
         )
     settings = TokenSettings(options.dataset_size, options.max_bad_rows, options.preprocessing_num_workers)

@@ -36,7 +36,7 @@ LAYERS = [
     ],
     ["setup", "handoff", "launch", "model", "checkpoint", "metrics"],
     ["trainer", "evaluation"],
-    ["prepare", "saving", "session", "demo"],
+    ["prepare", "prepare_only", "saving", "session", "demo"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted((REPO / "flare").rglob("*.py"))

@@ -367,6 +367,26 @@ def test_bin_format_holds_the_same_weights(train_flags: list[str], tmp_path: Pat
     assert all(torch.equal(loaded[n], t) for n, t in expected.items())
 
 
+# -- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_data_prepared_without_cards_is_what_the_run_starts_from(train_flags: list[str], tmp_path: Path) -> None:
+    """With the flags of a GPU run, on a machine without cards, and an output directory that cannot be made."""
+    flags = [*train_flags, "--cache_dir", tmp_path / "c"]
+    result = train(*flags, "--gpu_type", "A800", "--base_output_dir", "/proc/flare", "--prepare_only")
+    assert result.returncode == 0, result.stderr
+    summary = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert summary["documents"].startswith("120 (")
+    assert not (tmp_path / "out").exists()
+    files = list(Path(summary["path"]).iterdir())
+    assert int(summary["bytes"].replace(",", "")) == sum(file.stat().st_size for file in files)
+    run = train(*flags, "--max_steps", 1)
+    assert run.returncode == 0, run.stderr
+    assert "tokenised" in result.stderr
+    assert "tokenised" not in run.stderr
+    assert f"{int(summary['rows to train on'].split()[0]):,} rows" in run.stderr
+
+
 # -- faults that this issue holds ---------------------------------------------------------------------------------
 
 
