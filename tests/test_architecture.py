@@ -33,6 +33,7 @@ LAYERS = [
         "data.build",
         "data.packing",
         "data.order",
+        "data.preview",
     ],
     ["setup", "handoff", "launch", "model", "checkpoint", "metrics"],
     ["trainer", "evaluation"],

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flare.data.encode import end_of_text_id
 from flare.data.packing import PackedRows, split_documents
+from flare.data.preview import row_lines
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
 from flare.errors import ConfigError, DataError
 from flare.loss import IGNORE_INDEX
+from flare.nope.load import load_tokenizer
 
 TEXTS = ["first document of the model", "zweites Dokument: äöü 中文", "third\nwith\tlines and the rest"]
 
@@ -149,3 +152,27 @@ def test_every_token_but_first_ones_is_a_target_once(packing: str, seq_len: int)
     counts = [rows.num_targets(np.array([r])) for r in range(len(rows))]
     assert counts == (batch.labels != IGNORE_INDEX).sum(axis=1).tolist()
     assert rows.num_targets(np.arange(len(rows))) == len(expected)
+
+
+def test_a_row_is_shown_with_its_documents_and_their_ends(base: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    end = end_of_text_id(tokenizer)
+    texts = [
+        "the tail of one",
+        "a line\nand a second",
+        *["short"] * 6,
+        "begin " + "of a long text " * 40,
+        "and the last",
+    ]
+    ids = [np.array([*tokenizer(text)["input_ids"], end]) for text in texts]
+    row = np.concatenate(ids)[:-1]  # the last document goes on in the next row
+    lines = row_lines(row, end, tokenizer)
+    assert lines[0] == f"first row: {len(row)} tokens, 10 documents or parts of them"
+    assert lines[1] == f"  | tokens 0-{len(ids[0]) - 1}: the tail of one<|endoftext|>"
+    assert lines[2].endswith(": a line\\nand a second<|endoftext|>")
+    assert lines[7] == "  | ... 3 more"
+    assert lines[8] == f"  | tokens {len(row) - len(ids[-1]) + 1}-{len(row) - 1}: and the last"
+    long = row_lines(ids[-2], end, tokenizer)[1]
+    assert "begin of a long text" in long
+    assert long.endswith("of a long text <|endoftext|>")
+    assert len(long) < 160

@@ -53,6 +53,8 @@ def test_a_run_leaves_every_file_of_the_guide(train_flags: list[str], tmp_path: 
         assert any(any(w in line for w in words) for line in log.splitlines())
     assert re.search(r"train: 1\d\d documents, [\d,]+ tokens", log)
     assert re.search(r"held out: \d+ documents, [\d,]+ tokens", log)
+    assert re.search(r"documents end with <\|endoftext\|> \(\d+\)", log)
+    assert re.search(r"first row: 32 tokens, \d documents or parts of them\n.*tokens 0-\d+: \d+ [a-z]+ ", log)
     block = metrics(run)["stages"]["1"]
     assert (block["status"], block["totals"]["steps"]) == ("finished", 6)
     lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
