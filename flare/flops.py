@@ -18,7 +18,7 @@ class TokenFlops:
     frozen_above: int  # frozen matrices (a frozen head, too) that pass a gradient down: 4N
     trainable: int  # 6N: forward, gradient of the input, gradient of the weight
     attention: int  # scores and weighted sums, forward and backward
-    recompute: int  # gradient checkpointing, and the chunked loss where it computes its logits twice
+    recompute: int  # gradient checkpointing
     model: int
 
     @property
@@ -42,7 +42,6 @@ def token_flops(
     trainable: Trainable,
     seq_len: int,
     gradient_checkpointing: bool = False,
-    loss_recompute: bool = False,
 ) -> TokenFlops:
     """FLOPs per token of a training step, from the rule 2N / 4N / 6N per matrix of N weights.
 
@@ -51,7 +50,6 @@ def token_flops(
     instead of 6N): below a percent, left out. Attention's backward is 2.5 times its forward: five matmuls
     instead of two, since flash kernels compute the scores again. Source: Dao, FlashAttention-2 (2023),
     section 4.1.
-    ``loss_recompute``: the chunked loss computes its logits again in the backward pass (see loss_bytes).
     """
     first, head = trainable.first_backward(shape), shape.embedding_params
     backward_layers = shape.num_hidden_layers - first
@@ -71,6 +69,6 @@ def token_flops(
         frozen_above=4 * frozen_above,
         trainable=6 * weights,
         attention=shape.num_hidden_layers * attention + backward_layers * attention * 5 // 2,
-        recompute=recompute + (2 * head if loss_recompute else 0),
+        recompute=recompute,
         model=6 * all_matmul + 3 * shape.num_hidden_layers * attention,
     )

@@ -6,58 +6,102 @@ again. Both functions here go through the rows in chunks and keep one chunk's lo
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+from flare.chunks import loss_chunk_rows
 
 IGNORE_INDEX = -100
 """Label of a position without a target, as in transformers and torch."""
 
-CHUNK_ROWS = 256
-"""Rows a chunk. Measured on 2 CPU cores (hidden 512, vocabulary 151,936, fp32): plain 15.7 s and 3.4 GB,
-256 rows 5.2 s and 0.5 GB; torch's own default heuristic 69 s. See docs/experiments.md."""
-
-try:  # torch >= 2.13
-    from torch.nn import LinearCrossEntropyOptions
-except ImportError:  # pragma: no cover - depends on the installed torch
-    LinearCrossEntropyOptions = None
-
 
 def linear_cross_entropy_sum(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int = CHUNK_ROWS
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int | None = None
 ) -> torch.Tensor:
-    """Sum of token NLLs (nats) of ``softmax(hidden @ weight.T)``, differentiable, in fp32.
+    """Sum of token NLLs (nats) of ``softmax(hidden @ weight.T)``, differentiable once, in fp32.
 
     Args:
-        hidden: (N, H) final hidden states, any float dtype; weight: (V, H), same dtype as ``hidden``.
+        hidden: (N, H) final hidden states, any float dtype: the logits are computed in it.
+        weight: (V, H) of any float dtype: an fp32 master gets its gradient summed and returned in fp32.
         labels: (N,) int64 targets, already shifted; ``IGNORE_INDEX`` marks positions without one.
         chunk_rows: rows whose logits exist at the same time.
 
     A frozen ``weight`` (``requires_grad=False``) gets no gradient and costs none.
-    Source: torch.nn.functional.linear_cross_entropy (2.13); before that, checkpointed chunks.
     """
-    if LinearCrossEntropyOptions is not None and hidden.dtype == torch.float32:
-        options = LinearCrossEntropyOptions(batch_chunk_size=chunk_rows, chunking_method=None)
-        return F.linear_cross_entropy(
-            hidden, weight, labels, reduction="sum", ignore_index=IGNORE_INDEX, options=options
-        )
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, targets in zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True):
-        total = total + checkpoint(_nll_sum, rows, weight, targets, use_reentrant=False)
-    return total
+    chunk_rows = chunk_rows or loss_chunk_rows(len(weight), hidden.is_cuda)
+    return _LinearCrossEntropySum.apply(hidden, weight, labels, chunk_rows)
 
 
-def _nll_sum(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(rows, weight).float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
+class _LinearCrossEntropySum(torch.autograd.Function):
+    """Makes the gradients in the forward pass, while a chunk's logits are there: three matmuls, none done twice.
+
+    torch 2.13's ``linear_cross_entropy`` does this, too; it is not in torch 2.11, and its backward pass allocates
+    zeros as large as both gradients. Checkpointed chunks, tried first, cost a fourth
+    matmul and summed a bf16 weight gradient in bf16. Numbers: docs/experiments.md. The idea is Liger-Kernel's.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, chunk_rows):
+        compute_weight = weight.to(hidden.dtype)
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for first in range(0, len(hidden), chunk_rows):
+            chunk = slice(first, first + chunk_rows)
+            rows = hidden[chunk]
+            nll, logits_grad = _chunk_gradient(rows @ compute_weight.T, labels[chunk])
+            total += nll
+            if weight_grad is not None and not rows.is_cuda:
+                torch.addmm(weight_grad, logits_grad.T, rows.float(), out=weight_grad)
+            logits_grad = logits_grad.to(hidden.dtype)
+            if weight_grad is not None and rows.is_cuda:  # a chunk in tensor cores, the sum over chunks in fp32
+                weight_grad += logits_grad.T @ rows
+            if hidden_grad is not None:
+                torch.mm(logits_grad, compute_weight, out=hidden_grad[chunk])
+        ctx.gradients = (hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        if ctx.gradients is None:
+            raise RuntimeError("a second backward pass through the loss: its gradients were handed out by the first")
+        (hidden_grad, weight_grad), ctx.gradients = ctx.gradients, None
+        if hidden_grad is not None:
+            hidden_grad.mul_(scale)
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(scale).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None
+
+
+def _chunk_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of NLLs, its gradient by the logits, softmax minus one-hot (C, V) in fp32). May overwrite ``logits``."""
+    wanted = (labels != IGNORE_INDEX)[:, None]
+    targets = torch.where(wanted, labels[:, None], 0)
+    if logits.is_cuda:  # one kernel casts and normalises
+        log_probs = torch.log_softmax(logits, 1, dtype=torch.float32)
+        nll = -log_probs.gather(1, targets)
+        gradient = log_probs.exp_().mul_(wanted)
+    else:  # in place: a CPU takes longer to get fresh memory than to compute
+        logits = logits.float()
+        at_target = logits.gather(1, targets)
+        largest = logits.amax(1, keepdim=True)
+        sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+        nll = sums.log() + largest - at_target
+        gradient = logits.mul_(wanted / sums)
+    gradient.scatter_add_(1, targets, -wanted.to(gradient.dtype))
+    return torch.where(wanted, nll, 0).sum(), gradient
 
 
 @torch.no_grad()
 def score_tokens(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int = CHUNK_ROWS
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """NLL of every target and whether it is the argmax, for evaluation.
 
     Args: as ``linear_cross_entropy_sum``.
     Returns: ((N,) fp32 NLL in nats, 0 where the label is ``IGNORE_INDEX``; (N,) bool, False there).
     """
+    chunk_rows = chunk_rows or loss_chunk_rows(len(weight), hidden.is_cuda)
+    weight = weight.to(hidden.dtype)
     losses, hits = [], []
     for rows, targets in zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True):
         logits = F.linear(rows, weight).float()

@@ -11,11 +11,9 @@ from typing import Literal
 
 from flare import activations
 from flare.activations import Microbatch
+from flare.chunks import loss_chunk_rows
 from flare.plan_inputs import PlanInputs
 from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
-
-LOSS_CHUNK_ROWS = 256
-"""Rows of logits at a time: ``flare.loss.CHUNK_ROWS``, which cannot be imported without torch."""
 
 ADAM_STATE_BYTES = 2 * FP32_BYTES
 """AdamW's two fp32 moments, per trainable parameter."""
@@ -90,7 +88,7 @@ def memory(inputs: PlanInputs, parallel: Literal["ddp", "fsdp"] = "ddp") -> Memo
         + _held_bytes(inputs)
         + activations.final_norm_saved_bytes(shape, batch, trainable),
         working=max((layer.rerun + layer.transient for layer in layers), default=0),
-        logits=loss_bytes(shape, batch, trainable.everything) + _final_hidden_bytes(shape, batch),
+        logits=loss_bytes(shape, batch, trainable.everything, bool(inputs.gpus)) + _final_hidden_bytes(shape, batch),
         peak_bytes=weights + moments + gathered + phases[phase],
         peak_phase=phase,
     )
@@ -138,7 +136,7 @@ def _phases(
     graph_copies = 0 if inputs.gradient_checkpointing else copies
     forward = activations.forward_transient_bytes(shape, batch)
     yield "end of the forward pass", persistent + kept + copies + shared + forward
-    chunk = loss_bytes(shape, batch, trainable.everything) + _final_hidden_bytes(shape, batch)
+    chunk = loss_bytes(shape, batch, trainable.everything, bool(inputs.gpus)) + _final_hidden_bytes(shape, batch)
     yield "loss", persistent + kept + graph_copies + shared + chunk
     grown = FP32_BYTES * shape.embedding_params // shards if trainable.everything else 0
     for index in reversed(range(len(layers))):
@@ -186,24 +184,18 @@ def _gathered_bytes(inputs: PlanInputs) -> int:
     return inputs.frozen_bytes * unit + FP32_BYTES * trainable_unit
 
 
-def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool) -> int:
+def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card: bool = False) -> int:
     """Peak of ``flare.loss.linear_cross_entropy_sum`` beyond its inputs: C rows of V logits at a time.
 
-    fp32: torch's linear_cross_entropy makes all gradients in its forward pass: of the hidden states (N, H),
-    and of the weight (V, H) when it trains; beside them logits (C, V) and scaled inputs (C, H), or in its
-    backward pass as many zeros as gradients, which torch puts in for the outputs that nothing uses.
-    bf16: checkpointed chunks; log_softmax and two gradients of it (C, V) in fp32, or further on the casts of
-    one gradient, beside the chunk's and the summed weight gradient (V, H), all in bf16, and the bf16 copy of
-    the fp32 weight.
+    Gradients of the hidden states (N, H), in their dtype, and of the weight (V, H), in fp32, when it trains.
+    Beside them a chunk's logits (C, V) in fp32, on a card twice. In bf16 these once more in bf16, or on a card
+    the bf16 alone beside the chunk's gradient of the weight; and the weight's bf16 copy when it trains.
     """
-    rows = min(LOSS_CHUNK_ROWS, batch.tokens)
-    chunk, hidden = rows * shape.vocab_size, batch.tokens * shape.hidden_size
-    weight = shape.embedding_params
+    chunk = min(loss_chunk_rows(shape.vocab_size, on_card), batch.tokens) * shape.vocab_size
+    hidden = batch.compute_bytes * batch.tokens * shape.hidden_size
+    gradients = hidden + (FP32_BYTES * shape.embedding_params if head_trains else 0)
     if not batch.bf16:
-        gradients = hidden + (weight if head_trains else 0)
-        return FP32_BYTES * (gradients + max(chunk + rows * shape.hidden_size, gradients))
-    softmax = 3 * FP32_BYTES * chunk
-    if not head_trains:
-        return softmax + BF16_BYTES * hidden
-    casts = (FP32_BYTES + BF16_BYTES) * chunk
-    return max(softmax + 2 * BF16_BYTES * weight, casts + 3 * BF16_BYTES * weight) + BF16_BYTES * hidden
+        return gradients + FP32_BYTES * chunk * (2 if on_card else 1)
+    weight = BF16_BYTES * shape.embedding_params if head_trains else 0
+    product = BF16_BYTES * chunk + weight if on_card else 0
+    return gradients + weight + max((FP32_BYTES + BF16_BYTES) * chunk, product)

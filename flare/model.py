@@ -42,13 +42,13 @@ class TrainingModel(torch.nn.Module):
         return losses.view_as(labels), hits.view_as(labels)
 
     def _final_hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> tuple:
-        """((B*T, H) hidden states, (V, H) head weight), both in the compute dtype."""
+        """((B*T, H) hidden states in the compute dtype, (V, H) head weight as it is held)."""
         weight = self.causal_lm.get_output_embeddings().weight
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             outputs = self.causal_lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden = outputs.last_hidden_state.flatten(0, 1)
         dtype = torch.bfloat16 if self.bf16 else weight.dtype
-        return hidden.to(dtype), weight.to(dtype)
+        return hidden.to(dtype), weight
 
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name in the causal LM, parameter) of all that trains; a tied weight once."""

@@ -12,8 +12,8 @@ LAYERS = [
     ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "distributed"],
     ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope"],
-    ["nope.format", "nope.probe", "nope.load", "nope.patch", "loss", "optim"],
-    ["shapes", "trainable", "flops", "activations"],
+    ["nope.format", "nope.probe", "nope.load", "nope.patch", "optim"],
+    ["shapes", "chunks", "trainable", "flops", "activations", "loss"],
     ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table"],
     [
         "data.embedded",

@@ -20,7 +20,7 @@ from flare.activations import Microbatch
 from flare.checkpoint import model_tensors, save_tensors
 from flare.errors import ConfigError, EnvError
 from flare.flops import attention_forward_flops, token_flops
-from flare.memory import ADAM_STATE_BYTES, LOSS_CHUNK_ROWS, loss_bytes, memory
+from flare.memory import ADAM_STATE_BYTES, loss_bytes, memory
 from flare.model import TrainingModel, checkpoint_layers, set_trainable
 from flare.nope.layers import auto_band
 from flare.nope.modeling_nope import remove_rope
@@ -171,9 +171,9 @@ def test_flops_by_hand() -> None:
     assert flops.recompute == 0
     assert flops.model == 6 * (4 * 576 + 800) + 3 * 4 * 160
     assert flops.executed == 1152 + 7808 + 3456 + 1840
-    everything = token_flops(TINY, Trainable.of("all"), 10, gradient_checkpointing=True, loss_recompute=True)
+    everything = token_flops(TINY, Trainable.of("all"), 10, gradient_checkpointing=True)
     assert everything.trainable == 6 * (4 * 576 + 800) and everything.frozen_above == 0
-    assert everything.recompute == 4 * (2 * (576 - 128) + 160) + 2 * 800
+    assert everything.recompute == 4 * (2 * (576 - 128) + 160)
 
 
 def test_attention_flops_are_those_of_a_causal_score_matrix() -> None:
@@ -192,7 +192,7 @@ def test_matmul_flops_are_those_that_torch_counts(family: str, train: str, check
         model(ids, ids, positions).backward()
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     counted = sum(flops for op, flops in counts.items() if "mm" in op) / 32
-    plain = token_flops(shape, trainable, 32, checkpointing, loss_recompute=True)
+    plain = token_flops(shape, trainable, 32, checkpointing)
     layers = shape.num_hidden_layers - trainable.first_backward(shape)
     attention_rerun = layers * attention_forward_flops(shape, 32) if checkpointing else 0
     # q, k and v of the lowest trained attention have no input gradient: the norm below is frozen.
@@ -426,12 +426,8 @@ def test_peak_memory_of_the_loss(bf16: bool, head_trains: bool, vocab_size: int,
     labels = torch.randint(0, vocab_size, (1024,))
     shape = replace(TINY, vocab_size=vocab_size, hidden_size=hidden_size)
     expected = loss_bytes(shape, Microbatch(1, 1024, bf16, head_trains), head_trains)
-    peak = allocated_peak(lambda: loss.linear_cross_entropy_sum(hidden, weight.to(dtype), labels).backward())
+    peak = allocated_peak(lambda: loss.linear_cross_entropy_sum(hidden, weight, labels).backward())
     assert expected == pytest.approx(peak, rel=0.05)
-
-
-def test_the_loss_chunk_is_that_of_the_loss() -> None:
-    assert LOSS_CHUNK_ROWS == loss.CHUNK_ROWS
 
 
 # --- memory of real shapes ---
@@ -446,8 +442,8 @@ def test_memory_parts_of_the_guides_stage_1() -> None:
     assert need.weights == 2 * frozen + 4 * trainable
     assert (need.gradients, need.optimizer) == (4 * trainable, 8 * trainable)
     assert need.weight_copies == 2 * 13 * (77_076_992 - 2560 - 2 * 2048)
-    # One chunk: three fp32 matrices of 256 rows of logits; bf16 hidden states and their gradient.
-    assert need.logits == 3 * 4 * 256 * 151936 + 2 * 2 * 3 * 4096 * 2048
+    # One chunk: 1024 rows of logits on a card, in fp32 and in bf16; bf16 hidden states and their gradient.
+    assert need.logits == (4 + 2) * 1024 * 151936 + 2 * 2 * 3 * 4096 * 2048
     assert made.tokens_per_step == 4 * 3 * 4096
     assert made.fits is True
     check_fits(made)

@@ -93,6 +93,26 @@ def test_fused_loss_and_gradients_are_those_of_float64(frozen_head: bool) -> Non
     assert torch.equal(hits, logits.argmax(-1) == labels)
 
 
+def test_bf16_loss_sums_the_heads_gradient_in_fp32() -> None:
+    """Against float64 on the same bf16 operands: 1.1e-4 of the norm; a bf16 sum over 16 chunks was off by 9e-3."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(4096, 64).bfloat16(), torch.randn(600, 64) / 8, torch.randint(0, 600, (4096,))
+    exact_weight = weight.bfloat16().double().requires_grad_()
+    torch.nn.functional.cross_entropy(hidden.double() @ exact_weight.T, labels, reduction="sum").backward()
+    weight.requires_grad_()
+    linear_cross_entropy_sum(hidden, weight, labels, chunk_rows=256).backward()
+    assert weight.grad.dtype == torch.float32
+    assert (weight.grad.double() - exact_weight.grad).norm() < 1e-3 * exact_weight.grad.norm()
+
+
+def test_a_second_backward_through_the_loss_is_refused() -> None:
+    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(6, 4)
+    loss = linear_cross_entropy_sum(hidden, weight, torch.randint(0, 6, (8,)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["base", "base_qwen3"])
 def test_packed_documents_have_the_loss_that_each_has_alone(

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flare.chunks import loss_chunk_rows
 from flare.errors import ConfigError, FlareError
-from flare.loss import CHUNK_ROWS, IGNORE_INDEX, score_tokens
+from flare.loss import IGNORE_INDEX, score_tokens
 
 log = logging.getLogger("flare")
 
@@ -77,8 +78,9 @@ class TokenScorer:
         logits = self.model(input_ids, use_cache=False).logits
         rows, targets = logits[asked.to(logits.device)], targets.to(logits.device)
         losses, hits = [], []
+        size = loss_chunk_rows(rows.shape[-1], rows.is_cuda)
         # The fp32 copies are the largest part: they exist for a chunk of rows at a time.
-        for chunk, wanted in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
+        for chunk, wanted in zip(rows.split(size), targets.split(size), strict=True):
             chunk = chunk.float()
             losses.append(F.cross_entropy(chunk, wanted, reduction="none"))
             hits.append(chunk.argmax(-1) == wanted)

@@ -1,0 +1,1 @@
+"""One script a published number; results with their provenance in results/. Run as ``python -m benchmarks.NAME``."""

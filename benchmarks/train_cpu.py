@@ -1,0 +1,110 @@
+"""Flare against HF Trainer as run_clm uses it, on the CPU: tokens/s and peak memory of the same training.
+
+    python -m benchmarks.train_cpu
+
+Peak memory is the process's resident peak; beside it what is left above the interpreter with its libraries.
+Runs alternate (A B A B), so that what else the machine does hits both sides.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from statistics import median
+
+from benchmarks import record
+from benchmarks.workload import Measured, Workload, measure
+from flare.nope.layers import auto_band
+
+SHAPE = {
+    "model_type": "qwen2",
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+QWEN_VOCABULARY, SMALL_VOCABULARY = 151_936, 2_048
+TARGETS = {
+    "stage 2, tokens/s of HF Trainer's": (2.0, "at least"),
+    "stage 2, peak memory of HF Trainer's": (0.45, "at most"),
+    "stage 1, tokens/s of our stage 2's": (1.4, "at least"),
+    "small vocabulary, tokens/s of HF Trainer's": (1.0, "at least"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2, help="times each side runs [2]")
+    parser.add_argument("--steps", type=int, default=6, help="steps of a run, 2 of them warm-up [6]")
+    args = parser.parse_args(argv)
+    runs = {name: [] for name in workloads(args.steps)}
+    for _ in range(args.rounds):
+        for name, workload in workloads(args.steps).items():
+            runs[name].append(measure(workload))
+            print(f"{name}: {runs[name][-1].tokens_per_sec:,.0f} tokens/s", flush=True)
+    best = {name: summary(measured) for name, measured in runs.items()}
+    print("\n" + record.table(["run", "tokens/s", "peak GiB", "above idle GiB"], [row(n, s) for n, s in best.items()]))
+    ratios = ratios_of(best)
+    print("\n" + record.table(["ratio", "measured", "target", ""], [ratio_row(n, v) for n, v in ratios.items()]))
+    path = record.write("train_cpu", {"shape": SHAPE, "runs": best, "ratios": ratios})
+    print(f"\n{path}")
+    return 0
+
+
+def workloads(steps: int) -> dict[str, Workload]:
+    """The runs of one round, in their order."""
+    large = {**SHAPE, "vocab_size": QWEN_VOCABULARY}
+    band = auto_band(SHAPE["num_hidden_layers"])
+    ours = Workload("flare", large, 2, band, batch_size=4, seq_len=512, steps=steps)
+    small = replace(ours, shape={**SHAPE, "vocab_size": SMALL_VOCABULARY}, steps=steps * 3)
+    return {
+        "flare, stage 2": ours,
+        "HF Trainer, stage 2": replace(ours, trainer="hf"),
+        "flare, stage 1": replace(ours, stage=1),
+        "HF Trainer, stage 1": replace(ours, trainer="hf", stage=1),
+        "flare, small vocabulary": small,
+        "HF Trainer, small vocabulary": replace(small, trainer="hf"),
+    }
+
+
+def summary(measured: list[Measured]) -> dict:
+    """Over the rounds: the median rate and the highest peak."""
+    return {
+        "tokens_per_sec": median(m.tokens_per_sec for m in measured),
+        "rounds": [m.tokens_per_sec for m in measured],
+        "peak_bytes": max(m.peak_bytes for m in measured),
+        "above_idle_bytes": max(m.peak_bytes - m.idle_bytes for m in measured),
+        "losses": measured[0].losses,
+    }
+
+
+def row(name: str, s: dict) -> list[str]:
+    gib = [f"{s[key] / 2**30:.2f}" for key in ("peak_bytes", "above_idle_bytes")]
+    return [name, f"{s['tokens_per_sec']:,.0f}", *gib]
+
+
+def ratios_of(best: dict[str, dict]) -> dict[str, float]:
+    """What the targets speak of."""
+
+    def of(name: str, other: str, key: str = "tokens_per_sec") -> float:
+        return best[name][key] / best[other][key]
+
+    values = (
+        of("flare, stage 2", "HF Trainer, stage 2"),
+        of("flare, stage 2", "HF Trainer, stage 2", "peak_bytes"),
+        of("flare, stage 1", "flare, stage 2"),
+        of("flare, small vocabulary", "HF Trainer, small vocabulary"),
+    )
+    return dict(zip(TARGETS, values, strict=True))
+
+
+def ratio_row(name: str, value: float) -> list[str]:
+    target, sense = TARGETS[name]
+    met = value >= target if sense == "at least" else value <= target
+    return [name, f"{value:.2f}", f"{sense} {target}", "met" if met else "MISSED"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
