@@ -23,9 +23,19 @@ SCRIPT = Path(__file__).resolve()
 def main(argv: list[str] | None = None) -> int:
     wait_without_spinning()
     resolved = resolve(sys.argv[1:] if argv is None else argv)
+    if resolved.options.prepare_only:
+        return prepare(resolved)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return join(resolved)
     return start(resolved)
+
+
+def prepare(resolved: Resolved) -> int:
+    """Make the data that a run starts from and say what it is. No card is looked at."""
+    from flare.prepare_only import prepare_only
+
+    print("\n".join(prepare_only(resolved)))
+    return 0
 
 
 def start(resolved: Resolved) -> int:

@@ -209,6 +209,8 @@ def _impossible(options: Options, sources: dict[str, str]) -> list[str]:
         problems.append(f"--experiment_name is {len(name.encode())} bytes long; give at most 200")
     if name is not None and any(ord(c) < 32 for c in name):
         problems.append(f"--experiment_name {name!r} holds a control character")
+    if options.prepare_only and options.dry_run:
+        problems.append("--prepare_only and --dry_run are both given; give one")
     if options.warmup_steps and options.warmup_ratio:
         problems.append("--warmup_steps and --warmup_ratio are both given; give one")
     if options.max_steps is None and options.num_train_epochs is None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from flare.errors import CheckpointError, ConfigError, EnvError, FlareError
 
-MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin"]
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+"""What there is besides weights."""
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors", "pytorch_model*.bin"]
 
 
-def local_model_dir(name: str, cache_dir: str | None = None) -> Path:
-    """The directory of a model: ``name`` itself, or its snapshot, downloaded when needed.
+def local_model_dir(name: str, cache_dir: str | None = None, files: list[str] = MODEL_FILES) -> Path:
+    """The directory of a model: ``name`` itself, or its snapshot, of which ``files`` are downloaded when needed.
 
     Raises: ConfigError for a path that does not exist or a repository that is not there; EnvError when the
     hub cannot be reached.
@@ -22,7 +24,7 @@ def local_model_dir(name: str, cache_dir: str | None = None) -> Path:
     with hub_errors(name):
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=files))
 
 
 def read_hub_config(name: str, cache_dir: str | None = None) -> dict:

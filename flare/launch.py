@@ -5,7 +5,6 @@ again, once a rank; it passes signals on, and its workers' first error is shown 
 """
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -28,6 +27,7 @@ from flare.hosts import master, node_rank, num_nodes, rendezvous
 from flare.metrics_file import record_status
 from flare.nvidia_smi import query_gpus
 from flare.options import Options
+from flare.parent import end_with_parent
 from flare.rooms import MIB, usable_bytes
 from flare.setup import Hardware, Run
 
@@ -35,8 +35,6 @@ SHUTDOWN_TIMEOUT_SEC = 600
 """What torchrun's agent grants workers after a signal: a large model's last checkpoint takes minutes."""
 RECORD_WAIT_SEC = 10.0
 """How long another host's launcher waits for the first one's rank 0 to record how the run ended."""
-PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that a process gets when its parent dies."""
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
@@ -226,8 +224,8 @@ def _append_to_log(experiment: Experiment, message: str) -> None:
 
 def end_with_launcher() -> None:
     """From a worker: when the launcher dies, killed or not, get SIGTERM and so stop with a checkpoint (Linux)."""
-    if DEVICE_VARIABLE in os.environ and ERROR_FILE_VARIABLE in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if DEVICE_VARIABLE in os.environ and ERROR_FILE_VARIABLE in os.environ:
+        end_with_parent(signal.SIGTERM)
 
 
 def tell_launcher(message: str, exit_code: int) -> bool:

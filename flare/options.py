@@ -51,6 +51,13 @@ class Options:
         TRAINING, "run", "where experiments live (environment: FLARE_OUTPUT_DIR)", "/work/xiaoyonggao"
     )
     dry_run: bool = option(TRAINING, "run", "print the plan and the command, start nothing", False, kind="bool")
+    prepare_only: bool = option(
+        TRAINING,
+        "run",
+        "make the token cache that a run with these options starts from, on a machine with or without cards, and end",
+        False,
+        kind="bool",
+    )
     resume: str = option(
         TRAINING,
         "run",
@@ -179,7 +186,7 @@ class Options:
         high=1,
     )
     preprocessing_num_workers: int | None = option(
-        DATA, "data", "threads that tokenise; default all cores", None, kind="int", low=1
+        DATA, "data", "cores that tokenise; default all", None, kind="int", low=1
     )
     cache_dir: str | None = option(
         DATA,

@@ -1,15 +1,18 @@
 """The data of a run: from its options to training rows and held-out rows, before any process group."""
 
 import math
-import os
+from pathlib import Path
 
 import numpy as np
 
+from flare.data.build import build_token_cache
 from flare.data.packing import PackedRows, split_documents
-from flare.data.sources import SourceSpec, open_source
-from flare.data.tokens import TokenCache, TokenSettings, build_token_cache, default_cache_dir
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
+from flare.data.tokens import TokenCache, TokenSettings, default_cache_dir
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
+from flare.options import Options
 from flare.setup import Run
 
 
@@ -18,10 +21,15 @@ def prepare_data(run: Run) -> TokenCache:
 
     Call before the process group starts: a long build would run into its timeout.
     """
-    options = run.options
+    return token_cache(run.options, run.init_from, run.config)
+
+
+def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache:
+    """The token cache of the data that the options name, for the tokenizer of a model.
+
+    Raises: ConfigError for a tokenizer that does not belong to the model's ``config``.
+    """
     cache_dir = default_cache_dir(options.cache_dir)
-    if options.preprocessing_num_workers:
-        os.environ["RAYON_NUM_THREADS"] = str(options.preprocessing_num_workers)
     spec = SourceSpec(
         options.dataset_name,
         options.text_column,
@@ -29,14 +37,14 @@ def prepare_data(run: Run) -> TokenCache:
         options.dataset_split,
         options.cache_dir,
     )
-    tokenizer = load_tokenizer(run.init_from)
-    rows = int(run.config["vocab_size"])
+    tokenizer = load_tokenizer(model_dir)
+    rows = int(config["vocab_size"])
     if len(tokenizer) > rows:
         raise ConfigError(
-            f"the tokenizer of {run.init_from} has {len(tokenizer)} ids but the embedding {rows} rows; they do not "
+            f"the tokenizer of {model_dir} has {len(tokenizer)} ids but the embedding {rows} rows; they do not "
             "belong together"
         )
-    settings = TokenSettings(options.dataset_size, options.max_bad_rows)
+    settings = TokenSettings(options.dataset_size, options.max_bad_rows, options.preprocessing_num_workers)
     return build_token_cache(open_source(spec, cache_dir), tokenizer, cache_dir, settings)
 
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from flare import checkpoint as ckpt
@@ -15,6 +16,7 @@ from flare import distributed
 from flare.checkpoint import Checkpoint
 from flare.config import REPO
 from flare.data.packing import PackedRows
+from flare.data.preview import row_lines
 from flare.data.tokens import TokenCache
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
@@ -25,6 +27,7 @@ from flare.metrics import MetricsWriter
 from flare.metrics_file import enter_stage
 from flare.model import checkpoint_layers, load_for_training
 from flare.nope.layers import format_layers
+from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
 from flare.plan_table import plan_lines
@@ -146,6 +149,10 @@ class Session:
         log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
         for side, rows in (("train", self.train_rows), ("held out", self.eval_rows)):
             log.info(f"{side}: {rows.num_documents:,} documents, {rows.num_tokens:,} tokens, {len(rows):,} rows")
+        if self.world.is_main:
+            first = self.train_rows.batch(np.arange(1)).input_ids[0]
+            for line in row_lines(first, self.cache.end_of_text_id, load_tokenizer(run.init_from)):
+                log.info(line)
 
     def _settle_length(self) -> None:
         """Steps of the stage, from the global batch that the run really has."""

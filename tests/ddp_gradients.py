@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from flare import distributed
+from flare.data.build import build_token_cache
 from flare.data.packing import PackedRows, split_documents
-from flare.data.sources import SourceSpec, open_source
-from flare.data.tokens import TokenSettings, build_token_cache
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
+from flare.data.tokens import TokenSettings
 from flare.hub import read_model_config
 from flare.model import load_for_training
 from flare.nope.format import with_nope

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPO
 
 LAYERS = [
-    ["errors", "files", "threads", "__init__"],
+    ["errors", "files", "parent", "threads", "__init__"],
     ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "distributed"],
     ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope"],
@@ -18,10 +18,10 @@ LAYERS = [
     ["shapes", "chunks", "trainable", "flops", "activations", "loss"],
     ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table"],
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
-    ["data.embedded", "data.sources", "data.tokens", "data.packing", "data.order"],
+    ["data"],
     ["setup", "handoff", "launch", "model", "checkpoint", "metrics"],
     ["trainer", "evaluation"],
-    ["prepare", "saving", "session", "demo"],
+    ["prepare", "prepare_only", "saving", "session", "demo"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted((REPO / "flare").rglob("*.py"))

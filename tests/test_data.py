@@ -1,20 +1,19 @@
 """Sources, token cache, split and packing, on real files."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from flare.data.encode import end_of_text_id
 from flare.data.packing import PackedRows, split_documents
-from flare.data.sources import SourceSpec, open_source
-from flare.data.tokens import TokenCache, TokenSettings, build_token_cache, end_of_text_id
+from flare.data.preview import row_lines
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
 from flare.errors import ConfigError, DataError
 from flare.loss import IGNORE_INDEX
 from flare.nope.load import load_tokenizer
-from tests.conftest import REPO, script_environment, write_corpus
 
 TEXTS = ["first document of the model", "zweites Dokument: äöü 中文", "third\nwith\tlines and the rest"]
 
@@ -79,86 +78,6 @@ def test_embedded_corpus_is_real_english_and_stays_the_same(tmp_path: Path) -> N
     assert sum(map(len, texts)) > 1_000_000
     assert sum(" the " in t for t in texts) > 0.9 * len(texts)
     assert read(Path("embedded"), tmp_path) == texts
-
-
-# -- token cache ------------------------------------------------------------------------------------------
-
-
-def cache_of(path: Path, base: Path, cache_dir: Path, **settings: object) -> TokenCache:
-    source = open_source(SourceSpec(str(path)), cache_dir)
-    return build_token_cache(source, load_tokenizer(base), cache_dir, TokenSettings(**settings))
-
-
-def test_cached_tokens_decode_to_the_documents(tmp_path: Path, base: Path) -> None:
-    cache = cache_of(write_files(tmp_path)["jsonl"], base, tmp_path / "c")
-    tokenizer = load_tokenizer(base)
-    end = end_of_text_id(tokenizer)
-    assert cache.meta["end_of_text"] == "<|endoftext|>"
-    for number, text in enumerate(TEXTS):
-        ids = cache.tokens[cache.offsets[number] : cache.offsets[number + 1]]
-        assert ids[-1] == end
-        assert tokenizer.decode(ids[:-1]) == text
-
-
-def test_cache_is_built_once_and_again_when_the_content_changes(tmp_path: Path, base: Path) -> None:
-    file = write_corpus(tmp_path / "x.jsonl", 20)
-    first = cache_of(file, base, tmp_path / "c")
-    stamp = (first.directory / "meta.json").stat().st_mtime_ns
-    file.touch()  # same bytes, new date: the same data
-    again = cache_of(file, base, tmp_path / "c")
-    assert again.directory == first.directory
-    assert (again.directory / "meta.json").stat().st_mtime_ns == stamp
-    write_corpus(file, 20, seed=1)
-    assert cache_of(file, base, tmp_path / "c").directory != first.directory
-
-
-def test_dataset_size_takes_the_first_documents(tmp_path: Path, base: Path) -> None:
-    file = write_corpus(tmp_path / "x.jsonl", 20)
-    whole, part = cache_of(file, base, tmp_path / "c"), cache_of(file, base, tmp_path / "c", dataset_size=5)
-    assert part.meta["num_documents"] == 5
-    assert np.array_equal(part.tokens, whole.tokens[: len(part.tokens)])
-
-
-BAD_ROWS = [
-    b'{"text": null}',
-    b'{"text": 5}',
-    b'{"text": ""}',
-    b'{"text": ["a"]}',
-    b'{"text": NaN}',
-    b'{"other": "x"}',
-    b'{"text": "\xff\xfe"}',
-    b'{"text": "lone \\ud800 surrogate"}',
-    b'{"text": "cut off',
-]
-
-
-def test_bad_rows_are_counted_and_named_and_good_rows_all_used(tmp_path: Path, base: Path) -> None:
-    good = [json.dumps({"text": f"good {n}"}).encode() for n in range(20)]
-    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good[0], *BAD_ROWS, *good[1:]]) + b"\n")
-    with pytest.raises(DataError, match=rf"{len(BAD_ROWS)} of 29 rows .*x.jsonl:2 is null.*--max_bad_rows"):
-        cache_of(tmp_path / "x.jsonl", base, tmp_path / "c")
-    cache = cache_of(tmp_path / "x.jsonl", base, tmp_path / "c", max_bad_rows=0.5)
-    assert (cache.meta["num_documents"], cache.meta["bad_rows"]) == (20, len(BAD_ROWS))
-    with pytest.raises(DataError, match="--max_bad_rows"):  # the limit holds for a cache that is there, too
-        cache_of(tmp_path / "x.jsonl", base, tmp_path / "c", max_bad_rows=0.1)
-
-
-def test_two_builders_at_once_make_one_cache(tmp_path: Path, base: Path) -> None:
-    file = write_corpus(tmp_path / "x.jsonl", 300)
-    code = (
-        "from pathlib import Path; from tests.test_data import cache_of; import sys\n"
-        "print(cache_of(*map(Path, sys.argv[1:])).meta['num_tokens'])"
-    )
-    command = [sys.executable, "-c", code, str(file), str(base), str(tmp_path / "c")]
-    runs = [
-        subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=script_environment())
-        for _ in range(2)
-    ]
-    outputs = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    assert sum(b"tokenised" in err for _, err in outputs) <= 1
-    assert len(list((tmp_path / "c").glob("tokens-*"))) == 1
 
 
 # -- split -----------------------------------------------------------------------------------------------------
@@ -233,3 +152,27 @@ def test_every_token_but_first_ones_is_a_target_once(packing: str, seq_len: int)
     counts = [rows.num_targets(np.array([r])) for r in range(len(rows))]
     assert counts == (batch.labels != IGNORE_INDEX).sum(axis=1).tolist()
     assert rows.num_targets(np.arange(len(rows))) == len(expected)
+
+
+def test_a_row_is_shown_with_its_documents_and_their_ends(base: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    end = end_of_text_id(tokenizer)
+    texts = [
+        "the tail of one",
+        "a line\nand a second",
+        *["short"] * 6,
+        "begin " + "of a long text " * 40,
+        "and the last",
+    ]
+    ids = [np.array([*tokenizer(text)["input_ids"], end]) for text in texts]
+    row = np.concatenate(ids)[:-1]  # the last document goes on in the next row
+    lines = row_lines(row, end, tokenizer)
+    assert lines[0] == f"first row: {len(row)} tokens, 10 documents or parts of them"
+    assert lines[1] == f"  | tokens 0-{len(ids[0]) - 1}: the tail of one<|endoftext|>"
+    assert lines[2].endswith(": a line\\nand a second<|endoftext|>")
+    assert lines[7] == "  | ... 3 more"
+    assert lines[8] == f"  | tokens {len(row) - len(ids[-1]) + 1}-{len(row) - 1}: and the last"
+    long = row_lines(ids[-2], end, tokenizer)[1]
+    assert "begin of a long text" in long
+    assert long.endswith("of a long text <|endoftext|>")
+    assert len(long) < 160

@@ -102,9 +102,9 @@ def test_hub_names_carry_config_split_and_column() -> None:
 def test_embedded_evaluation_uses_only_documents_that_the_demo_held_out(tmp_path: Path) -> None:
     import numpy as np
 
+    from flare.data.documents import text_hash
     from flare.data.embedded import embedded_documents
     from flare.data.packing import split_documents
-    from flare.data.tokens import text_hash
 
     texts = [text for _, text in embedded_documents(tmp_path)]
     train, _ = split_documents(np.array([text_hash(t) for t in texts], dtype=np.uint64), 5)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flare.data.sources import HubSource, SourceSpec
+from flare.data.hub_sets import HubSource
+from flare.data.rows import SourceSpec
 from flare.errors import ConfigError, EnvError
 from flare.hub import local_model_dir, read_hub_config
 from tests.conftest import script_environment, train, write_corpus

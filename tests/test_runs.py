@@ -55,6 +55,8 @@ def test_a_run_leaves_every_file_of_the_guide(train_flags: list[str], tmp_path: 
         assert any(any(w in line for w in words) for line in log.splitlines())
     assert re.search(r"train: 1\d\d documents, [\d,]+ tokens", log)
     assert re.search(r"held out: \d+ documents, [\d,]+ tokens", log)
+    assert re.search(r"documents end with <\|endoftext\|> \(\d+\)", log)
+    assert re.search(r"first row: 32 tokens, \d documents or parts of them\n.*tokens 0-\d+: \d+ [a-z]+ ", log)
     block = metrics(run)["stages"]["1"]
     assert (block["status"], block["totals"]["steps"]) == ("finished", 6)
     lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
@@ -370,6 +372,26 @@ def test_bin_format_holds_the_same_weights(train_flags: list[str], tmp_path: Pat
     loaded = torch.load(run / "final_model" / "pytorch_model.bin", weights_only=True)
     expected = weights(run / "checkpoints" / "checkpoint-1")
     assert all(torch.equal(loaded[n], t) for n, t in expected.items())
+
+
+# -- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_data_prepared_without_cards_is_what_the_run_starts_from(train_flags: list[str], tmp_path: Path) -> None:
+    """With the flags of a GPU run, on a machine without cards, and an output directory that cannot be made."""
+    flags = [*train_flags, "--cache_dir", tmp_path / "c"]
+    result = train(*flags, "--gpu_type", "A800", "--base_output_dir", "/proc/flare", "--prepare_only")
+    assert result.returncode == 0, result.stderr
+    summary = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert summary["documents"].startswith("120 (")
+    assert not (tmp_path / "out").exists()
+    files = list(Path(summary["path"]).iterdir())
+    assert int(summary["bytes"].replace(",", "")) == sum(file.stat().st_size for file in files)
+    run = train(*flags, "--max_steps", 1)
+    assert run.returncode == 0, run.stderr
+    assert "tokenised" in result.stderr
+    assert "tokenised" not in run.stderr
+    assert f"{int(summary['rows to train on'].split()[0]):,} rows" in run.stderr
 
 
 # -- faults that this issue holds ---------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
+from flare.data.build import build_token_cache
 from flare.data.order import RowOrder
 from flare.data.packing import PackedRows, split_documents
-from flare.data.sources import SourceSpec, open_source
-from flare.data.tokens import TokenCache, TokenSettings, build_token_cache
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
+from flare.data.tokens import TokenCache, TokenSettings
 from flare.distributed import World
 from flare.errors import FlareError
 from flare.hub import read_model_config

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from flare.data.documents import BadRows, text_hash, usable_texts
+from flare.data.file_formats import KINDS
 from flare.data.packing import split_documents
-from flare.data.sources import FILE_KINDS, SourceSpec, open_source
-from flare.data.tokens import BadRows, default_cache_dir, text_hash, usable_texts
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
+from flare.data.tokens import default_cache_dir
 from flare.errors import ConfigError, DataError
 
 DEFAULT_DATASETS = ("wikitext2", "c4", "lambada", "pg19")
@@ -61,7 +64,7 @@ def parse_name(name: str, cache_dir: str | None) -> SourceSpec:
             cache_dir,
             known.streaming,
         )
-    if name == "embedded" or Path(name).exists() or Path(name).suffix in FILE_KINDS:
+    if name == "embedded" or Path(name).exists() or Path(name).suffix in KINDS:
         return SourceSpec(name, cache_dir=cache_dir)
     hub_name, *rest = name.split(":")
     if "/" not in hub_name:

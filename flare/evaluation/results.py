@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flare.data.tokens import tokenizer_sha256
+from flare.data.encode import tokenizer_sha256
 from flare.errors import FlareError
 from flare.evaluation.perplexity import DatasetScore
 from flare.files import write_json

@@ -1,0 +1,105 @@
+"""Documents to token ids, each ended by the end-of-text token. Light to import: worker processes start with it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from flare.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+BATCH_CHARACTERS = 2_000_000
+"""Text tokenised at once: enough to keep all threads busy, little enough to keep memory flat."""
+
+
+class Encoder:
+    """A tokenizer as the cache uses it: no special tokens, no truncation, no padding.
+
+    Args:
+        backend: the Rust tokenizer, a ``tokenizers.Tokenizer``; or one written in Python, called with texts.
+        end_id: the token that ends each document.
+        vocab_size: decides the type of the stored ids.
+    """
+
+    def __init__(self, backend: object, end_id: int, vocab_size: int) -> None:
+        self.backend = backend
+        self.end_id = end_id
+        self.vocab_size = vocab_size
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        if self.is_fast:  # a tokenizer.json may come with both set: they would cut or fill documents
+            backend.no_truncation()
+            backend.no_padding()
+
+    @classmethod
+    def of(cls, tokenizer: object) -> "Encoder":
+        """The encoder of a transformers tokenizer. Raises: DataError when it has no token to end documents with."""
+        backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else tokenizer
+        return cls(backend, end_of_text_id(tokenizer), len(tokenizer))
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether the tokenizer is the Rust one, which another process can be given as text."""
+        return hasattr(self.backend, "encode_batch_fast")
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each document with its end-of-text token."""
+        if self.is_fast:
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+            ids = (encoding.ids for encoding in encodings)
+        else:
+            ids = self.backend(texts, add_special_tokens=False)["input_ids"]
+        return [np.array([*document, self.end_id], dtype=self.dtype) for document in ids]
+
+    def to_message(self) -> dict:
+        """What a worker process needs to make the same encoder."""
+        return {"tokenizer": self.backend.to_str(), "end_id": self.end_id, "vocab_size": self.vocab_size}
+
+    @classmethod
+    def from_message(cls, message: dict) -> "Encoder":
+        """The encoder that ``to_message`` describes."""
+        from tokenizers import Tokenizer
+
+        return cls(Tokenizer.from_str(message["tokenizer"]), message["end_id"], message["vocab_size"])
+
+
+def batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Texts by about ``BATCH_CHARACTERS``."""
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def end_of_text_id(tokenizer: object) -> int:
+    """The token that ends a document: the base model's own <|endoftext|>, else its end-of-sequence token.
+
+    Raises: DataError when the tokenizer has neither.
+    """
+    known = tokenizer.get_vocab()
+    if END_OF_TEXT in known:
+        return known[END_OF_TEXT]
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer has neither {END_OF_TEXT} nor an eos token to end documents with")
+    return tokenizer.eos_token_id
+
+
+def tokenizer_sha256(tokenizer: object) -> str:
+    """SHA-256 of what turns text into ids, not of the path that the tokenizer was loaded from.
+
+    Left out are padding and truncation (a state, not the tokenizer) and post-processor and decoder, which
+    neither training nor evaluation uses. So a tokenizer that was loaded and saved again keeps its hash.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        for part in ("padding", "truncation", "post_processor", "decoder"):
+            content.pop(part, None)
+    else:  # a tokenizer in Python
+        content = tokenizer.get_vocab()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

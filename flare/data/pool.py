@@ -1,0 +1,155 @@
+"""Worker processes that turn pieces into parts, several at once; their death is an error, never a hang."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from flare.data.encode import Encoder
+from flare.data.parts import write_part
+from flare.data.rows import Piece
+from flare.errors import EnvError
+
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Make the part ``directory`` of the first ``limit`` rows of a piece."""
+
+    index: int
+    piece: Piece
+    directory: Path
+    limit: int | None = None
+
+
+Report = Callable[[int, int, int], None]
+"""Called with index of the task, tokens and characters that were done since the last call."""
+
+
+def run_tasks(
+    next_task: Callable[[], Task | None], encoder: Encoder, processes: int, threads: int, report: Report
+) -> Iterator[int]:
+    """Run tasks until there are no more; yields the index of each finished one, in the order of finishing.
+
+    Args:
+        next_task: the next task, or None when there is none at the moment. Asked again after each finished one.
+        processes: with one the work is done in this process, whose tokenizer spreads over all cores.
+        threads: of the tokenizer in each worker process.
+
+    Raises: what a piece raised; EnvError when a worker was killed.
+    """
+    if processes == 1:
+        while task := next_task():
+            write_part(task.piece, encoder, task.directory, task.limit, lambda *done, i=task.index: report(i, *done))
+            yield task.index
+        return
+    with WorkerPool(encoder, processes, threads) as pool:
+        while True:
+            while pool.has_idle and (task := next_task()):
+                pool.submit(task)
+            if not pool.is_busy:
+                return
+            yield from pool.answers(report)
+
+
+class Worker:
+    """A worker process, the pipe to it and the task that it has."""
+
+    def __init__(self, encoder: Encoder, threads: int) -> None:
+        self.pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            command = [sys.executable, "-P", "-m", "flare.data.worker", str(theirs.fileno()), str(os.getpid())]
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=worker_environment(threads)
+            )
+        self.task: Task | None = None
+        self.encoder = encoder
+
+    def give(self, task: Task) -> None:
+        """Send a task; before the first one, the tokenizer."""
+        with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed where answers are read
+            if self.encoder:
+                self.pipe.send(self.encoder.to_message())
+                self.encoder = None
+            self.pipe.send((task.index, task.piece, str(task.directory), task.limit))
+        self.task = task
+
+    def death(self) -> EnvError:
+        """How it died, for people."""
+        code = self.process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return EnvError(
+            f"a tokenising worker (pid {self.process.pid}) {how}{hint}; finished parts are kept, the same command "
+            "goes on from there; --preprocessing_num_workers N takes fewer workers"
+        )
+
+
+class WorkerPool:
+    """Processes that live as long as the ``with`` block."""
+
+    def __init__(self, encoder: Encoder, processes: int, threads: int) -> None:
+        self.workers = [Worker(encoder, threads) for _ in range(processes)]
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for worker in self.workers:
+            worker.pipe.close()
+            if worker.task is not None:
+                worker.process.kill()
+        for worker in self.workers:
+            worker.process.wait()
+
+    @property
+    def has_idle(self) -> bool:
+        return any(worker.task is None for worker in self.workers)
+
+    @property
+    def is_busy(self) -> bool:
+        return any(worker.task is not None for worker in self.workers)
+
+    def submit(self, task: Task) -> None:
+        """Give a task to an idle worker."""
+        next(worker for worker in self.workers if worker.task is None).give(task)
+
+    def answers(self, report: Report) -> Iterator[int]:
+        """Wait for news; yields the tasks that were finished."""
+        by_pipe = {worker.pipe: worker for worker in self.workers if worker.task is not None}
+        for pipe in wait(list(by_pipe)):
+            worker = by_pipe[pipe]
+            kind, *facts = self._receive(worker)
+            if kind == "error":
+                raise facts[0]
+            if kind == "tokens":
+                report(*facts)
+            else:
+                worker.task = None
+                yield facts[0]
+
+    @staticmethod
+    def _receive(worker: Worker) -> tuple:
+        pipe: Connection = worker.pipe
+        try:
+            return pipe.recv()
+        except (EOFError, OSError):
+            raise worker.death() from None
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """This environment with the package importable, and threads so that all workers together fill the cores."""
+    paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "RAYON_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
+        "OPENBLAS_NUM_THREADS": "1",
+    }

@@ -1,0 +1,34 @@
+"""A packed row as people can read it: its documents decoded, boundaries marked, long text cut."""
+
+import numpy as np
+
+SHOWN_DOCUMENTS = 6
+"""Documents of a row that are shown: so many of the first ones, and the last."""
+SHOWN_CHARACTERS = 60
+"""Of a document, at its beginning and at its end."""
+
+
+def row_lines(input_ids: np.ndarray, end_of_text_id: int, tokenizer: object) -> list[str]:
+    """Lines that show a row of tokens (T,): one for each document, with the tokens that it has in the row.
+
+    A document ends with the end-of-text token, which is shown. The first one may have begun in another row, the
+    last one may go on there.
+    """
+    cuts = np.flatnonzero(input_ids == end_of_text_id) + 1
+    documents = [piece for piece in np.split(input_ids, cuts) if len(piece)]
+    lines = [f"first row: {len(input_ids):,} tokens, {len(documents)} documents or parts of them"]
+    begin = 0
+    for number, ids in enumerate(documents):
+        if number < SHOWN_DOCUMENTS or number == len(documents) - 1:
+            lines.append(f"  | tokens {begin}-{begin + len(ids) - 1}: {shortened(tokenizer.decode(ids))}")
+        elif number == SHOWN_DOCUMENTS:
+            lines.append(f"  | ... {len(documents) - SHOWN_DOCUMENTS - 1} more")
+        begin += len(ids)
+    return lines
+
+
+def shortened(text: str) -> str:
+    """One line of a text: control characters as escapes, its middle left out."""
+    if len(text) > 2 * SHOWN_CHARACTERS + 5:
+        text = f"{text[:SHOWN_CHARACTERS]} ... {text[-SHOWN_CHARACTERS:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,65 @@
+"""How far tokenising is: a bar with tokens/s on a terminal, else a log line every half minute."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from flare.data.rows import PIECE_BYTES
+from flare.logs import log
+
+LOG_EVERY_SEC = 30.0
+
+
+class TokenProgress:
+    """Tokens done and the share of the pieces; in an open piece a character counts as a byte of its size.
+
+    Args:
+        num_pieces: of the corpus; nearly all of them have the same size.
+        done: pieces that were finished before.
+    """
+
+    def __init__(self, num_pieces: int, done: int) -> None:
+        self.num_pieces = num_pieces
+        self.done = done
+        self.open: dict[int, int] = {}
+        self.tokens = 0
+        self.t0 = self.logged = time.monotonic()
+        self.bar: tqdm | None = None
+
+    def __enter__(self) -> "TokenProgress":
+        if sys.stderr.isatty():
+            form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+            self.bar = tqdm(total=1.0, desc="tokenising", leave=False, bar_format=form)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def report(self, index: int, tokens: int, characters: int) -> None:
+        """A worker got further with a piece."""
+        self.tokens += tokens
+        self.open[index] = self.open.get(index, 0) + characters
+        self._show()
+
+    def finish(self, index: int) -> None:
+        """A piece is done."""
+        self.open.pop(index, None)
+        self.done += 1
+        self._show()
+
+    @property
+    def share(self) -> float:
+        """Of the corpus, what is done."""
+        begun = sum(min(characters / PIECE_BYTES, 1.0) for characters in self.open.values())
+        return min((self.done + begun) / max(self.num_pieces, 1), 1.0)
+
+    def _show(self) -> None:
+        rate = self.tokens / max(time.monotonic() - self.t0, 1e-9)
+        if self.bar is not None:
+            self.bar.update(self.share - self.bar.n)
+            self.bar.set_postfix_str(f"{self.tokens:,} tokens, {rate:,.0f} tokens/s")
+        elif time.monotonic() - self.logged >= LOG_EVERY_SEC:
+            self.logged = time.monotonic()
+            log.info(f"tokenising: {self.share:.0%} of the data, {self.tokens:,} tokens, {rate:,.0f} tokens/s")

@@ -1,0 +1,90 @@
+"""What every source of documents offers: rows in a fixed order, in pieces that worker processes read on their own.
+
+What is usable text is decided in ``flare.data.tokens``; nothing here opens a file or tokenises.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PIECE_BYTES = 32 * 2**20
+"""Input of a piece, where its format can be cut: a few seconds of tokenising, and a few hundred pieces in 10 GB."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a source holds where a document's text is expected, and where that is (``file:line``)."""
+
+    value: object
+    where: str
+
+
+class BadRow:
+    """The value of a row that could not even be read."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """What the user asked for."""
+
+    dataset_name: str
+    text_column: str = "text"
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    cache_dir: str | None = None
+    streaming: bool = False
+
+
+class Piece:
+    """A part of a source. It pickles to a few hundred bytes and opens what it reads in the process that reads it."""
+
+    def rows(self) -> Iterator[Row]:
+        """Its rows, in order; can be called again.
+
+        Raises: ConfigError when the first record of a file has no such column; DataError for a damaged file.
+        """
+        raise NotImplementedError
+
+
+class Source:
+    """Rows of a corpus, in a fixed order, and an identity that changes when its content does."""
+
+    def fingerprint(self) -> str:
+        """Identity of the rows: equal on every machine that has the same data."""
+        raise NotImplementedError
+
+    def pieces(self) -> list[Piece]:
+        """All rows, cut into pieces in order. The same data gives the same pieces."""
+        raise NotImplementedError
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of all pieces, one after the other."""
+        for piece in self.pieces():
+            yield from piece.rows()
+
+
+@dataclass(frozen=True)
+class Several(Piece):
+    """Small pieces that follow each other, read as one: a folder of a million files gives a few hundred."""
+
+    parts: tuple[Piece, ...]
+
+    def rows(self) -> Iterator[Row]:
+        for part in self.parts:
+            yield from part.rows()
+
+
+def gather(parts: list[tuple[Piece, int]]) -> list[Piece]:
+    """Pieces of at most ``PIECE_BYTES`` where that is possible, from ``(piece, bytes)`` in order."""
+    pieces: list[Piece] = []
+    group: list[Piece] = []
+    size = 0
+    for part, part_bytes in [*parts, (None, PIECE_BYTES)]:
+        if group and size + part_bytes > PIECE_BYTES:
+            pieces.append(group[0] if len(group) == 1 else Several(tuple(group)))
+            group, size = [], 0
+        group.append(part)
+        size += part_bytes
+    return pieces

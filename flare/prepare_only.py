@@ -1,0 +1,42 @@
+"""``--prepare_only``: make the token cache of a run ahead of it, where no card and no weights are needed."""
+
+from pathlib import Path
+
+from flare.config import Resolved
+from flare.data.packing import PackedRows, split_documents
+from flare.experiment import Experiment
+from flare.hub import TOKENIZER_FILES, local_model_dir, read_model_config
+from flare.logs import start_logging
+from flare.prepare import token_cache
+from flare.setup import choose_start
+from flare.shapes import ModelShape
+
+
+def prepare_only(resolved: Resolved) -> list[str]:
+    """Make the token cache unless it is there; returns what it holds, line by line.
+
+    Of a hub model only the tokenizer is downloaded.
+    """
+    options = resolved.options
+    start_logging()
+    name, _reason = choose_start(resolved, Experiment(options.experiment_dir))
+    directory = local_model_dir(name, options.cache_dir, TOKENIZER_FILES)
+    config = read_model_config(directory)
+    ModelShape.from_config(config, str(directory))  # refuses another family
+    cache = token_cache(options, directory, config)
+    sides = split_documents(cache.hashes, options.validation_split_percentage)
+    train, held_out = (PackedRows(cache, side, options.max_seq_length, options.packing) for side in sides)
+    meta = cache.meta
+    return [
+        f"data: {options.dataset_name}, tokenizer of {name}",
+        f"documents: {meta['num_documents']:,} ({held_out.num_documents:,} of them held out)",
+        f"tokens: {meta['num_tokens']:,} (documents end with {meta['end_of_text']}, {meta['end_of_text_id']})",
+        f"rows to train on: {len(train):,} of {options.max_seq_length} tokens",
+        f"bytes: {size_of(cache.directory):,}",
+        f"path: {cache.directory}",
+    ]
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of the files in a directory."""
+    return sum(file.stat().st_size for file in directory.iterdir())
