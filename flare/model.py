@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from flare.loss import linear_cross_entropy_sum, score_tokens
+from flare.nope.canary import hold_to_canary
 from flare.nope.load import load_causal_lm
 from flare.trainable import Trainable
 
@@ -63,9 +64,11 @@ def load_for_training(
     Args:
         config: the config.json to open the weights with (see ``nope.format.with_nope``).
         precision: bf16 (frozen weights in bf16, trainable ones fp32 masters) or fp32.
+    Raises: CheckpointError for damaged weights, or a model that is not the one of its canary.
     """
     attention = "sdpa" if attn_implementation == "auto" else attn_implementation
     causal_lm = load_causal_lm(directory, attn_implementation=attention, config_dict=config)
+    hold_to_canary(causal_lm, directory)  # in the stored dtype; below, frozen weights may be rounded
     set_trainable(causal_lm, trainable, precision)
     causal_lm.train()
     return TrainingModel(causal_lm, bf16=precision == "bf16")

@@ -28,6 +28,8 @@ from flare.evaluation.verdict import ComparisonRow, comparison_row
 from flare.experiment import Experiment, environment_lines
 from flare.hub import local_model_dir, read_model_config
 from flare.logs import log
+from flare.nope.canary import hold_to_canary
+from flare.nope.canary_file import CANARY_FILE, check_recorded_layers
 from flare.nope.format import nope_layers_of
 from flare.nope.load import load_causal_lm, load_tokenizer
 from flare.nope.probe import probe_nope_layers
@@ -121,6 +123,9 @@ class Evaluation:
     def _loaded(self, directory: Path) -> Iterator[tuple]:
         """Model and tokenizer on the device; freed afterwards, so that compared models never lie side by side."""
         settings = self.settings
+        check_recorded_layers(directory, nope_layers_of(read_model_config(directory)))
+        if (directory / CANARY_FILE).is_file():  # as it is stored: rounded weights are another model
+            hold_to_canary(load_causal_lm(directory), directory)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
         model = load_causal_lm(directory, dtype, settings.attn_implementation).to(settings.device)
         try:
