@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flare.hub import read_model_config
 from flare.nope.canary_file import CANARY_FILE
-from flare.nope.format import EXPORTED, family_of, is_export, nope_layers_of, theta_of
+from flare.nope.format import EXPORTED, depth_of, family_of, is_export, nope_layers_of, theta_of
 from flare.nope.layers import format_layers
 from flare.nope.native import check_native
 
@@ -23,7 +23,7 @@ def model_facts(directory: Path) -> dict[str, str]:
     facts = {
         "family": EXPORTED[config["model_type"]] if is_export(config) else family_of(config, where),
         "model_type": config["model_type"],
-        "layers": config["num_hidden_layers"],
+        "layers": depth_of(config, where),
         "NoPE layers": format_layers(nope_layers_of(config)),
         "rope_theta": f"{theta_of(config, where):g}",
     }
