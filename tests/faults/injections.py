@@ -1,0 +1,78 @@
+"""Faults that a run injects into itself. Each is called once, before the script's main; none is the product's code.
+
+Python's audit hooks tell of every file that the run opens, renames or removes, so that a run can be killed at each
+of these moments, wherever in the code it is.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
+
+
+def die_at(number: int, root: str, part: str = "") -> None:
+    """SIGKILL this process before its ``number``-th file event below ``root``, whose path contains ``part``.
+
+    What lies in a temporary directory then loses the second half of its newest file: data that was not synced.
+    With number 0 nothing dies; the events are written to ``root``.events, a line each.
+    """
+    seen: list[str] = []
+    record = open(f"{root}.events", "w") if number == 0 else None  # noqa: SIM115 (open until the process ends)
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event not in FILE_EVENTS:
+            return
+        paths = [os.fspath(a) for a in arguments[:2] if isinstance(a, str | os.PathLike)]
+        ours = [p for p in paths if p.startswith(root) and part in p and not p.endswith(".events")]
+        if not ours and not (event in ("os.remove", "os.rmdir") and arguments[1] != -1):  # rmtree's, by descriptor
+            return
+        seen.append(event)
+        if record:
+            record.write(f"{event} {' '.join(ours)}\n")
+            record.flush()
+        elif len(seen) == number:
+            _halve_newest(Path(root))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def _halve_newest(root: Path) -> None:
+    files = [f for part in root.rglob(".tmp-*") if part.is_dir() for f in part.iterdir()]
+    if files:
+        newest = max(files, key=lambda f: f.stat().st_mtime_ns)
+        os.truncate(newest, newest.stat().st_size // 2)
+
+
+def die_at_step(step: int) -> None:
+    """SIGKILL this process in the middle of a step: the backward pass is done, the update is not."""
+    from flare.trainer import Trainer
+
+    learning_rate = Trainer._learning_rate
+
+    def dying(trainer: Trainer) -> float:
+        if trainer.progress.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return learning_rate(trainer)
+
+    Trainer._learning_rate = dying
+
+
+def record_rows(path: str, then: list | None = None) -> None:
+    """Append the rows of each step to a file, a line of JSON each; then another fault."""
+    from flare.data.order import RowOrder
+
+    rows_of = RowOrder.rows
+
+    def recording(order: RowOrder, first: int, last: int) -> object:
+        rows = rows_of(order, first, last)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([first, rows.tolist()]) + "\n")
+        return rows
+
+    RowOrder.rows = recording
+    if then:
+        globals()[then[0]](*then[1:])
