@@ -39,9 +39,7 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(
-    zygote: Zygote, base: Path, corpus: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def whole(zygote: Zygote, base: Path, corpus: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, uninterrupted; its rows are recorded beside it."""
     out = tmp_path_factory.mktemp("whole")
     ended = zygote.run(*run_flags(base, corpus, cache_dir, out), fault=("record_rows", str(out / "rows.jsonl")))

@@ -13,29 +13,33 @@ from pathlib import Path
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
 
 
-def die_at(number: int, root: str, part: str = "") -> None:
-    """SIGKILL this process before its ``number``-th file event below ``root``, whose path contains ``part``.
+def die_at(number: int, root: str) -> None:
+    """SIGKILL this process before its ``number``-th file event below ``root``; never, when that is 0.
 
     What lies in a temporary directory then loses the second half of its newest file: data that was not synced.
-    With number 0 nothing dies; the events are written to ``root``.events, a line each.
+    The events up to there are in ``root``.events, a line each.
     """
-    seen: list[str] = []
-    record = open(f"{root}.events", "w") if number == 0 else None  # noqa: SIM115 (open until the process ends)
+    Path(root).parent.mkdir(parents=True, exist_ok=True)
+    record = open(f"{root}.events", "w")  # noqa: SIM115 (until the process ends)
+    count, in_our_tree = 0, False
 
     def hook(event: str, arguments: tuple) -> None:
+        nonlocal count, in_our_tree
         if event not in FILE_EVENTS:
             return
         paths = [os.fspath(a) for a in arguments[:2] if isinstance(a, str | os.PathLike)]
-        ours = [p for p in paths if p.startswith(root) and part in p and not p.endswith(".events")]
-        if not ours and not (event in ("os.remove", "os.rmdir") and arguments[1] != -1):  # rmtree's, by descriptor
+        ours = [p for p in paths if p.startswith(f"{root}/")]
+        if event == "shutil.rmtree":
+            in_our_tree = bool(ours)
+        by_descriptor = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # rmtree's own calls
+        if not ours and not (by_descriptor and in_our_tree):
             return
-        seen.append(event)
-        if record:
-            record.write(f"{event} {' '.join(ours)}\n")
-            record.flush()
-        elif len(seen) == number:
+        count += 1
+        if count == number:
             _halve_newest(Path(root))
             os.kill(os.getpid(), signal.SIGKILL)
+        record.write(f"{event} {' '.join(ours)}\n")
+        record.flush()
 
     sys.addaudithook(hook)
 
