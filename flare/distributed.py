@@ -115,6 +115,13 @@ def stop() -> None:
         _waiting_group.cache_clear()
 
 
+def side_store(name: str) -> dist.Store | None:
+    """The processes' store over a connection of its own, so that a thread may use it; None for one process."""
+    if not dist.is_initialized():
+        return None
+    return dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())
+
+
 def _device() -> torch.device:
     backend = dist.get_backend() if dist.is_initialized() else "gloo"
     return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")

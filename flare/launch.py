@@ -137,10 +137,11 @@ def start_workers(script: Path, run: Run) -> int:
     experiment, stage = run.experiment, run.options.stage
     local_world_size = run.hardware.world_size // num_nodes()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_world_size)))
+    logs = DefaultLogsSpecs()  # where workers leave their errors, too
     config = LaunchConfig(
         nproc_per_node=local_world_size,
         max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
+        logs_specs=logs,
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT,SIGUSR1",
         shutdown_timeout=SHUTDOWN_TIMEOUT_SEC,
         **rendezvous(),
@@ -154,7 +155,7 @@ def start_workers(script: Path, run: Run) -> int:
         _record_failure(experiment, stage, f"ended by signal {error.sigval.name}")
         return 128 + error.sigval
     except ChildFailedError as error:
-        return _report_failure(error, experiment, stage)
+        return _report_failure(error, Path(logs.root_log_dir), experiment, stage)
     except DistError as error:
         (address, port), reason = master(), str(error).splitlines()[0][:200]
         raise EnvError(
@@ -191,10 +192,10 @@ def _ended_cleanly(experiment: Experiment, stage: int) -> bool:
         time.sleep(0.2)
 
 
-def _report_failure(error: object, experiment: Experiment, stage: int) -> int:
+def _report_failure(error: object, workers_files: Path, experiment: Experiment, stage: int) -> int:
     """Print the first worker's error once, record it, and return its exit code."""
     rank, failure = error.get_first_failure()
-    told = _told_error(failure.error_file)
+    told = _told_error(failure.error_file) or _told_by_any(workers_files)
     if told:
         message, code = told["message"], told["exit_code"]
     elif failure.exitcode < 0:
@@ -240,6 +241,11 @@ def tell_launcher(message: str, exit_code: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _told_by_any(workers_files: Path) -> dict | None:
+    """What another worker of this host told: the one that ended a rank that hung."""
+    return next((told for file in workers_files.rglob("error.json") if (told := _told_error(str(file)))), None)
 
 
 def _told_error(path: str | None) -> dict | None:

@@ -24,7 +24,7 @@ from flare.gpus import peak_tflops
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
-from flare.metrics_file import enter_stage
+from flare.metrics_file import enter_stage, record_status
 from flare.model import checkpoint_layers, load_for_training
 from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
@@ -35,6 +35,7 @@ from flare.prepare import max_steps, packed_rows, prepare_data
 from flare.saving import Saver
 from flare.setup import Run, check_identity
 from flare.trainer import STOP_FILE, Parts, Progress, Trainer
+from flare.watchdog import Limits, Watchdog
 
 
 def run_worker(run: Run) -> int:
@@ -125,7 +126,9 @@ class Session:
         )
         self.saver.record("running", progress, settings=self.run.settings())
         try:
-            ended = trainer.train()
+            with self._watchdog() as watchdog:
+                trainer.step_watch = watchdog.step
+                ended = trainer.train()
             self._finish(ended, progress)
         except BaseException as error:
             self.saver.record("failed", progress, error=str(error) or type(error).__name__)
@@ -133,6 +136,17 @@ class Session:
         finally:
             if metrics:
                 metrics.close()
+
+    def _watchdog(self) -> Watchdog:
+        limits = Limits.of(self.options.step_timeout, self.options.ddp_timeout)
+        store = distributed.side_store("watchdog")
+        return Watchdog(self.world.rank, self.world.size, store, limits, self.experiment.logs, self._tell_hang)
+
+    def _tell_hang(self, message: str) -> None:
+        """From the watchdog of one rank, not always the first: the main thread will never tell."""
+        told = tell_launcher(message, FlareError.exit_code)
+        log.error(f"error: {message}", extra=FILES_ONLY if told else {})
+        record_status(self.experiment, self.options.stage, "failed", error=message)
 
     # -- start -------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ so that loss and gradients do not depend on how the rows are spread over process
 import math
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -118,6 +119,8 @@ class Trainer:
         self.stop_request = StopRequest()
         self.saved_step = progress.step
         self.window_losses: list[float] = []
+        self.step_watch: Callable[[int], AbstractContextManager] = nullcontext
+        """Entered with a step's number around it: the session's watchdog."""
 
     def train(self) -> str:
         """Run to the end, an early stop or a request to stop; returns finished, early_stopped or stopped."""
@@ -129,7 +132,8 @@ class Trainer:
             return "early_stopped"
         while progress.step < self.parts.max_steps:
             self.throughput.start()
-            loss, grad_norm, stop = self._step()
+            with self.step_watch(progress.step + 1):
+                loss, grad_norm, stop = self._step()
             self.throughput.stop(self.parts.global_batch_size * options.max_seq_length)
             self._after_step(loss, grad_norm)
             at_end = progress.step == self.parts.max_steps

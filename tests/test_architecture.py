@@ -11,7 +11,7 @@ LAYERS = [
     ["errors", "files", "parent", "threads", "__init__"],
     ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "distributed"],
-    ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope"],
+    ["experiment", "hub", "logs", "metrics_file", "watchdog", "nope.modeling_nope"],
     ["nope.flags", "nope.tensors", "nope.temperature", "nope.staging", "nope.format", "nope.shards"],
     ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "optim"],
     ["nope.canary_file", "nope.canary", "nope.endpoint"],

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
@@ -80,3 +81,39 @@ def record_rows(path: str, then: list | None = None) -> None:
     RowOrder.rows = recording
     if then:
         globals()[then[0]](*then[1:])
+
+
+def slow_save(seconds: float) -> None:
+    """Each checkpoint takes this long."""
+    from flare.saving import Saver
+
+    checkpoint = Saver.checkpoint
+
+    def slow(saver: Saver, progress: object) -> None:
+        if saver.world.is_main:
+            time.sleep(seconds)
+        checkpoint(saver, progress)
+
+    Saver.checkpoint = slow
+
+
+def hang_in_step(step: int, rank: int = 0) -> None:
+    """This rank reads its rows for ever."""
+    from flare.data.order import RowOrder
+
+    rows_of = RowOrder.rows
+
+    def hanging(order: RowOrder, first: int, last: int) -> object:
+        while first // (last - first) + 1 == step and int(os.environ.get("RANK", 0)) == rank:
+            time.sleep(0.1)
+        return rows_of(order, first, last)
+
+    RowOrder.rows = hanging
+
+
+def in_workers(*fault: object) -> None:
+    """Another fault, in every worker that this launcher starts."""
+    import train_qwen_multi_gpu
+
+    os.environ["FLARE_TEST_FAULT"] = json.dumps(fault)
+    train_qwen_multi_gpu.SCRIPT = Path(__file__).with_name("worker.py")
