@@ -252,3 +252,12 @@ def export_model(target: Path, files: dict[str, Callable[[Path], None]]) -> None
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise _disk_error(target.parent, error) from error
+
+
+if __name__ == "__main__":  # python -m flare.checkpoint list|verify DIR
+    import sys
+
+    from flare.checkpoint_cli import main
+    from flare.errors import run_script
+
+    sys.exit(run_script(main))

@@ -118,7 +118,8 @@ class Watchdog:
                     heard[rank] = (sign["beats"], now)
             if step and now - step[1] > self.limit_sec:
                 self._end_run(
-                    f"step {step[0]} did not end within {self.limit_sec:.0f} s", lambda: self.current is step
+                    f"step {step[0]} did not end within {self.limit_sec:.0f} s",
+                    lambda begun=step: self.current is begun,
                 )
             elif any(now - since > self.limits.first_sec for _, since in heard.values()):
                 self._end_run(f"no sign of life for {self.limits.first_sec:.0f} s", lambda: not self.closed.is_set())
@@ -163,8 +164,9 @@ class Watchdog:
                 self._ask_for_stacks(signs[rank]["pid"], self.stacks_file(rank))
             absent = [rank for rank in everyone if rank not in signs]
             self.on_hang(
-                f"{what}: {who_hangs(signs, absent + silent)}; stacks of the ranks: {self.stacks}/stacks-rank*.txt; the last "
-                "checkpoint is good; if a step may take that long, give --step_timeout and --ddp_timeout"
+                f"{what}: {who_hangs(signs, absent + silent)}; stacks of the ranks: {self.stacks}/"
+                "stacks-rank*.txt; the last checkpoint is good; if a step may take that long, give "
+                "--step_timeout and --ddp_timeout"
             )
             for rank in here:  # a signal that asks would not end them
                 with contextlib.suppress(OSError):

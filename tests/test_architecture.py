@@ -19,7 +19,7 @@ LAYERS = [
     ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table"],
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
     ["data"],
-    ["setup", "handoff", "launch", "model", "checkpoint", "metrics"],
+    ["setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "metrics"],
     ["trainer", "evaluation"],
     ["prepare", "prepare_only", "saving", "session", "demo"],
 ]
@@ -84,4 +84,10 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(tree), f"{path} has no docstring"
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and path.parent.name == "flare":
-            assert node.func.id != "print" or path.name in ("errors.py", "launch.py", "demo.py", "gpus_cli.py")
+            assert node.func.id != "print" or path.name in (
+                "errors.py",
+                "launch.py",
+                "demo.py",
+                "gpus_cli.py",
+                "checkpoint_cli.py",
+            )

@@ -117,3 +117,7 @@ def in_workers(*fault: object) -> None:
 
     os.environ["FLARE_TEST_FAULT"] = json.dumps(fault)
     train_qwen_multi_gpu.SCRIPT = Path(__file__).with_name("worker.py")
+
+
+def set_umask(umask: int) -> None:
+    os.umask(umask)
