@@ -152,11 +152,15 @@ class Options:
     dataset_name: str = option(
         DATA,
         "data",
-        "hub name; .jsonl .json .txt .parquet .csv file or a folder of them; or embedded",
+        "hub name; .jsonl .json .txt .parquet .csv file (.gz and .zst, too), a folder of them or a glob in quotes; "
+        "folder of save_to_disk; or embedded",
         "togethercomputer/RedPajama-Data-1T-Sample",
     )
     dataset_config: str | None = option(DATA, "data", "configuration of a hub data set", None)
-    dataset_split: str = option(DATA, "data", "split of a hub data set", "train")
+    dataset_split: str = option(DATA, "data", "split of a hub or saved data set", "train")
+    dataset_revision: str | None = option(
+        DATA, "data", "revision of a hub data set: commit, tag or branch; default its newest", None
+    )
     text_column: str = option(DATA, "data", "column that holds the text", "text")
     dataset_size: int | None = option(DATA, "data", "use the first N documents only", None, kind="int", low=1)
     validation_split_percentage: float = option(

@@ -36,6 +36,7 @@ def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache:
         options.dataset_config,
         options.dataset_split,
         options.cache_dir,
+        dataset_revision=options.dataset_revision,
     )
     tokenizer = load_tokenizer(model_dir)
     rows = int(config["vocab_size"])

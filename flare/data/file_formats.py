@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flare.data.rows import BadRow, Piece, Row
-from flare.errors import ConfigError, DataError
+from flare.errors import ConfigError, DataError, nearest
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet", ".csv")
 ARCHIVES = {".gz": "gzip", ".zst": "zstd"}
@@ -109,12 +109,12 @@ class RowGroups(Piece):
         with pyarrow.parquet.ParquetFile(self.file) as table:
             groups = list(range(self.begin, self.end))
             for batch in table.iter_batches(self.batch_rows, row_groups=groups, columns=[self.column]):
-                for value in _values(batch.column(0)):
+                for value in values_of(batch.column(0)):
                     yield Row(value, f"{self.file}[{number}]")
                     number += 1
 
 
-def _values(array: object) -> list[object]:
+def values_of(array: object) -> list[object]:
     """Python values of an Arrow array; text that is no UTF-8 becomes a bad row of its own."""
     try:
         return array.to_pylist()
@@ -142,7 +142,10 @@ def _column(record: object, column: str, file: Path, first: bool) -> object:
 
 def missing_column(column: str, where: object, columns: list[str]) -> ConfigError:
     """The error of a column that a file or data set has not."""
-    return ConfigError(f"column {column!r} not in {where}; columns: {', '.join(columns) or 'none'}; use --text_column")
+    known = ", ".join(columns) or "none"
+    return ConfigError(
+        f"column {column!r} not in {where}; columns: {known}; use --text_column{nearest(column, columns)}"
+    )
 
 
 def _read_txt(stream: BinaryIO, file: Path, column: str) -> Iterator[Row]:

@@ -35,6 +35,7 @@ class SourceSpec:
     dataset_split: str = "train"
     cache_dir: str | None = None
     streaming: bool = False
+    dataset_revision: str | None = None
 
 
 class Piece:
@@ -54,6 +55,10 @@ class Source:
     def fingerprint(self) -> str:
         """Identity of the rows: equal on every machine that has the same data."""
         raise NotImplementedError
+
+    def describe(self) -> dict[str, str]:
+        """What the rows are made of, part by part: by these a changed fingerprint is explained to people."""
+        return {"content": self.fingerprint()}
 
     def pieces(self) -> list[Piece]:
         """All rows, cut into pieces in order. The same data gives the same pieces."""
