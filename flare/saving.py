@@ -24,11 +24,13 @@ class Saver:
 
     Args:
         identity: what must be the same when the run is resumed.
+        data: what the data is made of, to say at resume what has changed.
     """
 
-    def __init__(self, run: Run, world: World, identity: dict, global_batch_size: int) -> None:
+    def __init__(self, run: Run, world: World, identity: dict, data: dict[str, str], global_batch_size: int) -> None:
         self.run, self.world = run, world
         self.identity = identity
+        self.data = data
         self.global_batch_size = global_batch_size
         self.max_steps = 0  # of the whole stage, settled when the global batch is
         self.model: TrainingModel | None = None
@@ -63,6 +65,7 @@ class Saver:
         options, checkpoints = self.run.options, self.run.experiment.checkpoints
         state = {
             "identity": self.identity,
+            "data": self.data,
             "global_batch_size": self.global_batch_size,
             "world_size": self.world.size,
             "options": self.run.settings(),

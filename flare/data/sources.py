@@ -29,15 +29,24 @@ def open_source(spec: SourceSpec, token_dir: Path) -> Source:
     name = spec.dataset_name
     if name == "embedded":
         return EmbeddedSource(token_dir)
-    path = Path(name).expanduser()
-    if path.exists():
+    if path := path_of(name):
         return open_path(path, spec)
+    path = Path(name).expanduser()
     if is_glob(name):
         return FileSource(match_files(str(path)), spec.text_column)
     looks_local = kind_of(path) is not None or path.is_absolute() or name.startswith((".", "~"))
     if looks_local or name.count("/") > 1:
         raise ConfigError(f"--dataset_name {name}: no such file or directory (looked in {Path.cwd()})")
     return open_hub_set(spec)
+
+
+def path_of(name: str) -> Path | None:
+    """The file or folder of that name, if there is one."""
+    path = Path(name).expanduser()
+    try:
+        return path if path.exists() else None
+    except OSError:  # a name too long for a path
+        return None
 
 
 def open_path(path: Path, spec: SourceSpec) -> Source:
