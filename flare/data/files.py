@@ -13,9 +13,8 @@ from flare.data.file_formats import (
     WholeFile,
     is_archive,
     kind_of,
-    missing_column,
 )
-from flare.data.rows import PIECE_BYTES, Piece, Source, gather
+from flare.data.rows import PIECE_BYTES, Piece, Source, gather, missing_column
 from flare.errors import ConfigError, DataError
 
 BATCH_BYTES = 8 * 2**20

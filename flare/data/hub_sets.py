@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flare.data.file_formats import missing_column
-from flare.data.rows import Piece, Row, Source, SourceSpec
+from flare.data.rows import Piece, Row, Source, SourceSpec, missing_column
 from flare.data.saved_sets import table_slices
 from flare.errors import ConfigError, DataError, EnvError
 from flare.hub import cached_data_sets

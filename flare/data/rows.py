@@ -6,6 +6,8 @@ What is usable text is decided in ``flare.data.tokens``; nothing here opens a fi
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from flare.errors import ConfigError, nearest
+
 PIECE_BYTES = 32 * 2**20
 """Input of a piece, where its format can be cut: a few seconds of tokenising, and a few hundred pieces in 10 GB."""
 
@@ -23,6 +25,14 @@ class BadRow:
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
+
+
+def missing_column(column: str, where: object, columns: list[str]) -> ConfigError:
+    """The error of a column that a file or data set has not."""
+    known = ", ".join(columns) or "none"
+    return ConfigError(
+        f"column {column!r} not in {where}; columns: {known}; use --text_column{nearest(column, columns)}"
+    )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flare.data.file_facts import FileFacts, read_facts
-from flare.data.file_formats import missing_column, values_of
-from flare.data.rows import PIECE_BYTES, Piece, Row, Source, SourceSpec
+from flare.data.file_formats import values_of
+from flare.data.rows import PIECE_BYTES, Piece, Row, Source, SourceSpec, missing_column
 from flare.errors import ConfigError, DataError, nearest
 
 BATCH_ROWS = 1000
