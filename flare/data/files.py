@@ -4,7 +4,7 @@ import glob
 import hashlib
 from pathlib import Path
 
-from flare.data.file_facts import FileFacts, read_facts
+from flare.data.file_facts import FileFacts, facts_of
 from flare.data.file_formats import (
     ARCHIVES,
     KINDS,
@@ -73,21 +73,25 @@ class FileSource(Source):
 
     Args:
         root: the folder that they lie in; in messages about changed data files are named from there.
+        memo_dir: where it is noted what was read of them, for the next start.
     """
 
-    def __init__(self, files: list[Path], text_column: str, root: Path | None = None) -> None:
+    def __init__(
+        self, files: list[Path], text_column: str, root: Path | None = None, memo_dir: Path | None = None
+    ) -> None:
         self.files = files
         self.text_column = text_column
         self.root = root
+        self.memo_dir = memo_dir
         self._facts: list[FileFacts] | None = None
         for file in files:
             if file.stat().st_size == 0:
                 raise DataError(f"{file} is empty (0 bytes)")
 
     def facts(self) -> list[FileFacts]:
-        """Hash and cuts of every file; the first call reads all of them once."""
+        """Hash and cuts of every file; the first call reads those once of which nothing is noted."""
         if self._facts is None:
-            self._facts = [read_facts(file) for file in self.files]
+            self._facts = facts_of(self.files, self.memo_dir)
         return self._facts
 
     def fingerprint(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flare.data.file_facts import FileFacts, read_facts
+from flare.data.file_facts import FileFacts, facts_of
 from flare.data.file_formats import values_of
 from flare.data.rows import PIECE_BYTES, Piece, Row, Source, SourceSpec, missing_column
 from flare.errors import ConfigError, DataError, nearest
@@ -53,11 +53,12 @@ class SavedSource(Source):
     Its identity is the content of its Arrow files: the fingerprint that ``datasets`` keeps says how a set was made.
     """
 
-    def __init__(self, path: Path, spec: SourceSpec) -> None:
+    def __init__(self, path: Path, spec: SourceSpec, memo_dir: Path | None = None) -> None:
         from datasets import load_from_disk
 
         self.path = choose_split(path, spec.dataset_split)
         self.column = spec.text_column
+        self.memo_dir = memo_dir
         try:
             self.files = [self.path / file["filename"] for file in read_json(self.path / STATE)["_data_files"]]
             self.dataset = load_from_disk(str(self.path))
@@ -69,9 +70,9 @@ class SavedSource(Source):
         self._facts: list[FileFacts] | None = None
 
     def facts(self) -> list[FileFacts]:
-        """Size and hash of the Arrow files; the first call reads all of them once."""
+        """Size and hash of the Arrow files; the first call reads those once of which nothing is noted."""
         if self._facts is None:
-            self._facts = [read_facts(file) for file in self.files]
+            self._facts = facts_of(self.files, self.memo_dir)
         return self._facts
 
     def fingerprint(self) -> str:

@@ -30,14 +30,14 @@ def open_source(spec: SourceSpec, token_dir: Path) -> Source:
     if name == "embedded":
         return EmbeddedSource(token_dir)
     if path := path_of(name):
-        return open_path(path, spec)
+        return open_path(path, spec, token_dir)
     path = Path(name).expanduser()
     if is_glob(name):
-        return FileSource(match_files(str(path)), spec.text_column)
+        return FileSource(match_files(str(path)), spec.text_column, memo_dir=token_dir)
     looks_local = kind_of(path) is not None or path.is_absolute() or name.startswith((".", "~"))
     if looks_local or name.count("/") > 1:
         raise ConfigError(f"--dataset_name {name}: no such file or directory (looked in {Path.cwd()})")
-    return open_hub_set(spec)
+    return open_hub_set(spec, token_dir)
 
 
 def path_of(name: str) -> Path | None:
@@ -49,19 +49,19 @@ def path_of(name: str) -> Path | None:
         return None
 
 
-def open_path(path: Path, spec: SourceSpec) -> Source:
+def open_path(path: Path, spec: SourceSpec, token_dir: Path) -> Source:
     """A file, a folder of files, what ``save_to_disk`` wrote, or a folder laid out as on the hub.
 
     Only the last one has configurations, and the last two have splits: elsewhere ``--dataset_split`` has no effect.
     """
     if is_saved(path):
-        return SavedSource(path, spec)
+        return SavedSource(path, spec, token_dir)
     if is_snapshot(path):
-        return FileSource(snapshot_files(path, spec), spec.text_column, path)
-    return FileSource(find_files(path), spec.text_column, path)
+        return FileSource(snapshot_files(path, spec), spec.text_column, path, token_dir)
+    return FileSource(find_files(path), spec.text_column, path, token_dir)
 
 
-def open_hub_set(spec: SourceSpec) -> Source:
+def open_hub_set(spec: SourceSpec, token_dir: Path) -> Source:
     """A set of the hub; when the hub cannot be reached, its snapshot in the hub's cache (``hf download``)."""
     try:
         return HubSource(spec)
@@ -70,7 +70,7 @@ def open_hub_set(spec: SourceSpec) -> Source:
         if snapshot is None:
             raise
     log.warning(f"data set {spec.dataset_name}: the hub is not reached; read from its snapshot {snapshot}")
-    return FileSource(snapshot_files(snapshot, spec), spec.text_column, snapshot)
+    return FileSource(snapshot_files(snapshot, spec), spec.text_column, snapshot, token_dir)
 
 
 @dataclass(frozen=True)
