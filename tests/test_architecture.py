@@ -10,10 +10,10 @@ from tests.conftest import REPO
 LAYERS = [
     ["errors", "files", "parent", "threads", "__init__"],
     ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
-    ["config_file", "config", "batch", "hosts", "fabric", "distributed"],
+    ["config_file", "config", "batch", "hosts", "fabric", "sharding", "distributed"],
     ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope"],
     ["nope.flags", "nope.tensors", "nope.temperature", "nope.staging", "nope.format", "nope.shards"],
-    ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "optim"],
+    ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "tensor_files", "optim"],
     ["nope.canary_file", "nope.canary", "nope.endpoint"],
     ["shapes", "chunks", "trainable", "flops", "activations", "loss"],
     ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table"],

@@ -208,7 +208,7 @@ def test_auto_takes_the_largest_divisor_that_fits_the_smallest_card(base: Path, 
     assert tight.plan().fits
     assert tight.plan().inputs.accumulation == 120 // micro
     larger = next(n for n in range(micro + 1, 121) if 120 % n == 0)
-    assert tight.with_batch(larger, False).plan().fits is False
+    assert tight.with_layout(larger, False, "ddp").plan().fits is False
 
 
 def test_auto_without_a_global_batch_keeps_the_rows_of_the_default(base: Path, tmp_path: Path) -> None:
