@@ -126,6 +126,12 @@ def test_a_json_array_names_its_bad_elements_and_where_it_breaks(tmp_path: Path)
         texts_and_bad(file)
 
 
+def test_a_json_object_over_several_lines_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"data": [{"text": "a"}]}, indent=1))
+    with pytest.raises(DataError, match=r"x.json is one JSON object over several lines; give an array"):
+        texts_and_bad(tmp_path / "x.json")
+
+
 def test_parquet_values_that_are_no_text_are_named_by_row(tmp_path: Path) -> None:
     bytes_ = pyarrow.array([b"good", None, b"\xff\xfe", b"", b"also good"], pyarrow.binary())
     text = pyarrow.Array.from_buffers(pyarrow.string(), 5, bytes_.buffers())  # unchecked, as other writers do it

@@ -4,10 +4,12 @@ The next start takes it over for files that nobody has touched since, and reads 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,26 +38,40 @@ def facts_of(files: list[Path], memo_dir: Path | None) -> list[FileFacts]:
     """
     if memo_dir is None:
         return [read_facts(file) for file in files]
-    names = [str(file.absolute()) for file in files]
-    memo = memo_dir / f"facts-{hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:32]}.json"
-    known = _read_memo(memo)
-    facts, notes, is_new = [], {}, False
-    for file, name in zip(files, names, strict=True):
-        now, state = time.time(), _state(file)
-        noted = known.get(name)
-        if noted is None or noted["state"] != state:
-            noted = {"state": state, "facts": asdict(read_facts(file))}
-            is_settled = max(state[-2:]) / 1e9 < now - SETTLED_SEC and _state(file) == state
-            is_new |= is_settled
-        else:
-            is_settled = True
-        facts.append(_from_note(noted["facts"]))
-        if is_settled:
-            notes[name] = noted
-    if is_new:
-        with contextlib.suppress(OSError):  # only the next start's time is lost
-            write_json(memo, {"piece_bytes": PIECE_BYTES, "files": notes})
+    names = "\0".join(str(file.absolute()) for file in files)
+    memo = memo_dir / f"facts-{hashlib.sha256(names.encode()).hexdigest()[:32]}.json"
+    with _locked(memo_dir / f".{memo.stem}.lock"):  # of several ranks one reads, the others find its notes
+        known, notes, facts = _read_memo(memo), {}, []
+        for file in files:
+            note = known.get(str(file.absolute()))
+            if note is None or note["state"] != _state(file):
+                note = _note(file)
+            facts.append(_from_note(note["facts"]))
+            if note["is_settled"]:
+                notes[str(file.absolute())] = note
+        if notes != known:
+            with contextlib.suppress(OSError):  # only the next start's time is lost
+                write_json(memo, {"piece_bytes": PIECE_BYTES, "files": notes})
     return facts
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file lock, where one can be had."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(open(path, "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _note(file: Path) -> dict:
+    """Read a file. ``is_settled``: it was left alone before and while that was done."""
+    begun, state = time.time(), _state(file)
+    facts = asdict(read_facts(file))
+    is_settled = state[-1] / 1e9 < begun - SETTLED_SEC and _state(file) == state
+    return {"state": state, "is_settled": is_settled, "facts": facts}
 
 
 def _state(file: Path) -> list[int]:

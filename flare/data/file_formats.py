@@ -20,6 +20,7 @@ from flare.errors import DataError
 KINDS = (".jsonl", ".json", ".txt", ".parquet", ".csv")
 ARCHIVES = {".gz": "gzip", ".zst": "zstd"}
 UNDECODED = re.compile("[\udc80-\udcff]")
+OPEN_OBJECT = re.compile(rb"\{[ \t]*\r?\n")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -177,8 +178,10 @@ def _parse_lines(lines: Iterator[bytes], file: Path, column: str, first_line: in
 
 
 def _read_json(stream: BinaryIO, file: Path, column: str) -> Iterator[Row]:
-    start = stream.peek(64)[:64].removeprefix(BOM).lstrip()[:1]
-    if start != b"[":  # the field writes JSON lines into .json files, too
+    start = stream.peek(64)[:64].removeprefix(BOM).lstrip()
+    if OPEN_OBJECT.match(start):
+        raise DataError(f"{file} is one JSON object over several lines; give an array of objects, or one a line")
+    if start[:1] != b"[":  # the field writes JSON lines into .json files, too
         yield from _read_lines(stream, file, column)
         return
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")

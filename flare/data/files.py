@@ -19,8 +19,6 @@ from flare.errors import ConfigError, DataError
 
 BATCH_BYTES = 8 * 2**20
 """Text of a parquet file that is decoded at once."""
-
-
 MAX_LISTED_FILES = 1000
 """Files that are told apart when data has changed; of a larger corpus, folders are."""
 

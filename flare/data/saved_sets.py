@@ -1,15 +1,14 @@
 """Data sets that ``datasets`` saved with ``save_to_disk``: one set, or a dictionary of splits."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flare.data.file_facts import FileFacts, facts_of
 from flare.data.file_formats import values_of
-from flare.data.rows import PIECE_BYTES, Piece, Row, Source, SourceSpec, missing_column
+from flare.data.files import FileSource
+from flare.data.rows import PIECE_BYTES, Piece, Row, SourceSpec, missing_column
 from flare.errors import ConfigError, DataError, nearest
 
 BATCH_ROWS = 1000
@@ -47,7 +46,7 @@ def is_saved(path: Path) -> bool:
     return (path / SPLITS).is_file() or ((path / STATE).is_file() and (path / "dataset_info.json").is_file())
 
 
-class SavedSource(Source):
+class SavedSource(FileSource):
     """A saved set, or the split ``--dataset_split`` of a saved dictionary of them.
 
     Its identity is the content of its Arrow files: the fingerprint that ``datasets`` keeps says how a set was made.
@@ -56,38 +55,19 @@ class SavedSource(Source):
     def __init__(self, path: Path, spec: SourceSpec, memo_dir: Path | None = None) -> None:
         from datasets import load_from_disk
 
-        self.path = choose_split(path, spec.dataset_split)
-        self.column = spec.text_column
-        self.memo_dir = memo_dir
+        path = choose_split(path, spec.dataset_split)
         try:
-            self.files = [self.path / file["filename"] for file in read_json(self.path / STATE)["_data_files"]]
-            self.dataset = load_from_disk(str(self.path))
+            files = [path / file["filename"] for file in read_json(path / STATE)["_data_files"]]
+            self.dataset = load_from_disk(str(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"{self.path} is no whole data set of save_to_disk ({reason})") from error
-        if self.column not in self.dataset.column_names:
-            raise missing_column(self.column, self.path, self.dataset.column_names)
-        self._facts: list[FileFacts] | None = None
-
-    def facts(self) -> list[FileFacts]:
-        """Size and hash of the Arrow files; the first call reads those once of which nothing is noted."""
-        if self._facts is None:
-            self._facts = facts_of(self.files, self.memo_dir)
-        return self._facts
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.column.encode())
-        for facts in self.facts():
-            digest.update(f"{facts.sha256}\0".encode())
-        return f"saved:{digest.hexdigest()}"
-
-    def describe(self) -> dict[str, str]:
-        files = zip(self.files, self.facts(), strict=True)
-        sums = {f"file {file.name}": f"{facts.size:,} bytes, sha256 {facts.sha256[:12]}" for file, facts in files}
-        return {"text_column": self.column} | sums
+            raise DataError(f"{path} is no whole data set of save_to_disk ({reason})") from error
+        if spec.text_column not in self.dataset.column_names:
+            raise missing_column(spec.text_column, path, self.dataset.column_names)
+        super().__init__(files, spec.text_column, path, memo_dir)
 
     def pieces(self) -> list[Piece]:
-        return table_slices(self.dataset, self.column, str(self.path))
+        return table_slices(self.dataset, self.text_column, str(self.root))
 
 
 def choose_split(path: Path, split: str) -> Path:

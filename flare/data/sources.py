@@ -69,7 +69,7 @@ def open_hub_set(spec: SourceSpec, token_dir: Path) -> Source:
         snapshot = None if spec.streaming else cached_snapshot(spec)
         if snapshot is None:
             raise
-    log.warning(f"data set {spec.dataset_name}: the hub is not reached; read from its snapshot {snapshot}")
+    log.warning(f"data set {spec.dataset_name} cannot be loaded from the hub; read from its snapshot {snapshot}")
     return FileSource(snapshot_files(snapshot, spec), spec.text_column, snapshot, token_dir)
 
 
