@@ -16,7 +16,7 @@ LAYERS = [
     ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "tensor_files", "optim"],
     ["nope.canary_file", "nope.canary", "nope.endpoint"],
     ["shapes", "chunks", "trainable", "flops", "activations", "loss"],
-    ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table"],
+    ["plan_inputs", "gathered", "memory", "rooms", "suggest", "plan", "plan_table"],
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
     ["data"],
     ["setup", "handoff", "launch", "model", "checkpoint", "metrics"],
