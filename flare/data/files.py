@@ -66,8 +66,8 @@ def known_kinds() -> str:
     return f"{' '.join(KINDS)}, and these but .parquet with {' or '.join(ARCHIVES)} behind"
 
 
-class FileSource(Source):
-    """Local files, one after the other by name.
+class HashedFiles(Source):
+    """A source whose identity is the content of local files.
 
     Args:
         root: the folder that they lie in; in messages about changed data files are named from there.
@@ -100,16 +100,21 @@ class FileSource(Source):
 
     def describe(self) -> dict[str, str]:
         """Size and hash of every file, or when there are very many, of every folder."""
-        names = [self._name(file) for file in self.files]
+        names = [self.name_of(file) for file in self.files]
         sums = [f"{facts.size:,} bytes, sha256 {facts.sha256[:12]}" for facts in self.facts()]
         listed = {f"file {name}": content for name, content in zip(names, sums, strict=True)}
         if len(self.files) > MAX_LISTED_FILES:
             listed = by_folder(names, self.facts())
         return {"text_column": self.text_column} | listed
 
-    def _name(self, file: Path) -> str:
+    def name_of(self, file: Path) -> str:
+        """A file's name from ``root``."""
         is_inside = self.root is not None and file != self.root and file.is_relative_to(self.root)
         return str(file.relative_to(self.root)) if is_inside else file.name
+
+
+class FileSource(HashedFiles):
+    """Local files of known kinds, one after the other by name."""
 
     def pieces(self) -> list[Piece]:
         parts = []

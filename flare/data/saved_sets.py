@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flare.data.file_formats import values_of
-from flare.data.files import FileSource
+from flare.data.files import HashedFiles
 from flare.data.rows import PIECE_BYTES, Piece, Row, SourceSpec, missing_column
 from flare.errors import ConfigError, DataError, nearest
 
@@ -46,7 +46,7 @@ def is_saved(path: Path) -> bool:
     return (path / SPLITS).is_file() or ((path / STATE).is_file() and (path / "dataset_info.json").is_file())
 
 
-class SavedSource(FileSource):
+class SavedSource(HashedFiles):
     """A saved set, or the split ``--dataset_split`` of a saved dictionary of them.
 
     Its identity is the content of its Arrow files: the fingerprint that ``datasets`` keeps says how a set was made.
