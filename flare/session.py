@@ -15,9 +15,9 @@ from flare import checkpoint as ckpt
 from flare import distributed
 from flare.checkpoint import Checkpoint
 from flare.config import REPO
+from flare.data.corpus import Corpus, what_changed
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines
-from flare.data.tokens import TokenCache
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.gpus import peak_tflops
@@ -45,13 +45,13 @@ def run_worker(run: Run) -> int:
     start_logging(rank, run.hardware.world_size)
     end_with_launcher()
     try:
-        cache = prepare_data(run)
-        rows = packed_rows(run, cache)
+        corpus = prepare_data(run)
+        rows = packed_rows(run, corpus)
         world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
-        distributed.check_agreement(world, run.common_settings() | {"data": cache.fingerprint})
+        distributed.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
         run = open_experiment(run, world)
         try:
-            Session(run, world, cache, *rows).train()
+            Session(run, world, corpus, *rows).train()
         finally:
             run.experiment.unlock()
         distributed.stop()
@@ -95,14 +95,12 @@ def _prepare_directory(run: Run) -> None:
 class Session:
     """Model, optimizer and progress of one stage, put together and run."""
 
-    def __init__(
-        self, run: Run, world: World, cache: TokenCache, train_rows: PackedRows, eval_rows: PackedRows
-    ) -> None:
-        self.run, self.world, self.cache = run, world, cache
+    def __init__(self, run: Run, world: World, corpus: Corpus, train_rows: PackedRows, eval_rows: PackedRows) -> None:
+        self.run, self.world, self.corpus = run, world, corpus
         self.train_rows, self.eval_rows = train_rows, eval_rows
         self.options, self.experiment = run.options, run.experiment
-        self.identity = run.identity() | {"data": cache.fingerprint}
-        self.saver = Saver(run, world, self.identity, run.global_batch_size)
+        self.identity = run.identity() | {"data": corpus.fingerprint}
+        self.saver = Saver(run, world, self.identity, corpus.facts, run.global_batch_size)
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the end of the stage."""
@@ -138,7 +136,7 @@ class Session:
     # -- start -------------------------------------------------------------------------------------
 
     def _log_start(self) -> None:
-        run, options, meta = self.run, self.options, self.cache.meta
+        run, options, meta = self.run, self.options, self.corpus.meta
         for warning in run.resolved.warnings:
             log.warning(warning)
         reason = run.init_reason
@@ -148,11 +146,11 @@ class Session:
         log.info(f"device: {self.world.size} x {device_name(self.world.device)}, precision {run.precision}")
         log.info(f"NoPE layers: {format_layers(list(run.nope_layers))} of {run.depth}; trains: {run.trainable}")
         log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
-        for side, rows in (("train", self.train_rows), ("held out", self.eval_rows)):
-            log.info(f"{side}: {rows.num_documents:,} documents, {rows.num_tokens:,} tokens, {len(rows):,} rows")
+        log.info(f"train: {self.train_rows.describe()}")
+        log.info(f"held out: {self.eval_rows.describe()}")
         if self.world.is_main:
             first = self.train_rows.batch(np.arange(1)).input_ids[0]
-            for line in row_lines(first, self.cache.end_of_text_id, load_tokenizer(run.init_from)):
+            for line in row_lines(first, self.corpus.end_of_text_id, load_tokenizer(run.init_from)):
                 log.info(line)
 
     def _settle_length(self) -> None:
@@ -160,6 +158,8 @@ class Session:
         rows, length = self.saver.global_batch_size, self.options.max_seq_length
         self.max_steps = self.saver.max_steps = max_steps(self.run, self.train_rows, rows)
         log.info(f"{self.max_steps} steps of {rows} rows x {length} tokens = {rows * length:,} tokens a step")
+        for line in self.train_rows.passes(self.max_steps * rows):
+            log.info(line)
 
     def _is_done(self, progress: Progress) -> bool:
         """Whether nothing is left to train and final_model is of this very step (not of a shorter run before)."""
@@ -192,7 +192,8 @@ class Session:
         if resume_from is None:
             return Progress()
         state = resume_from.state()
-        check_identity(self.identity, state["identity"], resume_from.path.name)
+        reasons = {"data": what_changed(state.get("data"), self.corpus.facts)}
+        check_identity(self.identity, state["identity"], resume_from.path.name, reasons)
         self._keep_global_batch(state)
         log.info(f"resumes from {resume_from.path.name}, {state['progress']['tokens']:,} tokens seen")
         self._log_changes(state["options"])

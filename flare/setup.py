@@ -329,12 +329,15 @@ def model_fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_identity(now: dict, then: dict, where: str) -> None:
+def check_identity(now: dict, then: dict, where: str, reasons: dict[str, str | None] | None = None) -> None:
     """Refuse to resume what is not the same run.
 
+    Args:
+        reasons: what a value of ``now`` that differs is to be explained by, where there is more to say.
     Raises: CheckpointError listing every difference.
     """
-    differences = [f"{k}: {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k]]
+    explained = reasons or {}
+    differences = [f"{k}: {explained.get(k) or f'{then.get(k)} -> {now[k]}'}" for k in now if then.get(k) != now[k]]
     if differences:
         raise CheckpointError(
             f"{where} belongs to another run ({'; '.join(differences)}); use the same settings, another "

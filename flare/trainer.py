@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from flare import distributed
-from flare.data.order import RowOrder, equal_rounds, micro_batches, shares
+from flare.data.order import equal_rounds, micro_batches, shares
 from flare.data.packing import Batch, PackedRows
 from flare.distributed import World
 from flare.errors import FlareError
@@ -112,7 +112,7 @@ class Trainer:
         self.metrics = metrics
         self.module = distributed.wrap_ddp(parts.model, world)
         self.parameters = [p for _, p in parts.model.trainable_parameters()]
-        self.order = RowOrder(options.seed, len(parts.train_rows))
+        self.order = parts.train_rows.order(options.seed)
         self.counts = shares(parts.global_batch_size, [1.0] * world.size)
         self.first_row = sum(self.counts[: world.rank])
         self.last_row = self.first_row + self.counts[world.rank]
@@ -239,7 +239,7 @@ class Trainer:
         progress = self.progress
         return {
             "step": progress.step,
-            "epoch": progress.rows / len(self.parts.train_rows),
+            "epoch": self.parts.train_rows.epochs(progress.rows),
             "tokens": progress.tokens,
         }
 
