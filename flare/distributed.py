@@ -129,6 +129,13 @@ def all_sum(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, summed over ranks. On a card it is only queued: no host sync."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def all_max(values: list[float]) -> list[float]:
     """Maxima over ranks, in float64."""
     if not dist.is_initialized():

@@ -6,6 +6,7 @@ import time
 import torch
 
 from flare import checkpoint as ckpt
+from flare.balance import Balance
 from flare.checkpoint import Checkpoint
 from flare.distributed import World, on_main
 from flare.files import write_json
@@ -30,6 +31,7 @@ class Saver:
         self.run, self.world = run, world
         self.identity = identity
         self.global_batch_size = global_batch_size
+        self.balance: Balance | None = None  # settled when the model is built
         self.max_steps = 0  # of the whole stage, settled when the global batch is
         self.model: TrainingModel | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -65,6 +67,7 @@ class Saver:
             "identity": self.identity,
             "global_batch_size": self.global_batch_size,
             "world_size": self.world.size,
+            "balance": self.balance.as_dict() if self.balance else None,
             "options": self.run.settings(),
             "progress": progress.as_dict(),
         }

@@ -13,7 +13,9 @@ import torch
 
 from flare import checkpoint as ckpt
 from flare import distributed
+from flare.attention import KERNELS, use_kernel
 from flare.checkpoint import Checkpoint
+from flare.compiler import compile_layers
 from flare.config import REPO
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines
@@ -30,7 +32,9 @@ from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
+from flare.pace import settle_balance
 from flare.plan_table import plan_lines
+from flare.prefetch import host_tensors, to_device
 from flare.prepare import max_steps, packed_rows, prepare_data
 from flare.saving import Saver
 from flare.setup import Run, check_identity
@@ -117,6 +121,7 @@ class Session:
             self.saver.record("finished", progress)
             return
         self._build(resume_from)
+        self._settle_balance(resume_from)
         metrics = None
         if self.world.is_main:
             metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
@@ -237,7 +242,7 @@ class Session:
         run = self.run
         source = resume_from.path if resume_from else run.init_from
         self.model = load_for_training(
-            source, run.config, run.trainable, run.precision, self.options.attn_implementation
+            source, run.config, run.trainable, run.precision, run.attention, self.options.packing == "document"
         )
         if resume_from:
             ckpt.restore_weights(self.model.causal_lm, resume_from.path / "model.safetensors")
@@ -260,10 +265,30 @@ class Session:
         self.saver.attach(self.model, self.optimizer)
         found = verify_nope(self.model.causal_lm, list(run.nope_layers))
         log.info(f"NoPE layers proven from attention outputs: {format_layers(found)}")
+        if run.attention in KERNELS:
+            use_kernel(self.model.causal_lm, run.attention)
+        if self.options.compile:
+            compile_layers(self.model)
+            log.info("each decoder layer is compiled in the first step, which takes a while")
+
+    def _settle_balance(self, resume_from: Checkpoint | None) -> None:
+        """Who gets how many rows of a step."""
+        size = self.saver.global_batch_size
+        first = np.arange(min(self.run.micro_batch_size, size))
+
+        def work() -> int:
+            self.model.train()
+            self.model(**to_device(host_tensors(self.train_rows.batch(first)), self.world.device)).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            return len(first)
+
+        record = resume_from.state().get("balance") if resume_from else None
+        self.saver.balance = settle_balance(self.options.balance, size, self.world, record, work)
+        if self.world.size > 1:
+            log.info(f"rows of a step by rank: {list(self.saver.balance.rows)} ({self.saver.balance.reason})")
 
     def _parts(self) -> Parts:
-        name = device_name(self.world.device)
-        peak = peak_tflops(name) if self.world.device.type == "cuda" else None
+        flops = self.run.plan().flops
         return Parts(
             model=self.model,
             optimizer=self.optimizer,
@@ -272,9 +297,17 @@ class Session:
             eval_rows=self.eval_rows,
             max_steps=self.max_steps,
             global_batch_size=self.saver.global_batch_size,
-            flops_per_token=float(self.run.plan().flops.model),
-            peak_flops=peak * 1e12 * self.world.size if peak else None,
+            rows_by_rank=self.saver.balance.rows,
+            model_flops_per_token=float(flops.model),
+            executed_flops_per_token=float(flops.executed),
+            peak_flops=self._peak_flops(),
         )
+
+    def _peak_flops(self) -> float | None:
+        """Of all cards together, a second; None on the CPU or with a card whose peak is not known."""
+        name = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else None
+        peaks = [peak_tflops(name) if name else None for name in distributed.gather_objects(name)]
+        return None if None in peaks else sum(peaks) * 1e12
 
     def _finish(self, ended: str, progress: Progress) -> None:
         """Final model and status, or the status of a clean stop."""

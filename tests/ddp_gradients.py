@@ -1,6 +1,6 @@
 """Run under torchrun: take one training step of a tiny model and write the gradients that AdamW saw.
 
-usage: ddp_gradients.py BASE CORPUS CACHE OUT MICRO GLOBAL
+usage: ddp_gradients.py BASE CORPUS CACHE OUT MICRO GLOBAL [ROWS,ROWS,...]
 """
 
 import sys
@@ -25,7 +25,7 @@ from flare.trainer import Parts, Progress, Trainer
 
 
 def main() -> None:
-    base, corpus, cache_dir, out, micro, size = sys.argv[1:]
+    base, corpus, cache_dir, out, micro, size, *shares = sys.argv[1:]
     config = with_nope(read_model_config(Path(base)), [1, 3], None, base)
     model = load_for_training(Path(base), config, Trainable(True), "fp32", "auto")
     source = open_source(SourceSpec(corpus), Path(cache_dir))
@@ -43,6 +43,7 @@ def main() -> None:
         eval_rows=rows,
         max_steps=1,
         global_batch_size=int(size),
+        rows_by_rank=[int(rows) for rows in shares[0].split(",")] if shares else None,
     )
     runner = Trainer(parts, options, world, Progress(), lambda progress: None, Path(out).parent)
     caught = {}
@@ -52,6 +53,9 @@ def main() -> None:
     loss, _, _ = runner._step()
     if world.is_main:
         torch.save({"loss": loss, "gradients": caught}, out)
+    # A gloo thread may still have to drop the last reduced tensor, for which it needs the interpreter's lock; DDP's
+    # destructor, the last to hold the group, would wait for that thread with the lock held.
+    distributed.barrier()
     distributed.stop()
 
 

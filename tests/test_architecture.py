@@ -8,18 +8,20 @@ import pytest
 from tests.conftest import REPO
 
 LAYERS = [
-    ["errors", "files", "parent", "threads", "__init__"],
+    ["errors", "files", "parent", "threads", "compiler", "__init__"],
     ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
-    ["config_file", "config", "batch", "hosts", "fabric", "distributed"],
-    ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope"],
+    ["config_file", "config", "batch", "hosts", "fabric", "distributed", "data.order"],
+    ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope", "balance", "pace"],
     ["nope.flags", "nope.tensors", "nope.temperature", "nope.staging", "nope.format", "nope.shards"],
     ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "optim"],
     ["nope.canary_file", "nope.canary", "nope.endpoint"],
+    ["attention"],
     ["shapes", "chunks", "trainable", "flops", "activations", "loss"],
     ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table"],
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
     ["data"],
     ["setup", "handoff", "launch", "model", "checkpoint", "metrics"],
+    ["garbage", "outcomes", "prefetch"],
     ["trainer", "evaluation"],
     ["prepare", "prepare_only", "saving", "session", "demo"],
 ]
