@@ -35,6 +35,7 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None  # of several ranks: what they tell each other outside collectives
 
     @property
     def is_main(self) -> bool:
@@ -61,6 +62,7 @@ def start(use_cuda: bool, timeout_sec: int, planned: Sequence[Gpu] = (), fabric_
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         bind_card(local_rank, planned)
+    store = None
     if size > 1:
         store, rank, size = meet(timeout_sec)
         check_fabric(store, rank, size, device, fabric_limit_sec)
@@ -72,7 +74,7 @@ def start(use_cuda: bool, timeout_sec: int, planned: Sequence[Gpu] = (), fabric_
             timeout=timedelta(seconds=timeout_sec),
             device_id=device if use_cuda else None,
         )
-    return World(rank, local_rank, size, device)
+    return World(rank, local_rank, size, device, store)
 
 
 def bind_card(local_rank: int, planned: Sequence[Gpu]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from flare import checkpoint as ckpt
-from flare import distributed
+from flare import distress, distributed
 from flare.attention import KERNELS, use_kernel
 from flare.checkpoint import Checkpoint
 from flare.compiler import compile_layers
@@ -36,9 +36,14 @@ from flare.pace import settle_balance
 from flare.plan_table import plan_lines
 from flare.prefetch import host_tensors, to_device
 from flare.prepare import max_steps, packed_rows, prepare_data
+from flare.rooms import in_gib
 from flare.saving import Saver
 from flare.setup import Run, check_identity
+from flare.suggest import suggest
 from flare.trainer import STOP_FILE, Parts, Progress, Trainer
+
+NEEDS_LESS = 0.8
+"""Of the planned peak: what a proposal after running out of memory may need. The plan was too low by some part."""
 
 
 def run_worker(run: Run) -> int:
@@ -47,23 +52,47 @@ def run_worker(run: Run) -> int:
     rank = distributed.rank_from_environment()
     start_logging(rank, run.hardware.world_size)
     end_with_launcher()
+    world = None
     try:
         cache = prepare_data(run)
         rows = packed_rows(run, cache)
         world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
+        distress.listen(world)
         distributed.check_agreement(world, run.common_settings() | {"data": cache.fingerprint})
         run = open_experiment(run, world)
         try:
             Session(run, world, cache, *rows).train()
+        except torch.OutOfMemoryError as error:
+            raise FlareError(out_of_memory(run, world, error)) from error
         finally:
             run.experiment.unlock()
         distributed.stop()
     except FlareError as error:
+        if world:
+            distress.call(world)
         log.error(f"error: {error}", extra=FILES_ONLY)
         if tell_launcher(str(error), error.exit_code):
             return error.exit_code
         raise
+    except Exception:
+        if world and distress.heard(world):  # the rank that called says why
+            return FlareError.exit_code
+        if world:
+            distress.call(world)
+        raise
     return 0
+
+
+def out_of_memory(run: Run, world: World, error: torch.OutOfMemoryError) -> str:
+    """What a rank ran out of, what the plan had said, and flags that need clearly less, the batch unchanged."""
+    plan = run.plan()
+    need = plan.memory.peak_bytes
+    reason = str(error).split(". GPU")[0].split("\n")[0].strip().rstrip(".")
+    return (
+        f"rank {world.rank} ({device_name(world.device)}) ran out of memory ({reason}); the plan is {in_gib(need)} at "
+        f"the peak ({plan.memory.peak_phase}); nothing is lost but the steps since the last checkpoint; "
+        f"{suggest(plan.inputs, int(NEEDS_LESS * need))}"
+    )
 
 
 def open_experiment(run: Run, world: World) -> Run:
