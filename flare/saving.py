@@ -16,8 +16,8 @@ from flare.model import TrainingModel
 from flare.nope.canary import measure_canary
 from flare.nope.canary_file import CANARY_FILE
 from flare.optim import optimizer_tensors
+from flare.progress import Progress
 from flare.setup import Run
-from flare.trainer import Progress
 
 
 class Saver:

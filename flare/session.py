@@ -23,6 +23,7 @@ from flare.data.tokens import TokenCache
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.gpus import peak_tflops
+from flare.last_words import out_of_memory
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
@@ -36,14 +37,10 @@ from flare.pace import settle_balance
 from flare.plan_table import plan_lines
 from flare.prefetch import host_tensors, to_device
 from flare.prepare import max_steps, packed_rows, prepare_data
-from flare.rooms import in_gib
+from flare.progress import STOP_FILE, Progress
 from flare.saving import Saver
 from flare.setup import Run, check_identity
-from flare.suggest import suggest
-from flare.trainer import STOP_FILE, Parts, Progress, Trainer
-
-NEEDS_LESS = 0.8
-"""Of the planned peak: what a proposal after running out of memory may need. The plan was too low by some part."""
+from flare.trainer import Parts, Trainer
 
 
 def run_worker(run: Run) -> int:
@@ -63,7 +60,7 @@ def run_worker(run: Run) -> int:
         try:
             Session(run, world, cache, *rows).train()
         except torch.OutOfMemoryError as error:
-            raise FlareError(out_of_memory(run, world, error)) from error
+            raise FlareError(out_of_memory(run.plan(), world.rank, device_name(world.device), error)) from error
         finally:
             run.experiment.unlock()
         distributed.stop()
@@ -81,18 +78,6 @@ def run_worker(run: Run) -> int:
             distress.call(world)
         raise
     return 0
-
-
-def out_of_memory(run: Run, world: World, error: torch.OutOfMemoryError) -> str:
-    """What a rank ran out of, what the plan had said, and flags that need clearly less, the batch unchanged."""
-    plan = run.plan()
-    need = plan.memory.peak_bytes
-    reason = str(error).split(". GPU")[0].split("\n")[0].strip().rstrip(".")
-    return (
-        f"rank {world.rank} ({device_name(world.device)}) ran out of memory ({reason}); the plan is {in_gib(need)} at "
-        f"the peak ({plan.memory.peak_phase}); nothing is lost but the steps since the last checkpoint; "
-        f"{suggest(plan.inputs, int(NEEDS_LESS * need))}"
-    )
 
 
 def open_experiment(run: Run, world: World) -> Run:

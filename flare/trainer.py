@@ -5,9 +5,8 @@ so that loss and gradients do not depend on how the rows are spread over process
 """
 
 import math
-import signal
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,49 +25,7 @@ from flare.optim import can_skip_on_device, set_learning_rate
 from flare.options import Options
 from flare.outcomes import Outcome, Outcomes
 from flare.prefetch import StepLoader, host_tensors, to_device
-
-STOP_FILE = "STOP"
-
-
-@dataclass
-class Progress:
-    """Where a run is: all that a checkpoint must know besides weights and optimizer."""
-
-    step: int = 0
-    rows: int = 0
-    tokens: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    evaluations_without_gain: int = 0
-    history: list[dict] = field(default_factory=list)
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-    def out_of_patience(self, options: Options) -> bool:
-        """Whether early stopping ends the run here."""
-        patience = options.early_stopping_patience
-        return patience is not None and self.evaluations_without_gain >= patience
-
-    def forget_best(self) -> None:
-        """Begin anew to look for the best evaluation."""
-        self.best_loss, self.best_step, self.evaluations_without_gain = None, None, 0
-
-
-class StopRequest:
-    """Signals that ask for a clean stop. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.signal_name == "SIGINT":
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+from flare.progress import STOP_FILE, Progress, StopRequest
 
 
 @dataclass

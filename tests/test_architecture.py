@@ -17,11 +17,11 @@ LAYERS = [
     ["nope.canary_file", "nope.canary", "nope.endpoint"],
     ["attention"],
     ["shapes", "chunks", "trainable", "flops", "activations", "loss"],
-    ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table"],
+    ["plan_inputs", "memory", "rooms", "suggest", "plan", "plan_table", "last_words"],
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
     ["data"],
     ["setup", "handoff", "launch", "model", "checkpoint", "metrics"],
-    ["garbage", "outcomes", "prefetch"],
+    ["garbage", "outcomes", "prefetch", "progress"],
     ["trainer", "evaluation"],
     ["prepare", "prepare_only", "saving", "session", "demo"],
 ]
