@@ -10,31 +10,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed import PrefixStore
 
 from flare import checkpoint as ckpt
-from flare import distributed
+from flare import distress, distributed
+from flare.attention import KERNELS, use_kernel
 from flare.checkpoint import Checkpoint
+from flare.compiler import compile_layers
 from flare.config import REPO
+from flare.data.corpus import Corpus, what_changed
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines
-from flare.data.tokens import TokenCache
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.gpus import peak_tflops
+from flare.last_words import out_of_memory
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
 from flare.metrics_file import enter_stage, record_status
-from flare.model import checkpoint_layers, load_for_training
+from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
 from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
+from flare.pace import multiply_as_a_layer, settle_balance
 from flare.plan_table import plan_lines
+from flare.prefetch import host_tensors, to_device
 from flare.prepare import max_steps, packed_rows, prepare_data
+from flare.progress import STOP_FILE, Progress
 from flare.saving import Saver
 from flare.setup import Run, check_identity
-from flare.trainer import STOP_FILE, Parts, Progress, Trainer
+from flare.sharding import is_sharded
+from flare.tensor_files import TensorReader, restore_weights
+from flare.trainer import Parts, Trainer
 from flare.watchdog import Limits, Watchdog
 
 
@@ -44,21 +53,33 @@ def run_worker(run: Run) -> int:
     rank = distributed.rank_from_environment()
     start_logging(rank, run.hardware.world_size)
     end_with_launcher()
+    world = None
     try:
-        cache = prepare_data(run)
-        rows = packed_rows(run, cache)
+        corpus = prepare_data(run)
+        rows = packed_rows(run, corpus)
         world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
-        distributed.check_agreement(world, run.common_settings() | {"data": cache.fingerprint})
+        distress.listen(world)
+        distributed.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
         run = open_experiment(run, world)
         try:
-            Session(run, world, cache, *rows).train()
+            Session(run, world, corpus, *rows).train()
+        except torch.OutOfMemoryError as error:
+            raise FlareError(out_of_memory(run.plan(), world.rank, device_name(world.device), error)) from error
         finally:
             run.experiment.unlock()
         distributed.stop()
     except FlareError as error:
+        if world:
+            distress.call(world)
         log.error(f"error: {error}", extra=FILES_ONLY)
         if tell_launcher(str(error), error.exit_code):
             return error.exit_code
+        raise
+    except Exception:
+        if world and distress.heard(world):  # the rank that called says why
+            return FlareError.exit_code
+        if world:
+            distress.call(world)
         raise
     return 0
 
@@ -95,14 +116,12 @@ def _prepare_directory(run: Run) -> None:
 class Session:
     """Model, optimizer and progress of one stage, put together and run."""
 
-    def __init__(
-        self, run: Run, world: World, cache: TokenCache, train_rows: PackedRows, eval_rows: PackedRows
-    ) -> None:
-        self.run, self.world, self.cache = run, world, cache
+    def __init__(self, run: Run, world: World, corpus: Corpus, train_rows: PackedRows, eval_rows: PackedRows) -> None:
+        self.run, self.world, self.corpus = run, world, corpus
         self.train_rows, self.eval_rows = train_rows, eval_rows
         self.options, self.experiment = run.options, run.experiment
-        self.identity = run.identity() | {"data": cache.fingerprint}
-        self.saver = Saver(run, world, self.identity, run.global_batch_size)
+        self.identity = run.identity() | {"data": corpus.fingerprint}
+        self.saver = Saver(run, world, self.identity, corpus.facts, run.global_batch_size)
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the end of the stage."""
@@ -118,6 +137,7 @@ class Session:
             self.saver.record("finished", progress)
             return
         self._build(resume_from)
+        self._settle_balance(resume_from)
         metrics = None
         if self.world.is_main:
             metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
@@ -139,7 +159,7 @@ class Session:
 
     def _watchdog(self) -> Watchdog:
         limits = Limits.of(self.options.step_timeout, self.options.ddp_timeout)
-        store = distributed.side_store("watchdog")
+        store = self.world.store and PrefixStore("watchdog", self.world.store.clone())  # a thread's own connection
         return Watchdog(self.world.rank, self.world.size, store, limits, self.experiment.logs, self._tell_hang)
 
     def _tell_hang(self, message: str) -> None:
@@ -151,7 +171,7 @@ class Session:
     # -- start -------------------------------------------------------------------------------------
 
     def _log_start(self) -> None:
-        run, options, meta = self.run, self.options, self.cache.meta
+        run, options, meta = self.run, self.options, self.corpus.meta
         for warning in run.resolved.warnings:
             log.warning(warning)
         reason = run.init_reason
@@ -161,11 +181,11 @@ class Session:
         log.info(f"device: {self.world.size} x {device_name(self.world.device)}, precision {run.precision}")
         log.info(f"NoPE layers: {format_layers(list(run.nope_layers))} of {run.depth}; trains: {run.trainable}")
         log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
-        for side, rows in (("train", self.train_rows), ("held out", self.eval_rows)):
-            log.info(f"{side}: {rows.num_documents:,} documents, {rows.num_tokens:,} tokens, {len(rows):,} rows")
+        log.info(f"train: {self.train_rows.describe()}")
+        log.info(f"held out: {self.eval_rows.describe()}")
         if self.world.is_main:
             first = self.train_rows.batch(np.arange(1)).input_ids[0]
-            for line in row_lines(first, self.cache.end_of_text_id, load_tokenizer(run.init_from)):
+            for line in row_lines(first, self.corpus.end_of_text_id, load_tokenizer(run.init_from)):
                 log.info(line)
 
     def _settle_length(self) -> None:
@@ -173,6 +193,8 @@ class Session:
         rows, length = self.saver.global_batch_size, self.options.max_seq_length
         self.max_steps = self.saver.max_steps = max_steps(self.run, self.train_rows, rows)
         log.info(f"{self.max_steps} steps of {rows} rows x {length} tokens = {rows * length:,} tokens a step")
+        for line in self.train_rows.passes(self.max_steps * rows):
+            log.info(line)
 
     def _is_done(self, progress: Progress) -> bool:
         """Whether nothing is left to train and final_model is of this very step (not of a shorter run before)."""
@@ -205,7 +227,8 @@ class Session:
         if resume_from is None:
             return Progress()
         state = resume_from.state()
-        check_identity(self.identity, state["identity"], resume_from.path.name)
+        reasons = {"data": what_changed(state.get("data"), self.corpus.facts)}
+        check_identity(self.identity, state["identity"], resume_from.path.name, reasons)
         self._keep_global_batch(state)
         log.info(f"resumes from {resume_from.path.name}, {state['progress']['tokens']:,} tokens seen")
         self._log_changes(state["options"])
@@ -233,15 +256,15 @@ class Session:
         then, now = state["global_batch_size"], self.saver.global_batch_size
         if now == then:
             return
-        per_process = [now // self.world.size, then // state["world_size"]]
-        if per_process[0] != per_process[1] or self.world.size == state["world_size"]:
+        asked_then = state.get("rows_per_process", then // state["world_size"])
+        if self.saver.rows_per_process != asked_then:
             raise CheckpointError(
                 f"checkpoint-{state['progress']['step']} was trained with a global batch of {then} rows, the flags "
                 f"now give {now}; keep --global_batch_size {then}"
             )
         if then < self.world.size:
             raise ConfigError(f"the run's global batch of {then} rows is too small for {self.world.size} processes")
-        log.info(f"{state['world_size']} -> {self.world.size} processes: the global batch stays {then} rows")
+        log.info(f"{self.world.size} processes, before {state['world_size']}: the global batch stays {then} rows")
         self.saver.global_batch_size = then
 
     # -- parts -------------------------------------------------------------------------------------
@@ -249,22 +272,15 @@ class Session:
     def _build(self, resume_from: Checkpoint | None) -> None:
         """Load weights and make the optimizer; from a checkpoint, both as they were."""
         run = self.run
-        source = resume_from.path if resume_from else run.init_from
-        self.model = load_for_training(
-            source, run.config, run.trainable, run.precision, self.options.attn_implementation
-        )
-        if resume_from:
-            ckpt.restore_weights(self.model.causal_lm, resume_from.path / "model.safetensors")
+        self.model = self._load_model(run.init_from, resume_from)
         if run.gradient_checkpointing:
             layers = checkpoint_layers(self.model.causal_lm)
             log.info(f"gradient checkpointing on layers {format_layers(layers)}")
-        self.model.to(self.world.device)
         self.optimizer = build_optimizer(self.model.trainable_parameters(), self.options)
-        if resume_from:
-            tensors = ckpt.load_tensors(resume_from.path / "optimizer.safetensors")
+        if resume_from and resume_from.step > 0:  # before its first step Adam has no state
+            reader = TensorReader.of_state(resume_from.path, "optimizer")
             try:
-                if tensors or resume_from.step > 0:  # before its first step Adam has no state
-                    load_optimizer_tensors(self.optimizer, tensors)
+                load_optimizer_tensors(self.optimizer, reader)
             except KeyError as error:
                 raise CheckpointError(f"{resume_from.path.name}: optimizer state is incomplete: {error}") from error
         counts = [0, 0]
@@ -272,12 +288,48 @@ class Session:
             counts[parameter.requires_grad] += parameter.numel()
         log.info(f"parameters: {counts[1]:,} trainable, {counts[0]:,} frozen")
         self.saver.attach(self.model, self.optimizer)
-        found = verify_nope(self.model.causal_lm, list(run.nope_layers))
+        found = verify_nope(self.model.causal_lm, list(run.nope_layers), decode=self.model.decode)
         log.info(f"NoPE layers proven from attention outputs: {format_layers(found)}")
+        if run.attention in KERNELS:
+            use_kernel(self.model.causal_lm, run.attention)
+        if self.options.compile:
+            compile_layers(self.model)
+            log.info("each decoder layer is compiled in the first step, which takes a while")
+
+    def _settle_balance(self, resume_from: Checkpoint | None) -> None:
+        """Who gets how many rows of a step."""
+        size = self.saver.global_batch_size
+        first = np.arange(min(self.run.micro_batch_size, size))
+
+        def work() -> int:
+            if is_sharded(self.model):  # its passes wait for all ranks, so they cannot tell this one's speed
+                multiply_as_a_layer(self.run.config, len(first) * self.options.max_seq_length, self.world.device)
+                return len(first)
+            self.model.train()
+            self.model(**to_device(host_tensors(self.train_rows.batch(first)), self.world.device)).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            return len(first)
+
+        record = resume_from.state().get("balance") if resume_from else None
+        self.saver.balance = settle_balance(self.options.balance, size, self.world, record, work)
+        if self.world.size > 1:
+            log.info(f"rows of a step by rank: {list(self.saver.balance.rows)} ({self.saver.balance.reason})")
+
+    def _load_model(self, start: Path, resume_from: Checkpoint | None) -> TrainingModel:
+        """The model, ready to train on this rank's device, with a checkpoint's weights or those to start from."""
+        run = self.run
+        source, documents = resume_from.path if resume_from else start, self.options.packing == "document"
+        how = (run.config, run.trainable, run.precision, run.attention)
+        if run.parallel == "fsdp":
+            log.info(f"FSDP2: weights, gradients and optimizer state are divided among {self.world.size} processes")
+            return load_sharded(source, *how, self.world, documents)
+        model = load_for_training(source, *how, documents)
+        if resume_from:  # as fp32 masters; opened as a model they are rounded to the base's dtype
+            restore_weights(model.causal_lm, TensorReader.of_model(source))
+        return model.to(self.world.device)
 
     def _parts(self) -> Parts:
-        name = device_name(self.world.device)
-        peak = peak_tflops(name) if self.world.device.type == "cuda" else None
+        flops = self.run.plan().flops
         return Parts(
             model=self.model,
             optimizer=self.optimizer,
@@ -286,9 +338,17 @@ class Session:
             eval_rows=self.eval_rows,
             max_steps=self.max_steps,
             global_batch_size=self.saver.global_batch_size,
-            flops_per_token=float(self.run.plan().flops.model),
-            peak_flops=peak * 1e12 * self.world.size if peak else None,
+            rows_by_rank=self.saver.balance.rows,
+            model_flops_per_token=float(flops.model),
+            executed_flops_per_token=float(flops.executed),
+            peak_flops=self._peak_flops(),
         )
+
+    def _peak_flops(self) -> float | None:
+        """Of all cards together, a second; None on the CPU or with a card whose peak is not known."""
+        name = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else None
+        peaks = [peak_tflops(name) if name else None for name in distributed.gather_objects(name)]
+        return None if None in peaks else sum(peaks) * 1e12
 
     def _finish(self, ended: str, progress: Progress) -> None:
         """Final model and status, or the status of a clean stop."""

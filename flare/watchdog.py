@@ -25,6 +25,7 @@ from torch.distributed import DistError, Store
 
 from flare.errors import FlareError
 
+OURS = str(Path(__file__).parent)
 SLACK = 10
 """A step that takes this many times the longest one before hangs, whatever the limit: the limit is for all models."""
 COLLECTIVE_SHARE = 0.9
@@ -61,7 +62,7 @@ class Watchdog:
         self.rank, self.size, self.store, self.limits, self.on_hang = rank, size, store, limits, on_hang
         self.stacks = stacks
         self.interval = min(5.0, limits.later_sec / 8)
-        self.longest_sec, self.steps_done = 0.0, 0
+        self.longest_sec, self.steps_done, self.newest = 0.0, 0, 0
         self.beats, self.sign = 0, {}
         self.current: tuple[int, float] | None = None  # (step, when it began)
         self.main_thread = threading.get_ident()
@@ -97,7 +98,9 @@ class Watchdog:
             self.current = None
         if self.steps_done:
             self.longest_sec = max(self.longest_sec, time.monotonic() - t0)
-        self.steps_done += 1
+        if number > self.newest:  # a step may be entered twice: to compute it, and to learn what came of it
+            self.newest = number
+            self.steps_done += 1
 
     @property
     def limit_sec(self) -> float:
@@ -178,8 +181,10 @@ class Watchdog:
     def _place(self) -> str:
         """Where this rank's main thread is, in words."""
         frame = sys._current_frames()[self.main_thread]
-        if any(place in frame.f_code.co_filename for place in WAITING):
-            return "waits"
+        while frame.f_back and OURS not in frame.f_code.co_filename:
+            if any(place in frame.f_code.co_filename for place in WAITING):
+                return "waits"
+            frame = frame.f_back
         return f"is in {Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
 
     def _ask_for_stacks(self, pid: int, file: Path) -> None:

@@ -15,7 +15,7 @@ def test_a_hanging_process_is_ended_with_its_stacks(zygote: Zygote, flags: list[
     ended = zygote.run(*flags, "--step_timeout", 1, fault=("hang_in_step", 6))
     assert ended.returncode == 5
     (error,) = ended.errors
-    assert "step 6 did not end within 1 s: rank 0 is in injections.py:" in error
+    assert "step 6 did not end within 1 s: rank 0 is in prefetch.py:" in error
     assert stage(run)["status"] == "failed"
     assert stage(run)["error"] in error
     stacks = (run / "logs" / "stacks-rank0.txt").read_text()
@@ -97,7 +97,7 @@ def test_a_rank_that_works_for_ever_is_named_beside_those_that_wait(
     ended = zygote.run(*flags, "--nproc_per_node", 2, "--step_timeout", 4, fault=fault)
     assert ended.returncode == 5
     (error,) = ended.errors
-    assert re.search(r"step 6 did not end within 4 s: rank 1 is in injections\.py:\d+ \(hanging\);", error)
+    assert re.search(r"step 6 did not end within 4 s: rank 1 is in prefetch\.py:\d+ \(\w+\);", error)
     assert "in hanging" in (run / "logs" / "stacks-rank1.txt").read_text()
 
 
