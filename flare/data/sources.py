@@ -58,7 +58,8 @@ def open_path(path: Path, spec: SourceSpec, token_dir: Path) -> Source:
         return SavedSource(path, spec, token_dir)
     if is_snapshot(path):
         return FileSource(snapshot_files(path, spec), spec.text_column, path, token_dir)
-    return FileSource(find_files(path), spec.text_column, path, token_dir)
+    is_inside = path.resolve() in token_dir.resolve().parents  # a cache that lies in the data is no data
+    return FileSource(find_files(path, token_dir if is_inside else None), spec.text_column, path, token_dir)
 
 
 def open_hub_set(spec: SourceSpec, token_dir: Path) -> Source:
