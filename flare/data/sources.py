@@ -67,7 +67,7 @@ def open_hub_set(spec: SourceSpec, token_dir: Path) -> Source:
     try:
         return HubSource(spec)
     except EnvError:
-        snapshot = None if spec.streaming else cached_snapshot(spec)
+        snapshot = cached_snapshot(spec)
         if snapshot is None:
             raise
     log.warning(f"data set {spec.dataset_name} cannot be loaded from the hub; read from its snapshot {snapshot}")
