@@ -36,6 +36,7 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None  # of several ranks: what they tell each other outside collectives
 
     @property
     def is_main(self) -> bool:
@@ -62,6 +63,7 @@ def start(use_cuda: bool, timeout_sec: int, planned: Sequence[Gpu] = (), fabric_
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         bind_card(local_rank, planned)
+    store = None
     if size > 1:
         store, rank, size = meet(timeout_sec)
         check_fabric(store, rank, size, device, fabric_limit_sec)
@@ -73,7 +75,7 @@ def start(use_cuda: bool, timeout_sec: int, planned: Sequence[Gpu] = (), fabric_
             timeout=timedelta(seconds=timeout_sec),
             device_id=device if use_cuda else None,
         )
-    return World(rank, local_rank, size, device)
+    return World(rank, local_rank, size, device, store)
 
 
 def bind_card(local_rank: int, planned: Sequence[Gpu]) -> None:
@@ -128,6 +130,13 @@ def all_sum(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, summed over ranks. On a card it is only queued: no host sync."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def all_max(values: list[float]) -> list[float]:
