@@ -99,6 +99,14 @@ class Options:
         "auto",
         choices=("auto", "bf16", "fp32"),
     )
+    parallel: str = option(
+        TRAINING,
+        "hardware",
+        "ddp: the whole model on every card; fsdp: weights, gradients and optimizer state divided among the cards "
+        "(FSDP2); auto: ddp where the plan says that it fits",
+        "auto",
+        choices=("auto", "ddp", "fsdp"),
+    )
     attn_implementation: str = option(
         TRAINING,
         "hardware",

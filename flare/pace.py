@@ -19,18 +19,25 @@ from flare.threads import processor_name
 WARM_UP_PASSES, TIMED_PASSES = 1, 3
 
 
-def settle_balance(option: str, num_rows: int, world: World, record: dict | None, work: Callable[[], int]) -> Balance:
+def settle_balance(
+    option: str, num_rows: int, world: World, record: dict | None, work: Callable[[], int] | None
+) -> Balance:
     """Rows of each rank for a run with ``--balance option``. A collective: all ranks decide alike.
 
     Args:
         record: the balance of the checkpoint that is resumed, if any.
-        work: one forward and backward pass of a micro-batch; returns its rows.
+        work: one forward and backward pass of a micro-batch; returns its rows. None when ranks cannot work alone.
     """
     weights = balance.parse_weights(option, world.size)
     if weights:
         return balance.by_hand(num_rows, weights)
     if option == "equal" or world.size == 1:
         return balance.equal(num_rows, world.size)
+    if work is None:
+        reason = "equal: ranks of a sharded model wait for each other in every layer, so none can be measured alone"
+        if option == "measure":
+            log.warning(f"--balance measure: {reason}; --balance W,W,... gives rows by hand")
+        return balance.equal(num_rows, world.size, reason)
     cards = distributed.gather_objects(_card(world.device))
     if option == "auto" and len(set(cards)) == 1:
         return balance.equal(num_rows, world.size, f"equal: all ranks have {cards[0]}")

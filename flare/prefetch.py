@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from flare.attention import document_bounds
-from flare.data.order import RowOrder, micro_batches
+from flare.data.order import RowOrder, equal_rounds, micro_batches, portion
 from flare.data.packing import Batch, PackedRows
+from flare.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,35 @@ class StepRows:
     batches: list[dict[str, torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of any rows that all ranks go through together."""
+
+    rows_by_rank: Sequence[int]  # of a step
+    rank: int
+    micro: int  # rows of a micro-batch, at most
+    in_step: bool = False  # all ranks need as many micro-batches: those of a sharded model gather its weights in each
+
+    def pieces(self, rows: np.ndarray) -> list[np.ndarray]:
+        """This rank's micro-batches of ``rows``; some may be empty where ranks go in step."""
+        parts = [portion(rows, self.rows_by_rank, rank) for rank in range(len(self.rows_by_rank))]
+        mine = parts[self.rank]
+        if self.in_step:
+            return equal_rounds(mine, [len(part) for part in parts], self.micro)
+        return micro_batches(mine, self.micro)
+
+
 class StepLoader:
     """Micro-batches of one rank, step by step.
 
     Args:
-        rows_by_rank: rows of a step for each rank, in rank order. micro: rows of a micro-batch, at most.
+        share: which rows of a step are this rank's, and how they are cut.
         pin: put the tensors into pinned memory.
     """
 
-    def __init__(
-        self, data: PackedRows, order: RowOrder, rows_by_rank: Sequence[int], rank: int, micro: int, pin: bool = False
-    ) -> None:
-        self.data, self.order, self.micro, self.pin = data, order, micro, pin
-        self.step_rows = sum(rows_by_rank)
-        self.mine = slice(sum(rows_by_rank[:rank]), sum(rows_by_rank[: rank + 1]))
+    def __init__(self, data: PackedRows, order: RowOrder, share: "Share", pin: bool = False) -> None:
+        self.data, self.order, self.share, self.pin = data, order, share, pin
+        self.step_rows = sum(share.rows_by_rank)
         self.wait_seconds = 0.0
         self._thread = ThreadPoolExecutor(1, "prefetch")  # only this thread reads data and order
         self._next: tuple[int, Future[StepRows]] | None = None
@@ -62,9 +78,18 @@ class StepLoader:
 
     def _prepare(self, position: int) -> StepRows:
         rows = self.order.rows(position, position + self.step_rows)
-        pieces = micro_batches(rows[self.mine], self.micro)
-        batches = [host_tensors(self.data.batch(piece), self.pin) for piece in pieces]
+        pieces = self.share.pieces(rows)
+        batches = [host_tensors(batch_of(self.data, piece), self.pin) for piece in pieces]
         return StepRows(rows, self.data.num_targets(rows), batches)
+
+
+def batch_of(data: PackedRows, rows: np.ndarray) -> Batch:
+    """These rows; for none of them the first one, without a target: it adds nothing to the loss."""
+    if len(rows):
+        return data.batch(rows)
+    batch = data.batch(np.arange(1))
+    batch.labels[:] = IGNORE_INDEX
+    return batch
 
 
 def host_tensors(batch: Batch, pin: bool = False) -> dict[str, torch.Tensor]:

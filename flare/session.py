@@ -28,7 +28,7 @@ from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
 from flare.metrics_file import enter_stage
-from flare.model import checkpoint_layers, load_for_training
+from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
 from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
@@ -40,6 +40,8 @@ from flare.prepare import max_steps, packed_rows, prepare_data
 from flare.progress import STOP_FILE, Progress
 from flare.saving import Saver
 from flare.setup import Run, check_identity
+from flare.sharding import is_sharded
+from flare.tensor_files import TensorReader
 from flare.trainer import Parts, Trainer
 
 
@@ -238,15 +240,15 @@ class Session:
         then, now = state["global_batch_size"], self.saver.global_batch_size
         if now == then:
             return
-        per_process = [now // self.world.size, then // state["world_size"]]
-        if per_process[0] != per_process[1] or self.world.size == state["world_size"]:
+        asked_then = state.get("rows_per_process", then // state["world_size"])
+        if self.saver.rows_per_process != asked_then:
             raise CheckpointError(
                 f"checkpoint-{state['progress']['step']} was trained with a global batch of {then} rows, the flags "
                 f"now give {now}; keep --global_batch_size {then}"
             )
         if then < self.world.size:
             raise ConfigError(f"the run's global batch of {then} rows is too small for {self.world.size} processes")
-        log.info(f"{state['world_size']} -> {self.world.size} processes: the global batch stays {then} rows")
+        log.info(f"{self.world.size} processes, before {state['world_size']}: the global batch stays {then} rows")
         self.saver.global_batch_size = then
 
     # -- parts -------------------------------------------------------------------------------------
@@ -254,22 +256,15 @@ class Session:
     def _build(self, resume_from: Checkpoint | None) -> None:
         """Load weights and make the optimizer; from a checkpoint, both as they were."""
         run = self.run
-        source = resume_from.path if resume_from else run.init_from
-        self.model = load_for_training(
-            source, run.config, run.trainable, run.precision, run.attention, self.options.packing == "document"
-        )
-        if resume_from:
-            ckpt.restore_weights(self.model.causal_lm, resume_from.path / "model.safetensors")
+        self.model = self._load_model(resume_from.path if resume_from else run.init_from)
         if run.gradient_checkpointing:
             layers = checkpoint_layers(self.model.causal_lm)
             log.info(f"gradient checkpointing on layers {format_layers(layers)}")
-        self.model.to(self.world.device)
         self.optimizer = build_optimizer(self.model.trainable_parameters(), self.options)
-        if resume_from:
-            tensors = ckpt.load_tensors(resume_from.path / "optimizer.safetensors")
+        if resume_from and resume_from.step > 0:  # before its first step Adam has no state
+            reader = TensorReader.of_state(resume_from.path, "optimizer")
             try:
-                if tensors or resume_from.step > 0:  # before its first step Adam has no state
-                    load_optimizer_tensors(self.optimizer, tensors)
+                load_optimizer_tensors(self.optimizer, reader)
             except KeyError as error:
                 raise CheckpointError(f"{resume_from.path.name}: optimizer state is incomplete: {error}") from error
         counts = [0, 0]
@@ -277,8 +272,9 @@ class Session:
             counts[parameter.requires_grad] += parameter.numel()
         log.info(f"parameters: {counts[1]:,} trainable, {counts[0]:,} frozen")
         self.saver.attach(self.model, self.optimizer)
-        found = verify_nope(self.model.causal_lm, list(run.nope_layers))
+        found = verify_nope(self.model.causal_lm, list(run.nope_layers), decode=self.model.decode)
         log.info(f"NoPE layers proven from attention outputs: {format_layers(found)}")
+        self.model.documents = self.options.packing == "document"
         if run.attention in KERNELS:
             use_kernel(self.model.causal_lm, run.attention)
         if self.options.compile:
@@ -297,9 +293,20 @@ class Session:
             return len(first)
 
         record = resume_from.state().get("balance") if resume_from else None
-        self.saver.balance = settle_balance(self.options.balance, size, self.world, record, work)
+        self.saver.balance = settle_balance(
+            self.options.balance, size, self.world, record, None if is_sharded(self.model) else work
+        )
         if self.world.size > 1:
             log.info(f"rows of a step by rank: {list(self.saver.balance.rows)} ({self.saver.balance.reason})")
+
+    def _load_model(self, source: Path) -> TrainingModel:
+        """The model with this directory's weights, ready to train on this rank's device."""
+        run = self.run
+        how = (run.config, run.trainable, run.precision, self.options.attn_implementation)
+        if run.parallel == "ddp":
+            return load_for_training(source, *how).to(self.world.device)
+        log.info(f"FSDP2: weights, gradients and optimizer state are divided among {self.world.size} processes")
+        return load_sharded(source, *how, self.world)
 
     def _parts(self) -> Parts:
         flops = self.run.plan().flops

@@ -14,7 +14,7 @@ import torch
 
 from flare import distributed
 from flare.balance import equal
-from flare.data.order import RowOrder, micro_batches, portion
+from flare.data.order import RowOrder
 from flare.data.packing import PackedRows
 from flare.distributed import World
 from flare.errors import FlareError
@@ -24,8 +24,9 @@ from flare.model import TrainingModel
 from flare.optim import can_skip_on_device, set_learning_rate
 from flare.options import Options
 from flare.outcomes import Outcome, Outcomes
-from flare.prefetch import StepLoader, host_tensors, to_device
+from flare.prefetch import Share, StepLoader, batch_of, host_tensors, to_device
 from flare.progress import STOP_FILE, Progress, StopRequest
+from flare.sharding import is_sharded
 
 
 @dataclass
@@ -83,16 +84,15 @@ class Trainer:
         self.metrics = metrics
         self.module = distributed.wrap_ddp(parts.model, world)
         self.parameters = [p for _, p in parts.model.trainable_parameters()]
-        self.rows_by_rank = tuple(parts.rows_by_rank or equal(parts.global_batch_size, world.size).rows)
-        on_card = world.device.type == "cuda"
-        self.loader = StepLoader(
-            parts.train_rows,
-            RowOrder(options.seed, len(parts.train_rows)),
-            self.rows_by_rank,
+        self.share = Share(
+            parts.rows_by_rank or equal(parts.global_batch_size, world.size).rows,
             world.rank,
             options.per_device_train_batch_size,
-            pin=on_card,
+            in_step=is_sharded(parts.model),
         )
+        on_card = world.device.type == "cuda"
+        order = RowOrder(options.seed, len(parts.train_rows))
+        self.loader = StepLoader(parts.train_rows, order, self.share, pin=on_card)
         self.outcomes = Outcomes(world.device, lag=1 if on_card and can_skip_on_device(parts.optimizer) else 0)
         self.throughput = Throughput()
         self.stop_request = StopRequest()
@@ -137,7 +137,7 @@ class Trainer:
                 (nll_sum * scale).backward()
             loss_sum += nll_sum.detach()
         max_norm = self.options.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        grad_norm = distributed.clip_gradients(self.parameters, max_norm)
         self.outcomes.put(place, loss_sum.double() / data.num_targets, grad_norm, self._wants_stop())
         if self.outcomes.lag:
             parts.optimizer.found_inf = self.outcomes.failed
@@ -254,7 +254,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         progress, options = self.progress, self.options
-        loss, accuracy = evaluate_rows(self.parts, options, self.world, self.rows_by_rank)
+        loss, accuracy = evaluate_rows(self.parts, options, self.world, self.share)
         gain = progress.best_loss is None or loss < progress.best_loss - options.early_stopping_threshold
         if gain:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -280,14 +280,13 @@ class Trainer:
         self.saved_step = self.progress.step
 
 
-def evaluate_rows(parts: Parts, options: Options, world: World, rows_by_rank: Sequence[int]) -> tuple[float, float]:
+def evaluate_rows(parts: Parts, options: Options, world: World, share: Share) -> tuple[float, float]:
     """(mean NLL in nats, share of targets that are the argmax) over the held-out rows, by all ranks together."""
     rows = np.arange(len(parts.eval_rows))[: options.max_eval_samples]
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # NLLs, hits, targets
     parts.model.eval()
-    mine = portion(rows, rows_by_rank, world.rank)
-    for piece in micro_batches(mine, options.per_device_train_batch_size):
-        batch = to_device(host_tensors(parts.eval_rows.batch(piece)), world.device)
+    for piece in share.pieces(rows):
+        batch = to_device(host_tensors(batch_of(parts.eval_rows, piece)), world.device)
         losses, correct = parts.model.score(**batch)
         sums += torch.stack([losses.double().sum(), correct.sum().double(), (batch["labels"] >= 0).sum().double()])
     loss_sum, hits, targets = distributed.sum_in_place(sums).tolist()

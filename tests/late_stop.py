@@ -11,7 +11,7 @@ import torch
 
 from flare import distributed
 from flare.outcomes import Outcomes
-from tests.ddp_gradients import leave, make_trainer
+from tests.rank_gradients import leave, make_trainer
 
 
 def main() -> None:

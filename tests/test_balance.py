@@ -139,14 +139,15 @@ def torchrun(processes: int, module: str, *arguments: object) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_unequal_shares_give_the_loss_and_gradients_of_one_process(
-    base: Path, corpus: Path, cache_dir: Path, tmp_path: Path
+    base: Path, corpus: Path, cache_dir: Path, tmp_path: Path, parallel: str
 ) -> None:
     """fp32, relative 1e-5: two ranks with 5 rows and 1, in micro-batches of 2; so 3 passes against 1."""
     results = []
     for processes, rows in ((1, "6"), (2, "5,1")):
         out = tmp_path / f"{processes}.pt"
-        torchrun(processes, "tests.ddp_gradients", base, corpus, cache_dir, out, 2, 6, rows)
+        torchrun(processes, "tests.rank_gradients", base, corpus, cache_dir, out, 2, 6, parallel, rows)
         results.append(torch.load(out))
     one, two = results
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)

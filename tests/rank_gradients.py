@@ -1,6 +1,6 @@
 """Run under torchrun: take one training step of a tiny model and write the gradients that AdamW saw.
 
-usage: ddp_gradients.py BASE CORPUS CACHE OUT MICRO GLOBAL [ROWS,ROWS,...]
+usage: rank_gradients.py BASE CORPUS CACHE OUT MICRO GLOBAL ddp|fsdp [ROWS,ROWS,...]
 """
 
 import sys
@@ -15,26 +15,29 @@ from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
 from flare.data.tokens import TokenSettings
 from flare.hub import read_model_config
-from flare.model import load_for_training
+from flare.model import load_for_training, load_sharded
 from flare.nope.format import with_nope
 from flare.nope.load import load_tokenizer
 from flare.optim import build_optimizer, build_schedule
 from flare.options import Options
+from flare.sharding import whole
 from flare.trainable import Trainable
 from flare.trainer import Parts, Progress, Trainer
 
 
 def make_trainer(base: Path, corpus: str, cache_dir: Path, scratch: Path, **changes: object) -> Trainer:
     """A trainer of a tiny model on this rank of the run that torchrun started."""
+    world = distributed.start(use_cuda=False, timeout_sec=60)
     config = with_nope(read_model_config(base), [1, 3], None, str(base))
-    model = load_for_training(base, config, Trainable(True), "fp32", "auto")
+    how = (base, config, Trainable(True), "fp32", "auto")
+    sharded = changes.pop("parallel", "ddp") == "fsdp"
+    model = load_sharded(*how, world) if sharded else load_for_training(*how)
     cache = build_token_cache(
         open_source(SourceSpec(corpus), cache_dir), load_tokenizer(base), cache_dir, TokenSettings()
     )
     rows = PackedRows(cache, split_documents(cache.hashes, 10)[0], 32, "document")
     size, rows_by_rank = changes.pop("global_batch_size"), changes.pop("rows_by_rank", None)
     options = Options(**({"learning_rate": 1e-3, "max_seq_length": 32, "max_grad_norm": 0.0} | changes))
-    world = distributed.start(use_cuda=False, timeout_sec=60)
     parts = Parts(
         model=model,
         optimizer=build_optimizer(model.trainable_parameters(), options),
@@ -59,15 +62,15 @@ def leave() -> None:
 
 
 def main() -> None:
-    base, corpus, cache_dir, out, micro, size, *shares = sys.argv[1:]
+    base, corpus, cache_dir, out, micro, size, parallel, *shares = sys.argv[1:]
     runner = make_trainer(
         Path(base), corpus, Path(cache_dir), Path(out).parent, max_steps=1, per_device_train_batch_size=int(micro),
-        global_batch_size=int(size),
+        global_batch_size=int(size), parallel=parallel,
         rows_by_rank=[int(rows) for rows in shares[0].split(",")] if shares else None,
     )  # fmt: skip
     caught = {}
     runner.parts.optimizer.register_step_pre_hook(
-        lambda *_: caught.update({n: p.grad.clone() for n, p in runner.parts.model.trainable_parameters()})
+        lambda *_: caught.update({n: whole(p.grad).clone() for n, p in runner.parts.model.trainable_parameters()})
     )
     loss, _, _ = runner._step()
     if runner.world.is_main:
