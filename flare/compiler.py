@@ -35,7 +35,13 @@ def compile_layers(model: object, backend: str = "inductor") -> None:
     """Compile every decoder layer of a ``TrainingModel``, whole; the work is done at the first pass, and backward."""
     import torch
 
+    from flare.sharding import is_sharded
+
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    how = {"fullgraph": True, "dynamic": False, "backend": backend}
     for layer in model.causal_lm.get_decoder().layers:
-        layer.compile(fullgraph=True, dynamic=False, backend=backend)
+        if is_sharded(layer):  # its weights are gathered by hooks, which stay outside
+            layer.forward = torch.compile(layer.forward, **how)
+        else:
+            layer.compile(**how)
     model.compiled = True

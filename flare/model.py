@@ -114,27 +114,35 @@ def load_for_training(
     trainable: Trainable,
     precision: str,
     attn_implementation: str,
+    documents: bool = True,
 ) -> TrainingModel:
     """Load a checkpoint with the NoPE layers of ``config`` and make it ready to train, on the CPU.
 
     Args:
         config: the config.json to open the weights with (see ``nope.format.with_nope``).
         precision: bf16 (frozen weights in bf16, trainable ones fp32 masters) or fp32.
+        attn_implementation: eager, or else SDPA until ``attention.use_kernel`` says otherwise.
+        documents: as ``TrainingModel``.
     """
-    attention = attention_for(attn_implementation)
-    causal_lm = load_causal_lm(directory, attn_implementation=attention, config_dict=config)
-    return _ready(causal_lm, trainable, precision)
+    causal_lm = load_causal_lm(directory, attn_implementation=attention_for(attn_implementation), config_dict=config)
+    return _ready(causal_lm, trainable, precision, documents)
 
 
 def load_sharded(
-    directory: Path, config: dict, trainable: Trainable, precision: str, attn_implementation: str, world: World
+    directory: Path,
+    config: dict,
+    trainable: Trainable,
+    precision: str,
+    attn_implementation: str,
+    world: World,
+    documents: bool = True,
 ) -> TrainingModel:
     """The same, divided among the ranks and on their devices; each rank reads its part of the files only.
 
     Raises: CheckpointError for missing or misfitting tensors.
     """
     causal_lm = empty_causal_lm(directory, config, attention_for(attn_implementation))
-    model = _ready(causal_lm, trainable, precision)
+    model = _ready(causal_lm, trainable, precision, documents)
     shard_model(model, world)
     materialise(model, world.device)
     restore_weights(causal_lm, TensorReader.of_model(directory))
@@ -142,14 +150,14 @@ def load_sharded(
 
 
 def attention_for(attn_implementation: str) -> str:
-    """What a model is loaded with: SDPA, until ``attention.use_kernel`` says otherwise, or eager."""
+    """What ``--attn_implementation`` means to transformers until ``attention.use_kernel`` says otherwise."""
     return "eager" if attn_implementation == "eager" else "sdpa"
 
 
-def _ready(causal_lm: PreTrainedModel, trainable: Trainable, precision: str) -> TrainingModel:
+def _ready(causal_lm: PreTrainedModel, trainable: Trainable, precision: str, documents: bool) -> TrainingModel:
     set_trainable(causal_lm, trainable, precision)
     causal_lm.train()
-    return TrainingModel(causal_lm, bf16=precision == "bf16")
+    return TrainingModel(causal_lm, precision == "bf16", documents)
 
 
 def set_trainable(causal_lm: PreTrainedModel, trainable: Trainable, precision: str) -> None:

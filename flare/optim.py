@@ -6,7 +6,6 @@ import torch
 from transformers import get_scheduler
 
 from flare.options import Options
-from flare.sharding import is_sharded
 from flare.tensor_files import TensorReader
 
 
@@ -33,12 +32,8 @@ def build_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], options: Op
 
 
 def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its update obeys ``optimizer.found_inf``, a flag on the device: fused kernels do, as for GradScaler.
-
-    Not with shards: the kernel takes no plain flag beside them.
-    """
-    shards = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
-    return bool(optimizer.defaults.get("fused")) and not shards
+    """Whether its update obeys ``optimizer.found_inf``, a flag on the device: fused kernels do, as for GradScaler."""
+    return bool(optimizer.defaults.get("fused"))
 
 
 def build_schedule(options: Options, max_steps: int) -> Callable[[int], float]:

@@ -19,25 +19,18 @@ from flare.threads import processor_name
 WARM_UP_PASSES, TIMED_PASSES = 1, 3
 
 
-def settle_balance(
-    option: str, num_rows: int, world: World, record: dict | None, work: Callable[[], int] | None
-) -> Balance:
+def settle_balance(option: str, num_rows: int, world: World, record: dict | None, work: Callable[[], int]) -> Balance:
     """Rows of each rank for a run with ``--balance option``. A collective: all ranks decide alike.
 
     Args:
         record: the balance of the checkpoint that is resumed, if any.
-        work: one forward and backward pass of a micro-batch; returns its rows. None when ranks cannot work alone.
+        work: one forward and backward pass of a micro-batch; returns its rows.
     """
     weights = balance.parse_weights(option, world.size)
     if weights:
         return balance.by_hand(num_rows, weights)
     if option == "equal" or world.size == 1:
         return balance.equal(num_rows, world.size)
-    if work is None:
-        reason = "equal: ranks of a sharded model wait for each other in every layer, so none can be measured alone"
-        if option == "measure":
-            log.warning(f"--balance measure: {reason}; --balance W,W,... gives rows by hand")
-        return balance.equal(num_rows, world.size, reason)
     cards = distributed.gather_objects(_card(world.device))
     if option == "auto" and len(set(cards)) == 1:
         return balance.equal(num_rows, world.size, f"equal: all ranks have {cards[0]}")
@@ -47,6 +40,15 @@ def settle_balance(
     log.info("unlike cards, or --balance measure: measuring each rank")
     seconds = distributed.gather_objects(seconds_per_row(work, world.device))
     return balance.by_speed(num_rows, cards, seconds)
+
+
+def multiply_as_a_layer(config: dict, tokens: int, device: torch.device) -> None:
+    """The matrix products of one MLP, forward, on random numbers: what tells cards apart where a pass cannot."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden = torch.randn(tokens, config["hidden_size"], device=device, dtype=dtype)
+    weight = torch.randn(config["hidden_size"], config["intermediate_size"], device=device, dtype=dtype)
+    for _ in range(3):
+        hidden = (hidden @ weight) @ weight.T
 
 
 def seconds_per_row(work: Callable[[], int], device: torch.device) -> float:

@@ -4,7 +4,7 @@ On cards the tensors lie in pinned memory, so that their copies to the card need
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from flare.attention import document_bounds
-from flare.data.order import RowOrder, equal_rounds, micro_batches, portion
+from flare.data.order import RowOrder, equal_rounds, micro_batches
 from flare.data.packing import Batch, PackedRows
 from flare.loss import IGNORE_INDEX
 
@@ -26,35 +26,29 @@ class StepRows:
     batches: list[dict[str, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Share:
-    """A rank's part of any rows that all ranks go through together."""
-
-    rows_by_rank: Sequence[int]  # of a step
-    rank: int
-    micro: int  # rows of a micro-batch, at most
-    in_step: bool = False  # all ranks need as many micro-batches: those of a sharded model gather its weights in each
-
-    def pieces(self, rows: np.ndarray) -> list[np.ndarray]:
-        """This rank's micro-batches of ``rows``; some may be empty where ranks go in step."""
-        parts = [portion(rows, self.rows_by_rank, rank) for rank in range(len(self.rows_by_rank))]
-        mine = parts[self.rank]
-        if self.in_step:
-            return equal_rounds(mine, [len(part) for part in parts], self.micro)
-        return micro_batches(mine, self.micro)
-
-
 class StepLoader:
     """Micro-batches of one rank, step by step.
 
     Args:
-        share: which rows of a step are this rank's, and how they are cut.
+        rows_by_rank: rows of a step for each rank, in rank order. micro: rows of a micro-batch, at most.
         pin: put the tensors into pinned memory.
+        in_step: as many micro-batches on every rank (those of a sharded model gather its weights in each).
     """
 
-    def __init__(self, data: PackedRows, order: RowOrder, share: "Share", pin: bool = False) -> None:
-        self.data, self.order, self.share, self.pin = data, order, share, pin
-        self.step_rows = sum(share.rows_by_rank)
+    def __init__(
+        self,
+        data: PackedRows,
+        order: RowOrder,
+        rows_by_rank: Sequence[int],
+        rank: int,
+        micro: int,
+        pin: bool = False,
+        in_step: bool = False,
+    ) -> None:
+        self.data, self.order, self.micro, self.pin = data, order, micro, pin
+        self.counts = list(rows_by_rank) if in_step else None
+        self.step_rows = sum(rows_by_rank)
+        self.mine = slice(sum(rows_by_rank[:rank]), sum(rows_by_rank[: rank + 1]))
         self.wait_seconds = 0.0
         self._thread = ThreadPoolExecutor(1, "prefetch")  # only this thread reads data and order
         self._next: tuple[int, Future[StepRows]] | None = None
@@ -78,18 +72,22 @@ class StepLoader:
 
     def _prepare(self, position: int) -> StepRows:
         rows = self.order.rows(position, position + self.step_rows)
-        pieces = self.share.pieces(rows)
-        batches = [host_tensors(batch_of(self.data, piece), self.pin) for piece in pieces]
+        batches = [host_tensors(b, self.pin) for b in cut(self.data, rows[self.mine], self.micro, self.counts)]
         return StepRows(rows, self.data.num_targets(rows), batches)
 
 
-def batch_of(data: PackedRows, rows: np.ndarray) -> Batch:
-    """These rows; for none of them the first one, without a target: it adds nothing to the loss."""
-    if len(rows):
-        return data.batch(rows)
-    batch = data.batch(np.arange(1))
-    batch.labels[:] = IGNORE_INDEX
-    return batch
+def cut(data: PackedRows, rows: np.ndarray, micro: int, counts: list[int] | None) -> Iterator[Batch]:
+    """A rank's rows in micro-batches of at most ``micro``.
+
+    Args:
+        counts: the rows of each rank, where every rank must have as many micro-batches. One that has run out of rows
+            gets the first row without targets, which adds nothing to the loss.
+    """
+    for piece in equal_rounds(rows, counts, micro) if counts else micro_batches(rows, micro):
+        batch = data.batch(piece if len(piece) else np.arange(1))
+        if not len(piece):
+            batch.labels[:] = IGNORE_INDEX
+        yield batch
 
 
 def host_tensors(batch: Batch, pin: bool = False) -> dict[str, torch.Tensor]:

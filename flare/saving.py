@@ -30,14 +30,16 @@ class Saver:
 
     Args:
         identity: what must be the same when the run is resumed.
+        data: what the data is made of, to say at resume what has changed.
     """
 
-    def __init__(self, run: Run, world: World, identity: dict, global_batch_size: int) -> None:
+    def __init__(self, run: Run, world: World, identity: dict, data: dict[str, str], global_batch_size: int) -> None:
         self.run, self.world = run, world
         self.identity = identity
+        self.data = data
         self.global_batch_size = global_batch_size
-        self.balance: Balance | None = None  # settled when the model is built
         self.rows_per_process = global_batch_size // world.size  # as the flags say, whatever a resumed run keeps
+        self.balance: Balance | None = None  # settled when the model is built
         self.max_steps = 0  # of the whole stage, settled when the global batch is
         self.model: TrainingModel | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -84,6 +86,7 @@ class Saver:
         """What a checkpoint holds besides tensors."""
         state = {
             "identity": self.identity,
+            "data": self.data,
             "global_batch_size": self.global_batch_size,
             "rows_per_process": self.rows_per_process,
             "world_size": self.world.size,

@@ -17,9 +17,9 @@ from flare.attention import KERNELS, use_kernel
 from flare.checkpoint import Checkpoint
 from flare.compiler import compile_layers
 from flare.config import REPO
+from flare.data.corpus import Corpus, what_changed
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines
-from flare.data.tokens import TokenCache
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.gpus import peak_tflops
@@ -33,7 +33,7 @@ from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
-from flare.pace import settle_balance
+from flare.pace import multiply_as_a_layer, settle_balance
 from flare.plan_table import plan_lines
 from flare.prefetch import host_tensors, to_device
 from flare.prepare import max_steps, packed_rows, prepare_data
@@ -41,7 +41,7 @@ from flare.progress import STOP_FILE, Progress
 from flare.saving import Saver
 from flare.setup import Run, check_identity
 from flare.sharding import is_sharded
-from flare.tensor_files import TensorReader
+from flare.tensor_files import TensorReader, restore_weights
 from flare.trainer import Parts, Trainer
 
 
@@ -53,14 +53,14 @@ def run_worker(run: Run) -> int:
     end_with_launcher()
     world = None
     try:
-        cache = prepare_data(run)
-        rows = packed_rows(run, cache)
+        corpus = prepare_data(run)
+        rows = packed_rows(run, corpus)
         world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
         distress.listen(world)
-        distributed.check_agreement(world, run.common_settings() | {"data": cache.fingerprint})
+        distributed.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
         run = open_experiment(run, world)
         try:
-            Session(run, world, cache, *rows).train()
+            Session(run, world, corpus, *rows).train()
         except torch.OutOfMemoryError as error:
             raise FlareError(out_of_memory(run.plan(), world.rank, device_name(world.device), error)) from error
         finally:
@@ -114,14 +114,12 @@ def _prepare_directory(run: Run) -> None:
 class Session:
     """Model, optimizer and progress of one stage, put together and run."""
 
-    def __init__(
-        self, run: Run, world: World, cache: TokenCache, train_rows: PackedRows, eval_rows: PackedRows
-    ) -> None:
-        self.run, self.world, self.cache = run, world, cache
+    def __init__(self, run: Run, world: World, corpus: Corpus, train_rows: PackedRows, eval_rows: PackedRows) -> None:
+        self.run, self.world, self.corpus = run, world, corpus
         self.train_rows, self.eval_rows = train_rows, eval_rows
         self.options, self.experiment = run.options, run.experiment
-        self.identity = run.identity() | {"data": cache.fingerprint}
-        self.saver = Saver(run, world, self.identity, run.global_batch_size)
+        self.identity = run.identity() | {"data": corpus.fingerprint}
+        self.saver = Saver(run, world, self.identity, corpus.facts, run.global_batch_size)
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the end of the stage."""
@@ -158,7 +156,7 @@ class Session:
     # -- start -------------------------------------------------------------------------------------
 
     def _log_start(self) -> None:
-        run, options, meta = self.run, self.options, self.cache.meta
+        run, options, meta = self.run, self.options, self.corpus.meta
         for warning in run.resolved.warnings:
             log.warning(warning)
         reason = run.init_reason
@@ -168,11 +166,11 @@ class Session:
         log.info(f"device: {self.world.size} x {device_name(self.world.device)}, precision {run.precision}")
         log.info(f"NoPE layers: {format_layers(list(run.nope_layers))} of {run.depth}; trains: {run.trainable}")
         log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
-        for side, rows in (("train", self.train_rows), ("held out", self.eval_rows)):
-            log.info(f"{side}: {rows.num_documents:,} documents, {rows.num_tokens:,} tokens, {len(rows):,} rows")
+        log.info(f"train: {self.train_rows.describe()}")
+        log.info(f"held out: {self.eval_rows.describe()}")
         if self.world.is_main:
             first = self.train_rows.batch(np.arange(1)).input_ids[0]
-            for line in row_lines(first, self.cache.end_of_text_id, load_tokenizer(run.init_from)):
+            for line in row_lines(first, self.corpus.end_of_text_id, load_tokenizer(run.init_from)):
                 log.info(line)
 
     def _settle_length(self) -> None:
@@ -180,6 +178,8 @@ class Session:
         rows, length = self.saver.global_batch_size, self.options.max_seq_length
         self.max_steps = self.saver.max_steps = max_steps(self.run, self.train_rows, rows)
         log.info(f"{self.max_steps} steps of {rows} rows x {length} tokens = {rows * length:,} tokens a step")
+        for line in self.train_rows.passes(self.max_steps * rows):
+            log.info(line)
 
     def _is_done(self, progress: Progress) -> bool:
         """Whether nothing is left to train and final_model is of this very step (not of a shorter run before)."""
@@ -212,7 +212,8 @@ class Session:
         if resume_from is None:
             return Progress()
         state = resume_from.state()
-        check_identity(self.identity, state["identity"], resume_from.path.name)
+        reasons = {"data": what_changed(state.get("data"), self.corpus.facts)}
+        check_identity(self.identity, state["identity"], resume_from.path.name, reasons)
         self._keep_global_batch(state)
         log.info(f"resumes from {resume_from.path.name}, {state['progress']['tokens']:,} tokens seen")
         self._log_changes(state["options"])
@@ -256,7 +257,7 @@ class Session:
     def _build(self, resume_from: Checkpoint | None) -> None:
         """Load weights and make the optimizer; from a checkpoint, both as they were."""
         run = self.run
-        self.model = self._load_model(resume_from.path if resume_from else run.init_from)
+        self.model = self._load_model(run.init_from, resume_from)
         if run.gradient_checkpointing:
             layers = checkpoint_layers(self.model.causal_lm)
             log.info(f"gradient checkpointing on layers {format_layers(layers)}")
@@ -274,7 +275,6 @@ class Session:
         self.saver.attach(self.model, self.optimizer)
         found = verify_nope(self.model.causal_lm, list(run.nope_layers), decode=self.model.decode)
         log.info(f"NoPE layers proven from attention outputs: {format_layers(found)}")
-        self.model.documents = self.options.packing == "document"
         if run.attention in KERNELS:
             use_kernel(self.model.causal_lm, run.attention)
         if self.options.compile:
@@ -287,26 +287,31 @@ class Session:
         first = np.arange(min(self.run.micro_batch_size, size))
 
         def work() -> int:
+            if is_sharded(self.model):  # its passes wait for all ranks, so they cannot tell this one's speed
+                multiply_as_a_layer(self.run.config, len(first) * self.options.max_seq_length, self.world.device)
+                return len(first)
             self.model.train()
             self.model(**to_device(host_tensors(self.train_rows.batch(first)), self.world.device)).backward()
             self.optimizer.zero_grad(set_to_none=True)
             return len(first)
 
         record = resume_from.state().get("balance") if resume_from else None
-        self.saver.balance = settle_balance(
-            self.options.balance, size, self.world, record, None if is_sharded(self.model) else work
-        )
+        self.saver.balance = settle_balance(self.options.balance, size, self.world, record, work)
         if self.world.size > 1:
             log.info(f"rows of a step by rank: {list(self.saver.balance.rows)} ({self.saver.balance.reason})")
 
-    def _load_model(self, source: Path) -> TrainingModel:
-        """The model with this directory's weights, ready to train on this rank's device."""
+    def _load_model(self, start: Path, resume_from: Checkpoint | None) -> TrainingModel:
+        """The model, ready to train on this rank's device, with a checkpoint's weights or those to start from."""
         run = self.run
-        how = (run.config, run.trainable, run.precision, self.options.attn_implementation)
-        if run.parallel == "ddp":
-            return load_for_training(source, *how).to(self.world.device)
-        log.info(f"FSDP2: weights, gradients and optimizer state are divided among {self.world.size} processes")
-        return load_sharded(source, *how, self.world)
+        source, documents = resume_from.path if resume_from else start, self.options.packing == "document"
+        how = (run.config, run.trainable, run.precision, run.attention)
+        if run.parallel == "fsdp":
+            log.info(f"FSDP2: weights, gradients and optimizer state are divided among {self.world.size} processes")
+            return load_sharded(source, *how, self.world, documents)
+        model = load_for_training(source, *how, documents)
+        if resume_from:  # as fp32 masters; opened as a model they are rounded to the base's dtype
+            restore_weights(model.causal_lm, TensorReader.of_model(source))
+        return model.to(self.world.device)
 
     def _parts(self) -> Parts:
         flops = self.run.plan().flops

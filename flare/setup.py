@@ -96,7 +96,7 @@ class Run:
         names += ("resume", "balance", "compile")
         return (
             {"experiment": str(self.experiment.root.absolute()), "global batch size": self.global_batch_size}
-            | {f"--{name}": getattr(self.options, name) for name in (*names, "resume")}
+            | {f"--{name}": getattr(self.options, name) for name in names}
             | self.identity()
         )
 
@@ -361,12 +361,15 @@ def model_fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_identity(now: dict, then: dict, where: str) -> None:
+def check_identity(now: dict, then: dict, where: str, reasons: dict[str, str | None] | None = None) -> None:
     """Refuse to resume what is not the same run.
 
+    Args:
+        reasons: what a value of ``now`` that differs is to be explained by, where there is more to say.
     Raises: CheckpointError listing every difference.
     """
-    differences = [f"{k}: {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k]]
+    explained = reasons or {}
+    differences = [f"{k}: {explained.get(k) or f'{then.get(k)} -> {now[k]}'}" for k in now if then.get(k) != now[k]]
     if differences:
         raise CheckpointError(
             f"{where} belongs to another run ({'; '.join(differences)}); use the same settings, another "

@@ -14,7 +14,7 @@ import torch
 
 from flare import distributed
 from flare.balance import equal
-from flare.data.order import RowOrder
+from flare.data.order import portion
 from flare.data.packing import PackedRows
 from flare.distributed import World
 from flare.errors import FlareError
@@ -24,7 +24,7 @@ from flare.model import TrainingModel
 from flare.optim import can_skip_on_device, set_learning_rate
 from flare.options import Options
 from flare.outcomes import Outcome, Outcomes
-from flare.prefetch import Share, StepLoader, batch_of, host_tensors, to_device
+from flare.prefetch import StepLoader, cut, host_tensors, to_device
 from flare.progress import STOP_FILE, Progress, StopRequest
 from flare.sharding import is_sharded
 
@@ -84,16 +84,20 @@ class Trainer:
         self.metrics = metrics
         self.module = distributed.wrap_ddp(parts.model, world)
         self.parameters = [p for _, p in parts.model.trainable_parameters()]
-        self.share = Share(
-            parts.rows_by_rank or equal(parts.global_batch_size, world.size).rows,
+        self.rows_by_rank = tuple(parts.rows_by_rank or equal(parts.global_batch_size, world.size).rows)
+        on_card, sharded = world.device.type == "cuda", is_sharded(parts.model)
+        self.loader = StepLoader(
+            parts.train_rows,
+            parts.train_rows.order(options.seed),
+            self.rows_by_rank,
             world.rank,
             options.per_device_train_batch_size,
-            in_step=is_sharded(parts.model),
+            pin=on_card,
+            in_step=sharded,
         )
-        on_card = world.device.type == "cuda"
-        order = RowOrder(options.seed, len(parts.train_rows))
-        self.loader = StepLoader(parts.train_rows, order, self.share, pin=on_card)
-        self.outcomes = Outcomes(world.device, lag=1 if on_card and can_skip_on_device(parts.optimizer) else 0)
+        # Fused updates of shards take no flag of the device's.
+        lag = 1 if on_card and not sharded and can_skip_on_device(parts.optimizer) else 0
+        self.outcomes = Outcomes(world.device, lag)
         self.throughput = Throughput()
         self.stop_request = StopRequest()
         self.saved_step = progress.step
@@ -241,7 +245,7 @@ class Trainer:
         progress = self.progress
         return {
             "step": progress.step,
-            "epoch": progress.rows / len(self.parts.train_rows),
+            "epoch": self.parts.train_rows.epochs(progress.rows),
             "tokens": progress.tokens,
         }
 
@@ -254,7 +258,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         progress, options = self.progress, self.options
-        loss, accuracy = evaluate_rows(self.parts, options, self.world, self.share)
+        loss, accuracy = evaluate_rows(self.parts, options, self.world, self.rows_by_rank)
         gain = progress.best_loss is None or loss < progress.best_loss - options.early_stopping_threshold
         if gain:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -280,15 +284,17 @@ class Trainer:
         self.saved_step = self.progress.step
 
 
-def evaluate_rows(parts: Parts, options: Options, world: World, share: Share) -> tuple[float, float]:
+def evaluate_rows(parts: Parts, options: Options, world: World, rows_by_rank: Sequence[int]) -> tuple[float, float]:
     """(mean NLL in nats, share of targets that are the argmax) over the held-out rows, by all ranks together."""
     rows = np.arange(len(parts.eval_rows))[: options.max_eval_samples]
+    portions = [portion(rows, rows_by_rank, rank) for rank in range(world.size)]
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # NLLs, hits, targets
     parts.model.eval()
-    for piece in share.pieces(rows):
-        batch = to_device(host_tensors(batch_of(parts.eval_rows, piece)), world.device)
-        losses, correct = parts.model.score(**batch)
-        sums += torch.stack([losses.double().sum(), correct.sum().double(), (batch["labels"] >= 0).sum().double()])
+    micro, in_step = options.per_device_train_batch_size, is_sharded(parts.model)
+    for batch in cut(parts.eval_rows, portions[world.rank], micro, [len(p) for p in portions] if in_step else None):
+        tensors = to_device(host_tensors(batch), world.device)
+        losses, correct = parts.model.score(**tensors)
+        sums += torch.stack([losses.double().sum(), correct.sum().double(), (tensors["labels"] >= 0).sum().double()])
     loss_sum, hits, targets = distributed.sum_in_place(sums).tolist()
     if not math.isfinite(loss_sum):
         raise FlareError("the evaluation loss is not finite; the last checkpoint is good")

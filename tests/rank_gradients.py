@@ -25,13 +25,13 @@ from flare.trainable import Trainable
 from flare.trainer import Parts, Progress, Trainer
 
 
-def make_trainer(base: Path, corpus: str, cache_dir: Path, scratch: Path, **changes: object) -> Trainer:
+def make_trainer(
+    base: Path, corpus: str, cache_dir: Path, scratch: Path, parallel: str = "ddp", **changes: object
+) -> Trainer:
     """A trainer of a tiny model on this rank of the run that torchrun started."""
     world = distributed.start(use_cuda=False, timeout_sec=60)
-    config = with_nope(read_model_config(base), [1, 3], None, str(base))
-    how = (base, config, Trainable(True), "fp32", "auto")
-    sharded = changes.pop("parallel", "ddp") == "fsdp"
-    model = load_sharded(*how, world) if sharded else load_for_training(*how)
+    how = (with_nope(read_model_config(base), [1, 3], None, str(base)), Trainable(True), "fp32", "auto")
+    model = load_sharded(base, *how, world) if parallel == "fsdp" else load_for_training(base, *how)
     cache = build_token_cache(
         open_source(SourceSpec(corpus), cache_dir), load_tokenizer(base), cache_dir, TokenSettings()
     )
@@ -63,11 +63,9 @@ def leave() -> None:
 
 def main() -> None:
     base, corpus, cache_dir, out, micro, size, parallel, *shares = sys.argv[1:]
-    runner = make_trainer(
-        Path(base), corpus, Path(cache_dir), Path(out).parent, max_steps=1, per_device_train_batch_size=int(micro),
-        global_batch_size=int(size), parallel=parallel,
-        rows_by_rank=[int(rows) for rows in shares[0].split(",")] if shares else None,
-    )  # fmt: skip
+    batch = {"per_device_train_batch_size": int(micro), "global_batch_size": int(size)}
+    batch |= {"rows_by_rank": [int(rows) for rows in shares[0].split(",")]} if shares else {}
+    runner = make_trainer(Path(base), corpus, Path(cache_dir), Path(out).parent, parallel, max_steps=1, **batch)
     caught = {}
     runner.parts.optimizer.register_step_pre_hook(
         lambda *_: caught.update({n: whole(p.grad).clone() for n, p in runner.parts.model.trainable_parameters()})
