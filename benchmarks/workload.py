@@ -19,7 +19,8 @@ from statistics import median
 import numpy as np
 
 from flare.config import REPO
-from flare.data.packing import Batch
+from flare.data.order import RowOrder
+from flare.data.train_rows import Batch, TrainRows
 from flare.shapes import ModelShape
 
 
@@ -57,8 +58,8 @@ class Measured:
         return self.tokens_per_step / median(self.step_seconds)
 
 
-class RandomRows:
-    """Rows of random tokens with the interface of ``flare.data.packing.PackedRows``."""
+class RandomRows(TrainRows):
+    """Rows of random tokens."""
 
     def __init__(self, num_rows: int, seq_len: int, vocab_size: int) -> None:
         generator = np.random.default_rng(0)
@@ -67,6 +68,12 @@ class RandomRows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def order(self, seed: int) -> RowOrder:
+        return RowOrder(seed, len(self))
+
+    def epochs(self, position: int) -> float:
+        return position / len(self)
 
     def num_targets(self, rows: np.ndarray) -> int:
         return len(rows) * self.seq_len

@@ -1,6 +1,7 @@
 """The data of a run: from its options to training rows and held-out rows, before any process group."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,23 +10,27 @@ from flare.data.build import build_token_cache
 from flare.data.packing import PackedRows, split_documents
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
+from flare.data.streaming.rows import StreamedRows, StreamSettings
+from flare.data.streaming.survey import StreamedCorpus, open_streamed
 from flare.data.tokens import TokenCache, TokenSettings, default_cache_dir
+from flare.data.train_rows import TrainRows
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from flare.options import Options
 from flare.setup import Run
 
 
-def prepare_data(run: Run) -> TokenCache:
+def prepare_data(run: Run) -> TokenCache | StreamedCorpus:
     """The token cache of this run; built when missing, by one process while the others wait on its lock.
+    With ``--streaming`` the corpus after a look at its first rows, in its place.
 
     Call before the process group starts: a long build would run into its timeout.
     """
     return token_cache(run.options, run.init_from, run.config)
 
 
-def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache:
-    """The token cache of the data that the options name, for the tokenizer of a model.
+def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache | StreamedCorpus:
+    """The token cache of the data that the options name, for the tokenizer of a model; or its streamed corpus.
 
     Raises: ConfigError for a tokenizer that does not belong to the model's ``config``.
     """
@@ -36,6 +41,7 @@ def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache:
         options.dataset_config,
         options.dataset_split,
         options.cache_dir,
+        options.streaming,
     )
     tokenizer = load_tokenizer(model_dir)
     rows = int(config["vocab_size"])
@@ -45,15 +51,20 @@ def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache:
             "belong together"
         )
     settings = TokenSettings(options.dataset_size, options.max_bad_rows, options.preprocessing_num_workers)
-    return build_token_cache(open_source(spec, cache_dir), tokenizer, cache_dir, settings)
+    source = open_source(spec, cache_dir)
+    if options.streaming:
+        return open_streamed(source, tokenizer, cache_dir, settings, options.validation_split_percentage)
+    return build_token_cache(source, tokenizer, cache_dir, settings)
 
 
-def packed_rows(run: Run, cache: TokenCache) -> tuple[PackedRows, PackedRows]:
+def packed_rows(run: Run, cache: TokenCache | StreamedCorpus) -> tuple[TrainRows, PackedRows]:
     """(training rows, held-out rows).
 
     Raises: DataError when the data gives fewer tokens than one step.
     """
     options = run.options
+    if isinstance(cache, StreamedCorpus):
+        return streamed_rows(run, cache)
     train, held_out = split_documents(cache.hashes, options.validation_split_percentage)
     train_rows = PackedRows(cache, train, options.max_seq_length, options.packing)
     eval_rows = PackedRows(cache, held_out, options.max_seq_length, options.packing, keep_last=True)
@@ -62,12 +73,47 @@ def packed_rows(run: Run, cache: TokenCache) -> tuple[PackedRows, PackedRows]:
             f"the data gives {train_rows.num_tokens:,} training tokens, one step needs "
             f"{run.global_batch_size * options.max_seq_length + 1:,}; lower --max_seq_length or the batch size"
         )
-    if eval_rows.num_targets(np.arange(len(eval_rows))) == 0:
-        raise DataError("the held-out documents are single tokens: nothing can be evaluated; give longer documents")
+    check_can_evaluate(eval_rows)
     return train_rows, eval_rows
 
 
-def max_steps(run: Run, train_rows: PackedRows, global_batch_size: int) -> int:
+def streamed_rows(run: Run, corpus: StreamedCorpus) -> tuple[StreamedRows, PackedRows]:
+    """(training rows, held-out rows) of a corpus that is not tokenised beforehand.
+
+    Raises: ConfigError for fewer rows shuffled together than a step has.
+    """
+    options = run.options
+    if options.streaming_buffer_rows < run.global_batch_size:
+        raise ConfigError(
+            f"--streaming_buffer_rows {options.streaming_buffer_rows} must be at least the {run.global_batch_size} "
+            "rows of a step"
+        )
+    settings = StreamSettings(
+        seq_len=options.max_seq_length,
+        packing=options.packing,
+        seed=options.seed,
+        block_rows=options.streaming_buffer_rows,
+        cache_dir=default_cache_dir(options.cache_dir),
+        num_workers=options.preprocessing_num_workers or spare_cores(),
+    )
+    held_out = np.arange(corpus.held_out.meta["num_documents"])
+    eval_rows = PackedRows(corpus.held_out, held_out, options.max_seq_length, options.packing, keep_last=True)
+    check_can_evaluate(eval_rows)
+    return StreamedRows(corpus, settings), eval_rows
+
+
+def spare_cores() -> int:
+    """Cores of this host that its training processes leave over, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) - int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def check_can_evaluate(eval_rows: PackedRows) -> None:
+    """Raises: DataError when the held-out documents have no target."""
+    if eval_rows.num_targets(np.arange(len(eval_rows))) == 0:
+        raise DataError("the held-out documents are single tokens: nothing can be evaluated; give longer documents")
+
+
+def max_steps(run: Run, train_rows: TrainRows, global_batch_size: int) -> int:
     """Steps of the run: ``--max_steps``, or what ``--num_train_epochs`` comes to."""
     options = run.options
     if options.num_train_epochs is not None:

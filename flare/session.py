@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from flare import checkpoint as ckpt
@@ -18,6 +17,7 @@ from flare.config import REPO
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines
 from flare.data.tokens import TokenCache
+from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.gpus import peak_tflops
@@ -52,6 +52,7 @@ def run_worker(run: Run) -> int:
         try:
             Session(run, world, cache, *rows).train()
         finally:
+            rows[0].close()
             run.experiment.unlock()
         distributed.stop()
     except FlareError as error:
@@ -95,7 +96,7 @@ class Session:
     """Model, optimizer and progress of one stage, put together and run."""
 
     def __init__(
-        self, run: Run, world: World, cache: TokenCache, train_rows: PackedRows, eval_rows: PackedRows
+        self, run: Run, world: World, cache: TokenCache, train_rows: TrainRows, eval_rows: PackedRows
     ) -> None:
         self.run, self.world, self.cache = run, world, cache
         self.train_rows, self.eval_rows = train_rows, eval_rows
@@ -116,6 +117,7 @@ class Session:
             )
             self.saver.record("finished", progress)
             return
+        self._start_rows(progress)
         self._build(resume_from)
         metrics = None
         if self.world.is_main:
@@ -147,11 +149,16 @@ class Session:
         log.info(f"device: {self.world.size} x {device_name(self.world.device)}, precision {run.precision}")
         log.info(f"NoPE layers: {format_layers(list(run.nope_layers))} of {run.depth}; trains: {run.trainable}")
         log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
-        for side, rows in (("train", self.train_rows), ("held out", self.eval_rows)):
-            log.info(f"{side}: {rows.num_documents:,} documents, {rows.num_tokens:,} tokens, {len(rows):,} rows")
+        log.info(f"train: {self.train_rows.describe()}")
+        log.info(f"held out: {self.eval_rows.describe()}")
+
+    def _start_rows(self, progress: Progress) -> None:
+        """Get the training rows ready, and show the first one that will be trained on."""
+        self.train_rows.start(self.world, progress.data_place, self.saver.global_batch_size)
         if self.world.is_main:
-            first = self.train_rows.batch(np.arange(1)).input_ids[0]
-            for line in row_lines(first, self.cache.end_of_text_id, load_tokenizer(run.init_from)):
+            order = self.train_rows.order(self.options.seed)
+            first = self.train_rows.batch(order.rows(progress.rows, progress.rows + 1)).input_ids[0]
+            for line in row_lines(first, self.cache.end_of_text_id, load_tokenizer(self.run.init_from)):
                 log.info(line)
 
     def _settle_length(self) -> None:

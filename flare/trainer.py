@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from flare import distributed
-from flare.data.order import RowOrder, micro_batches, shares
-from flare.data.packing import Batch, PackedRows
+from flare.data.order import micro_batches, shares
+from flare.data.packing import PackedRows
+from flare.data.train_rows import Batch, TrainRows
 from flare.distributed import World
 from flare.errors import FlareError
 from flare.metrics import MetricsWriter, Throughput, peak_memory_gib, perplexity
@@ -37,6 +38,7 @@ class Progress:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     history: list[dict] = field(default_factory=list)
+    data_place: dict | None = None  # of streamed rows
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -74,7 +76,7 @@ class Parts:
     model: TrainingModel
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]
-    train_rows: PackedRows
+    train_rows: TrainRows
     eval_rows: PackedRows
     max_steps: int
     global_batch_size: int
@@ -110,7 +112,7 @@ class Trainer:
         self.metrics = metrics
         self.module = distributed.wrap_ddp(parts.model, world)
         self.parameters = [p for _, p in parts.model.trainable_parameters()]
-        self.order = RowOrder(options.seed, len(parts.train_rows))
+        self.order = parts.train_rows.order(options.seed)
         counts = shares(parts.global_batch_size, [1.0] * world.size)
         self.first_row = sum(counts[: world.rank])
         self.last_row = self.first_row + counts[world.rank]
@@ -237,7 +239,7 @@ class Trainer:
         progress = self.progress
         return {
             "step": progress.step,
-            "epoch": progress.rows / len(self.parts.train_rows),
+            "epoch": self.parts.train_rows.epochs(progress.rows),
             "tokens": progress.tokens,
         }
 
@@ -272,6 +274,7 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_step == self.progress.step and self.progress.step > 0:
             return
+        self.progress.data_place = self.parts.train_rows.place_at(self.progress.rows)
         self.save(self.progress)
         self.saved_step = self.progress.step
 

@@ -5,26 +5,13 @@ the tokens one further on as labels, so that every token is a target once. With 
 and positions restart at each document, and no document's first token is a target: the model cannot know it.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from flare.data.order import RowOrder
 from flare.data.tokens import TokenCache
+from flare.data.train_rows import Batch, TrainRows
 from flare.errors import DataError
 from flare.loss import IGNORE_INDEX
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Arrays of int64 (B, T)."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids.size
 
 
 def split_documents(hashes: np.ndarray, percentage: float) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +31,7 @@ def split_documents(hashes: np.ndarray, percentage: float) -> tuple[np.ndarray, 
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-class PackedRows:
+class PackedRows(TrainRows):
     """Rows of one side of the split, by index.
 
     Args:
@@ -69,6 +56,18 @@ class PackedRows:
 
     def __len__(self) -> int:
         return self.num_rows
+
+    def order(self, seed: int) -> RowOrder:
+        """Which rows lie at which positions of the run."""
+        return RowOrder(seed, self.num_rows)
+
+    def epochs(self, position: int) -> float:
+        """Passes over the data up to a position."""
+        return position / self.num_rows
+
+    def describe(self) -> str:
+        """For the log."""
+        return f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, {self.num_rows:,} rows"
 
     def num_targets(self, rows: np.ndarray) -> int:
         """Targets in these rows, without reading them."""
