@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -29,9 +30,13 @@ class Child:
         self.tell(first)
 
     def tell(self, message: object) -> None:
-        """Send something. That it is dead is noticed where answers are read."""
+        """Send something. That it is dead is noticed where answers are read.
+
+        Pickled plainly: ``send`` would put a tensor, as streamed sets of ``datasets`` hold one, into shared memory
+        that only children of ``multiprocessing`` can open.
+        """
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.pipe.send(message)
+            self.pipe.send_bytes(pickle.dumps(message))
 
     def how_it_ended(self) -> str:
         """For people; waits for its end."""
@@ -39,6 +44,13 @@ class Child:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         return f"(pid {self.process.pid}) {how}{hint}"
+
+
+def ignore_stop_signals() -> None:
+    """In a process that training reads from: a scheduler, or Ctrl-C, signals the whole group, and the training still
+    has a step to finish. It ends us."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def child_environment(threads: int) -> dict[str, str]:

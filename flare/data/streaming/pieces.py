@@ -81,7 +81,9 @@ def streamed_identity(source: Source) -> str:
                 digest.update(stream.read(END_BYTES))
         return f"streamed files:{digest.hexdigest()}"
     if isinstance(source, HubSource):
-        return f"{source.fingerprint()}:{_hub_files(source)}"
+        spec = source.spec
+        parts = (spec.dataset_name, spec.dataset_config, spec.dataset_split, spec.text_column, _hub_files(source))
+        return ":".join(map(str, ("streamed hub", *parts)))
     return source.fingerprint()
 
 

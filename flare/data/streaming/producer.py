@@ -5,24 +5,24 @@ as the rows on disk leave room, and deletes the blocks that the training has lef
 """
 
 import contextlib
+import os
 import shutil
-import signal
 import sys
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
 from flare.data.build import check_bad_rows
-from flare.data.child import Child
+from flare.data.child import Child, ignore_stop_signals
 from flare.data.documents import BadRows
 from flare.data.streaming.blocks import BlockWriter
 from flare.data.streaming.lanes import Item, Lane
 from flare.data.streaming.messages import WINDOW_BLOCKS, Job, Order, Segment
 from flare.data.streaming.place import Cursor, Place
 from flare.errors import DataError, EnvError, FlareError
-from flare.parent import end_with_parent
 
 MOST_BLOCKS = 4
 """Blocks on disk at most when they are short: a small corpus is not tokenised far ahead for nothing."""
+PARENT_CHECK_SEC = 5.0
 JUDGED_AFTER_ROWS = 100_000
 """Rows after which too large a share of bad ones ends the run before the epoch does."""
 
@@ -180,8 +180,8 @@ class Worker(Child):
 class Producer:
     """Workers, lanes and blocks of one host, until the rank that asked for them closes its pipe."""
 
-    def __init__(self, pipe: Connection, order: Order) -> None:
-        self.pipe, self.order = pipe, order
+    def __init__(self, pipe: Connection, order: Order, parent: int) -> None:
+        self.pipe, self.order, self.parent = pipe, order, parent
         pieces = len(order.job.pieces)
         self.lanes = [Lane(n, order.seed, pieces, order.place) for n in range(len(order.place.cursors))]
         self.merge = Merge(order, self.lanes)
@@ -196,13 +196,19 @@ class Producer:
         while True:
             self._make_blocks()
             self._ask()
+            self._check_parent()
             busy = {worker.pipe: worker for worker in self.workers if worker.is_busy}
-            for pipe in wait([self.pipe, *busy]):
+            for pipe in wait([self.pipe, *busy], PARENT_CHECK_SEC):
                 if pipe is self.pipe:
                     self._discard_below(self.pipe.recv())
                 else:
                     lane, segment = busy[pipe].answer()
                     self.lanes[lane].answered(segment)
+
+    def _check_parent(self) -> None:
+        """A pipe stays open when a fork of its owner outlives it. Raises: EOFError when the owner is gone."""
+        if os.getppid() != self.parent:
+            raise EOFError
 
     def _make_blocks(self) -> None:
         before = self.merge.place
@@ -232,21 +238,23 @@ class Producer:
         self.oldest = max(self.oldest, block)
 
     def close(self) -> None:
-        """End the workers and take the window off the disk."""
+        """End the workers."""
         for worker in self.workers:
             worker.end()
+
+    def clear(self) -> None:
+        """Take the window off the disk. Not after an error: what was announced before it may still be read."""
         shutil.rmtree(self.order.directory, ignore_errors=True)
 
 
 def main() -> int:
-    end_with_parent(signal.SIGTERM, int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    ignore_stop_signals()
     pipe = Connection(int(sys.argv[1]))
-    producer = Producer(pipe, pipe.recv())
+    producer = Producer(pipe, pipe.recv(), int(sys.argv[2]))
     try:
         producer.run()
     except EOFError:  # the training has ended
+        producer.clear()
         return 0
     except OSError as error:
         failure = EnvError(f"cannot write to {producer.order.directory}: {error.strerror or error}")

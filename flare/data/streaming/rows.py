@@ -106,7 +106,8 @@ class StreamedRows(TrainRows):
         return self
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Row indices at positions [first, last). Every rank has then read all positions below ``first``."""
+        """Row indices at positions [first, last), at most a block's. All ranks have read what is below ``first``."""
+        assert last - first <= self.settings.block_rows  # more may not fit into the window
         self._forget_below(first)
         while not self.blocks or self.blocks[-1].block.last_row < last:
             self._open_next()

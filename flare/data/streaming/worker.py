@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from flare.data.child import ignore_stop_signals
 from flare.data.documents import BadRows, text_hash, usable_texts
 from flare.data.encode import Encoder, batches
 from flare.data.rows import Row
@@ -53,7 +54,7 @@ class OpenPiece:
 
 def main() -> int:
     end_with_parent(signal.SIGKILL, int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends us
+    ignore_stop_signals()
     os.nice(NICENESS)
     pipe = Connection(int(sys.argv[1]))
     try:
