@@ -70,10 +70,10 @@ class RandomRows(TrainRows):
         return len(self.tokens)
 
     def order(self, seed: int) -> RowOrder:
-        return RowOrder(seed, len(self))
+        return RowOrder(seed, len(self.tokens))
 
     def epochs(self, position: int) -> float:
-        return position / len(self)
+        return position / len(self.tokens)
 
     def num_targets(self, rows: np.ndarray) -> int:
         return len(rows) * self.seq_len

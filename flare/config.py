@@ -30,6 +30,7 @@ EXAMPLES = """examples:
 
 METAVARS = {
     "int": "N", "float": "X", "bool": "BOOL", "switch": "BOOL|auto", "count": "N|auto", "ids": "ID", "layers": "LAYER",
+    "weights": "W",
 }  # fmt: skip
 
 CLOCK = "clock"
@@ -219,6 +220,8 @@ def _impossible(options: Options, sources: dict[str, str]) -> list[str]:
         problems.append("--num_train_epochs needs the number of rows, which --streaming never knows; give --max_steps")
     if options.streaming and options.prepare_only:
         problems.append("--prepare_only makes a token cache, and --streaming uses none; give one")
+    if options.streaming and options.dataset_weights:
+        problems.append("--dataset_weights mixes several data sets, and --streaming takes one; leave one of them out")
     if not options.streaming and sources.get("streaming_buffer_rows") == "command line":
         problems.append("--streaming_buffer_rows is for --streaming; give both or none")
     if options.gpu_ids is not None and options.gpu_type not in (None, "manual"):

@@ -1,5 +1,6 @@
 """One option's value, from a command line's word or a JSON file: its type, its bounds, and what is wrong with it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ def check_value(name: str, value: Any, from_text: bool = False) -> Any:
         return parse_gpu_ids(value)
     if kind == "layers":
         return _layer_words(value)
+    if kind == "weights":
+        return _weights(value)
     if kind in AUTO_KINDS:  # auto is settled when model and cards are known (flare.setup)
         kind = "auto" if value == "auto" else AUTO_KINDS[kind]
     if kind == "auto":
@@ -62,6 +65,17 @@ def _layer_words(value: Any) -> list[str]:
         # Syntax only: the real depth is known when the model's configuration is read.
         parse_layers(plain, 10_000, "").copy()
     return words
+
+
+def _weights(value: Any) -> list[float]:
+    words = value if isinstance(value, list) else [value]
+    try:
+        weights = [float(part) for word in words for part in str(word).split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(0 < weight < math.inf for weight in weights):
+        raise ConfigError(f"must be numbers above 0, one for each data set (0.7,0.3); got {value!r}")
+    return weights
 
 
 def _from_text(value: str, kind: str) -> Any:

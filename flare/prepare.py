@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from flare.data.build import build_token_cache
-from flare.data.packing import PackedRows, split_documents
+from flare.data.corpus import Corpus, open_corpus, split_specs
+from flare.data.mixture import MixedRows
+from flare.data.packing import PackedRows
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
 from flare.data.streaming.rows import StreamedRows, StreamSettings
 from flare.data.streaming.survey import StreamedCorpus, open_streamed
-from flare.data.tokens import TokenCache, TokenSettings, default_cache_dir
+from flare.data.tokens import TokenSettings, default_cache_dir
 from flare.data.train_rows import TrainRows
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
@@ -20,21 +21,20 @@ from flare.options import Options
 from flare.setup import Run
 
 
-def prepare_data(run: Run) -> TokenCache | StreamedCorpus:
-    """The token cache of this run; built when missing, by one process while the others wait on its lock.
+def prepare_data(run: Run) -> Corpus | StreamedCorpus:
+    """The tokenised data of this run; built when missing, by one process while the others wait on its lock.
     With ``--streaming`` the corpus after a look at its first rows, in its place.
 
     Call before the process group starts: a long build would run into its timeout.
     """
-    return token_cache(run.options, run.init_from, run.config)
+    return tokenised_corpus(run.options, run.init_from, run.config)
 
 
-def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache | StreamedCorpus:
-    """The token cache of the data that the options name, for the tokenizer of a model; or its streamed corpus.
+def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> Corpus | StreamedCorpus:
+    """The data that the options name, as tokens of a model; with ``--streaming`` not tokenised yet.
 
     Raises: ConfigError for a tokenizer that does not belong to the model's ``config``.
     """
-    cache_dir = default_cache_dir(options.cache_dir)
     spec = SourceSpec(
         options.dataset_name,
         options.text_column,
@@ -42,6 +42,7 @@ def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache |
         options.dataset_split,
         options.cache_dir,
         options.streaming,
+        options.dataset_revision,
     )
     tokenizer = load_tokenizer(model_dir)
     rows = int(config["vocab_size"])
@@ -51,23 +52,25 @@ def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache |
             "belong together"
         )
     settings = TokenSettings(options.dataset_size, options.max_bad_rows, options.preprocessing_num_workers)
-    source = open_source(spec, cache_dir)
-    if options.streaming:
-        return open_streamed(source, tokenizer, cache_dir, settings, options.validation_split_percentage)
-    return build_token_cache(source, tokenizer, cache_dir, settings)
+    cache_dir = default_cache_dir(options.cache_dir)
+    specs = split_specs(spec)
+    if not options.streaming:
+        return open_corpus(specs, options.dataset_weights, tokenizer, cache_dir, settings)
+    if len(specs) > 1:
+        raise ConfigError(f"--streaming takes one data set, --dataset_name names {len(specs)}; leave --streaming out")
+    percentage = options.validation_split_percentage
+    return open_streamed(open_source(spec, cache_dir), tokenizer, cache_dir, settings, percentage)
 
 
-def packed_rows(run: Run, cache: TokenCache | StreamedCorpus) -> tuple[TrainRows, PackedRows]:
+def packed_rows(run: Run, corpus: Corpus | StreamedCorpus) -> tuple[TrainRows, PackedRows | MixedRows]:
     """(training rows, held-out rows).
 
     Raises: DataError when the data gives fewer tokens than one step.
     """
     options = run.options
-    if isinstance(cache, StreamedCorpus):
-        return streamed_rows(run, cache)
-    train, held_out = split_documents(cache.hashes, options.validation_split_percentage)
-    train_rows = PackedRows(cache, train, options.max_seq_length, options.packing)
-    eval_rows = PackedRows(cache, held_out, options.max_seq_length, options.packing, keep_last=True)
+    if isinstance(corpus, StreamedCorpus):
+        return streamed_rows(run, corpus)
+    train_rows, eval_rows = corpus.rows(options.validation_split_percentage, options.max_seq_length, options.packing)
     if len(train_rows) < run.global_batch_size:
         raise DataError(
             f"the data gives {train_rows.num_tokens:,} training tokens, one step needs "

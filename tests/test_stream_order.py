@@ -168,11 +168,12 @@ def test_any_block_can_be_gone_on_from(
     pieces = [*corpus(num_pieces, seed, bad), Texts(["1 2 3 4 5 6 7 8"] * 2)]
     whole = Producing(order_of(pieces, tmp_path_factory.mktemp("whole"), max_bad_rows=1.0), 0).make(12)
     for start in range(1, 12, 3):
-        place = Place.from_json(json.loads(json.dumps(whole[start].place.to_json())))
-        assert place == whole[start - 1].end
-        directory = tmp_path_factory.mktemp("again")
-        again = Producing(order_of(pieces, directory, place, max_bad_rows=1.0), 7).make(12)
-        assert [contents(block) for block in again] == [contents(block) for block in whole[start:]]
+        for recorded in (whole[start].place, whole[start - 1].end):  # between them, an epoch's tail may be left out
+            place = Place.from_json(json.loads(json.dumps(recorded.to_json())))
+            assert place == recorded
+            directory = tmp_path_factory.mktemp("again")
+            again = Producing(order_of(pieces, directory, place, max_bad_rows=1.0), 7).make(12)
+            assert [contents(block) for block in again] == [contents(block) for block in whole[start:]]
 
 
 def test_a_record_is_small() -> None:

@@ -69,6 +69,10 @@ class PackedRows(TrainRows):
         """For the log."""
         return f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, {self.num_rows:,} rows"
 
+    def passes(self, position: int) -> list[str]:
+        """How often the data is read up to a position, for the log."""
+        return [f"the run takes {self.epochs(position):.2f} epochs of the data"]
+
     def num_targets(self, rows: np.ndarray) -> int:
         """Targets in these rows, without reading them."""
         begin = np.asarray(rows, dtype=np.int64) * self.seq_len

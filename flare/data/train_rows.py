@@ -53,9 +53,17 @@ class TrainRows:
         """Inputs, labels and position ids of these rows."""
         raise NotImplementedError
 
+    def any_row(self) -> int:
+        """The index of a row that can be read at the moment."""
+        return 0
+
     def epochs(self, position: int) -> float:
         """Passes over the data up to a position."""
         raise NotImplementedError
+
+    def passes(self, position: int) -> list[str]:
+        """How often the data is read up to a position, for the log; nothing where that is not known before."""
+        return []
 
     def describe(self) -> str:
         """For the log."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flare.data.file_formats import LineRange, WholeFile, is_archive, kind_of
-from flare.data.files import FileSource, row_groups
+from flare.data.files import MAX_LISTED_FILES, FileSource, row_groups
 from flare.data.hub_sets import HubSource
 from flare.data.rows import PIECE_BYTES, Piece, Row, Source, gather
 
@@ -66,25 +66,39 @@ def _file_parts(file: Path, column: str, piece_bytes: int) -> list[tuple[Piece, 
     return [(LineSplit(file, column, begin, end), end - begin) for begin, end in pairwise(cuts)]
 
 
-def streamed_identity(source: Source) -> str:
-    """Identity of a source, without reading its files: of local ones, kind, size and both ends.
+def streamed_facts(source: Source) -> dict[str, str]:
+    """What a source is made of, part by part, without reading its files: of local ones, kind, size and both ends.
 
     A change in the middle of a file that keeps its size is not seen.
     """
     if isinstance(source, FileSource):
-        digest = hashlib.sha256(source.text_column.encode())
-        for file in source.files:
-            digest.update(f"{kind_of(file)}:{file.stat().st_size}\0".encode())
-            with open(file, "rb") as stream:
-                digest.update(stream.read(END_BYTES))
-                stream.seek(max(0, file.stat().st_size - END_BYTES))
-                digest.update(stream.read(END_BYTES))
-        return f"streamed files:{digest.hexdigest()}"
+        files = {f"file {source.name_of(file)}": _file_fact(file) for file in source.files}
+        return {"text_column": source.text_column} | files
     if isinstance(source, HubSource):
-        spec = source.spec
-        parts = (spec.dataset_name, spec.dataset_config, spec.dataset_split, spec.text_column, _hub_files(source))
-        return ":".join(map(str, ("streamed hub", *parts)))
-    return source.fingerprint()
+        names = ("dataset_name", "dataset_config", "dataset_split", "text_column")
+        return {name: str(getattr(source.spec, name)) for name in names} | {"files": _hub_files(source)}
+    return source.describe() | {"content": source.fingerprint()}
+
+
+def streamed_identity(facts: dict[str, str]) -> str:
+    """Identity of a source with these facts. Names of files are none of it, as elsewhere."""
+    return hashlib.sha256("\0".join(facts.values()).encode()).hexdigest()
+
+
+def shortened(facts: dict[str, str]) -> dict[str, str]:
+    """The facts as a checkpoint notes them: very many files are one."""
+    if len(facts) <= MAX_LISTED_FILES:
+        return facts
+    return {"files": f"{len(facts):,} files, sha256 of what is noted of them {streamed_identity(facts)[:32]}"}
+
+
+def _file_fact(file: Path) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with open(file, "rb") as stream:
+        digest.update(stream.read(END_BYTES))
+        stream.seek(max(0, size - END_BYTES))
+        digest.update(stream.read(END_BYTES))
+    return f"{kind_of(file)}, {size:,} bytes, sha256 of both ends {digest.hexdigest()[:32]}"
 
 
 def _hub_files(source: HubSource) -> str:
@@ -94,4 +108,6 @@ def _hub_files(source: HubSource) -> str:
     while not hasattr(iterable, "kwargs"):
         iterable = iterable.ex_iterable
     names = [value for value in iterable.kwargs.values() if isinstance(value, list) and isinstance(value[0], str)]
-    return hashlib.sha256("\0".join(name for group in names for name in group).encode()).hexdigest()
+    addresses = [name for group in names for name in group]
+    digest = hashlib.sha256("\0".join(addresses).encode()).hexdigest()
+    return f"{len(addresses):,} addresses, sha256 {digest[:32]}"

@@ -253,7 +253,7 @@ def main() -> int:
     producer = Producer(pipe, pipe.recv(), int(sys.argv[2]))
     try:
         producer.run()
-    except EOFError:  # the training has ended
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the training has ended
         producer.clear()
         return 0
     except OSError as error:

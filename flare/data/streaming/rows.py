@@ -145,6 +145,10 @@ class StreamedRows(TrainRows):
             np.concatenate([part.position_ids for part in parts]),
         )
 
+    def any_row(self) -> int:
+        """The index of a row that can be read at the moment."""
+        return self.blocks[-1].block.first_row
+
     def _by_block(self, rows: np.ndarray) -> Iterator[tuple[OpenBlock, np.ndarray]]:
         """Each block with the indices in it; positions, and so rows, come block by block."""
         for opened in self.blocks:

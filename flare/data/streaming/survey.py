@@ -19,7 +19,7 @@ from flare.data.build import check_bad_rows, open_whole
 from flare.data.documents import BadRows, text_hash, usable_texts
 from flare.data.encode import Encoder, tokenizer_sha256
 from flare.data.rows import Piece, Source
-from flare.data.streaming.pieces import streamed_identity, streamed_pieces
+from flare.data.streaming.pieces import shortened, streamed_facts, streamed_identity, streamed_pieces
 from flare.data.tokens import TokenCache, TokenSettings
 from flare.errors import ConfigError, DataError, EnvError
 from flare.files import write_json
@@ -35,10 +35,13 @@ SURVEYED_ROWS = 1_000_000
 class StreamedCorpus:
     """A corpus that is streamed: its pieces, and what the survey found.
 
-    It has what a ``TokenCache`` has as far as a run's log and identity ask for it. ``held_out`` is one.
+    It has what a ``Corpus`` has as far as a run's log and identity ask for it. ``held_out`` is a token cache.
     """
 
     def __init__(self, source: Source, tokenizer: object, held_out: TokenCache, settings: TokenSettings) -> None:
+        made_with = {"tokenizer": f"sha256 {held_out.meta['tokenizer'][:12]}"}
+        made_with["dataset_size"] = str(settings.dataset_size)
+        self.facts = shortened(streamed_facts(source)) | made_with
         self.meta = held_out.meta
         self.held_out = held_out
         self.encoder = Encoder.of(tokenizer)
@@ -70,7 +73,7 @@ def open_streamed(
     key = {
         "format": FORMAT_VERSION,
         "streaming": True,
-        "data": streamed_identity(source),
+        "data": streamed_identity(streamed_facts(source)),
         "tokenizer": tokenizer_sha256(tokenizer),
         "dataset_size": settings.dataset_size,
     }
