@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from flare import checkpoint as ckpt
@@ -155,11 +156,12 @@ class Session:
         log.info(f"held out: {self.eval_rows.describe()}")
 
     def _start_rows(self, progress: Progress) -> None:
-        """Get the training rows ready, and show the first one that will be trained on."""
-        self.train_rows.start(self.world, progress.data_place, self.saver.global_batch_size)
+        """Get the training rows ready, and show a first one of them."""
+        rows = self.train_rows
+        rows.start(self.world, progress.data_place, self.saver.global_batch_size)
         if self.world.is_main:
-            order = self.train_rows.order(self.options.seed)
-            first = self.train_rows.batch(order.rows(progress.rows, progress.rows + 1)).input_ids[0]
+            rows.order(self.options.seed).rows(progress.rows, progress.rows + 1)  # waits until there are streamed ones
+            first = rows.batch(np.array([rows.any_row()])).input_ids[0]
             for line in row_lines(first, self.corpus.end_of_text_id, load_tokenizer(self.run.init_from)):
                 log.info(line)
 
