@@ -212,6 +212,21 @@ class Options:
         above=0,
         below=100,
     )
+    streaming: bool = option(
+        DATA,
+        "data",
+        "tokenise ahead while training, for data larger than the disk; needs --max_steps",
+        False,
+        kind="bool",
+    )
+    streaming_buffer_rows: int = option(
+        DATA,
+        "data",
+        "rows that are shuffled together with --streaming; three times as many lie on disk at most",
+        16384,
+        kind="int",
+        low=1,
+    )
     max_seq_length: int = option(DATA, "data", "tokens of a packed row", 4096, kind="int", low=8)
     packing: str = option(
         DATA,

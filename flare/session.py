@@ -20,6 +20,8 @@ from flare.config import REPO
 from flare.data.corpus import Corpus, what_changed
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines
+from flare.data.streaming.survey import StreamedCorpus
+from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.gpus import peak_tflops
@@ -64,6 +66,7 @@ def run_worker(run: Run) -> int:
         except torch.OutOfMemoryError as error:
             raise FlareError(out_of_memory(run.plan(), world.rank, device_name(world.device), error)) from error
         finally:
+            rows[0].close()
             run.experiment.unlock()
         distributed.stop()
     except FlareError as error:
@@ -114,7 +117,9 @@ def _prepare_directory(run: Run) -> None:
 class Session:
     """Model, optimizer and progress of one stage, put together and run."""
 
-    def __init__(self, run: Run, world: World, corpus: Corpus, train_rows: PackedRows, eval_rows: PackedRows) -> None:
+    def __init__(
+        self, run: Run, world: World, corpus: Corpus | StreamedCorpus, train_rows: TrainRows, eval_rows: PackedRows
+    ) -> None:
         self.run, self.world, self.corpus = run, world, corpus
         self.train_rows, self.eval_rows = train_rows, eval_rows
         self.options, self.experiment = run.options, run.experiment
@@ -134,8 +139,9 @@ class Session:
             )
             self.saver.record("finished", progress)
             return
+        self._start_rows(progress)
         self._build(resume_from)
-        self._settle_balance(resume_from)
+        self._settle_balance(resume_from, progress.rows)
         metrics = None
         if self.world.is_main:
             metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
@@ -168,9 +174,15 @@ class Session:
         log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
         log.info(f"train: {self.train_rows.describe()}")
         log.info(f"held out: {self.eval_rows.describe()}")
+
+    def _start_rows(self, progress: Progress) -> None:
+        """Get the training rows ready, and show a first one of them."""
+        rows = self.train_rows
+        rows.start(self.world, progress.data_place, self.saver.global_batch_size)
         if self.world.is_main:
-            first = self.train_rows.batch(np.arange(1)).input_ids[0]
-            for line in row_lines(first, self.corpus.end_of_text_id, load_tokenizer(run.init_from)):
+            rows.order(self.options.seed).rows(progress.rows, progress.rows + 1)  # waits until there are streamed ones
+            first = rows.batch(np.array([rows.any_row()])).input_ids[0]
+            for line in row_lines(first, self.corpus.end_of_text_id, load_tokenizer(self.run.init_from)):
                 log.info(line)
 
     def _settle_length(self) -> None:
@@ -281,10 +293,11 @@ class Session:
             compile_layers(self.model)
             log.info("each decoder layer is compiled in the first step, which takes a while")
 
-    def _settle_balance(self, resume_from: Checkpoint | None) -> None:
+    def _settle_balance(self, resume_from: Checkpoint | None, position: int) -> None:
         """Who gets how many rows of a step."""
         size = self.saver.global_batch_size
-        first = np.arange(min(self.run.micro_batch_size, size))
+        micro = min(self.run.micro_batch_size, size)
+        first = self.train_rows.order(self.options.seed).rows(position, position + micro)
 
         def work() -> int:
             if is_sharded(self.model):  # its passes wait for all ranks, so they cannot tell this one's speed

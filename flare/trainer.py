@@ -16,6 +16,7 @@ from flare import distributed
 from flare.balance import equal
 from flare.data.order import portion
 from flare.data.packing import PackedRows
+from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import FlareError
 from flare.garbage import steady_collection
@@ -36,7 +37,7 @@ class Parts:
     model: TrainingModel
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]
-    train_rows: PackedRows
+    train_rows: TrainRows
     eval_rows: PackedRows
     max_steps: int
     global_batch_size: int
@@ -280,6 +281,7 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_step == self.progress.step and self.progress.step > 0:
             return
+        self.progress.data_place = self.parts.train_rows.place_at(self.progress.rows)
         self.save(self.progress)
         self.saved_step = self.progress.step
 
