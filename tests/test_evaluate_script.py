@@ -91,7 +91,7 @@ def test_wikitext_lines_are_joined_to_pages() -> None:
 
 
 def test_hub_names_carry_config_split_and_column() -> None:
-    spec = parse_name("owner/set:en:validation:body", None)
+    spec = parse_name("owner/set:en:validation:body", None).spec
     assert (spec.dataset_name, spec.dataset_config, spec.dataset_split, spec.text_column) == (
         "owner/set", "en", "validation", "body",
     )  # fmt: skip

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from flare.errors import ConfigError, DataError, FlareError
 from flare.evaluation import results as results_module
-from flare.evaluation.perplexity import position_edges, score_documents, tokenize_documents
+from flare.evaluation.corpus import tokenize_documents
+from flare.evaluation.perplexity import position_edges, score_documents
 from flare.evaluation.scorer import TokenScorer
 from flare.evaluation.windows import document_windows
 
@@ -354,7 +355,7 @@ def test_a_loss_that_is_not_finite_names_the_document(bytes_tokenizer):
     with torch.no_grad():
         model.model.embed_tokens.weight[bytes_tokenizer.convert_tokens_to_ids("Z")] = math.nan
     texts = ["a fine document " * 4, "another", "a Zebra"]
-    with pytest.raises(FlareError, match=r"document 2 \('a Zebra'"):
+    with pytest.raises(FlareError, match="document 2 is nan"):
         score(model, bytes_tokenizer, texts)
 
 

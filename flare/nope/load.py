@@ -47,6 +47,7 @@ def load_causal_lm(
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
     config_dict: dict | None = None,
+    device_map: str | dict | None = None,
 ) -> PreTrainedModel:
     """A causal LM of ours or of transformers, in evaluation mode on the CPU; its NoPE layers are proven where its
     config.json says which they are.
@@ -55,6 +56,7 @@ def load_causal_lm(
         directory: a local model directory.
         dtype: of the weights; "auto" is the checkpoint's own.
         config_dict: use this config.json instead of the directory's (same shapes; NoPE layers or theta differ).
+        device_map: accelerate's: "auto" spreads the layers over all cards, then the CPU's memory.
 
     Raises: CheckpointError for missing or misfitting tensors, foreign code (``auto_map``), or layers that
         are not what the configuration says.
@@ -72,16 +74,17 @@ def load_causal_lm(
                 raise CheckpointError(f"{directory} wants to run its own code (auto_map); that is not allowed")
             config = AutoConfig.for_model(**raw)
             architecture = AutoModelForCausalLM
-        model = _load_weights(architecture, directory, config, dtype, attn_implementation)
+        placed = {"attn_implementation": attn_implementation, "device_map": device_map}
+        extra = {name: value for name, value in placed.items() if value is not None}
+        model = _load_weights(architecture, directory, config, dtype, extra)
     if says_which_layers(raw):
         verify_nope(model, nope_layers_of(raw), str(directory))
     return model.eval()
 
 
 def _load_weights(
-    architecture: type, directory: Path, config: object, dtype: torch.dtype | str, attn: str | None
+    architecture: type, directory: Path, config: object, dtype: torch.dtype | str, extra: dict
 ) -> PreTrainedModel:
-    extra = {"attn_implementation": attn} if attn else {}
     try:
         model, info = architecture.from_pretrained(
             directory, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **extra

@@ -23,7 +23,7 @@ def probe_nope_layers(model: torch.nn.Module) -> list[int]:
     in which this model calls its layers, on any architecture that passes ``position_embeddings``.
     """
     decoder = model.get_decoder()
-    device = decoder.embed_tokens.weight.device
+    device = input_device(model)
     input_ids = torch.arange(PROBE_TOKENS, device=device)[None] % decoder.embed_tokens.num_embeddings
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
     calls: list[tuple[torch.nn.Module, dict]] = []
@@ -45,6 +45,14 @@ def probe_nope_layers(model: torch.nn.Module) -> list[int]:
                 hook.remove()
             model.train(was_training)
         return [i for i, (module, kwargs) in enumerate(calls) if _ignores_positions(decoder, module, kwargs)]
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """Where a causal LM's input ids belong: beside its embeddings, which accelerate may keep elsewhere until used."""
+    embeddings = model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    return embeddings.weight.device if place is None else torch.device(place)
 
 
 def _ignores_positions(decoder: torch.nn.Module, attention: torch.nn.Module, kwargs: dict) -> bool:
