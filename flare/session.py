@@ -20,12 +20,15 @@ from flare.data.preview import row_lines
 from flare.data.tokens import TokenCache
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
+from flare.evaluation.during_training import LengthCurve, MoreEvaluation
 from flare.gpus import peak_tflops
+from flare.hub import read_model_config
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
 from flare.metrics_file import enter_stage
 from flare.model import checkpoint_layers, load_for_training
+from flare.nope.format import nope_layers_of
 from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
@@ -274,7 +277,20 @@ class Session:
             global_batch_size=self.saver.global_batch_size,
             flops_per_token=float(self.run.plan().flops.model),
             peak_flops=peak * 1e12 * self.world.size if peak else None,
+            more_evaluation=self._more_evaluation(),
         )
+
+    def _more_evaluation(self) -> MoreEvaluation:
+        """The length curve, if asked for; and of a model that nothing has trained yet, what the base's loss is."""
+        run, options, model, world = self.run, self.options, self.model, self.world
+        curve = None
+        if options.eval_context_lengths:
+            tokens = options.per_device_train_batch_size * options.max_seq_length
+            lengths = options.eval_context_lengths
+            curve = LengthCurve(model.causal_lm, self.eval_rows, lengths, tokens, world, model.bf16)
+        raw = read_model_config(run.init_from)
+        changed = raw.get("nope_temperature") or (nope_layers_of(raw) and "flare" in raw)
+        return MoreEvaluation(model.causal_lm, curve, from_base=bool(run.nope_layers) and not changed)
 
     def _finish(self, ended: str, progress: Progress) -> None:
         """Final model and status, or the status of a clean stop."""

@@ -87,7 +87,7 @@ def test_wikitext_lines_are_joined_to_pages() -> None:
     first = [" = First = \n", " \n", " text . \n", " = = Section = = \n", " more . \n"]
     lines = [" \n", *first, " = Second = \n", " x \n"]
     pages = list(join_pages(iter(lines)))
-    assert pages == [" \n", "".join(lines[1:6]), "".join(lines[6:])]
+    assert pages == ["".join(lines[1:6]), "".join(lines[6:])]
 
 
 def test_hub_names_carry_config_split_and_column() -> None:

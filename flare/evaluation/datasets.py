@@ -102,8 +102,9 @@ def join_pages(lines: Iterator[str]) -> Iterator[str]:
     """WikiText's lines joined to its pages; a page begins with a line ``= Title =``."""
     page: list[str] = []
     for line in lines:
-        if WIKITEXT_TITLE.match(line) and page:
-            yield "".join(page)
+        if WIKITEXT_TITLE.match(line):
+            if "".join(page).strip():
+                yield "".join(page)
             page = []
         page.append(line)
     if "".join(page).strip():

@@ -1,5 +1,6 @@
 """Tasks of EleutherAI's lm-eval on the model that is loaded already. lm-eval is optional: ``pip install lm-eval``."""
 
+import functools
 import math
 import re
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ def check_lm_eval(tasks: tuple[str, ...]) -> None:
     files = [task for task in tasks if _is_file(task)]
     missing = [file for file in files if not Path(file).is_file()]
     if not missing:
-        known = _task_manager(files)
+        known = _task_manager(tasks)
         missing = [task for task in tasks if not known.match_tasks([_name(task)])]
     if missing:
         raise ConfigError(f"--lm_eval_tasks {','.join(tasks)}: no such task: {', '.join(missing)} (lm-eval ls tasks)")
@@ -32,10 +33,9 @@ def run_lm_eval(model: nn.Module, tokenizer, settings: EvaluationSettings) -> di
 
     Returns: ``{"version", "tasks": {task: {metric: value}}, "num_samples": {task: n}, "num_fewshot"}``; metrics are
     named as lm-eval names them, with ``,filter`` behind.
-    Raises: EnvError, ConfigError as ``check_lm_eval``.
+    ``check_lm_eval`` comes before.
     """
     tasks = settings.lm_eval_tasks
-    check_lm_eval(tasks)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -49,7 +49,7 @@ def run_lm_eval(model: nn.Module, tokenizer, settings: EvaluationSettings) -> di
     found = lm_eval.simple_evaluate(
         model=wrapped,
         tasks=[_name(task) for task in tasks],
-        task_manager=_task_manager([task for task in tasks if _is_file(task)]),
+        task_manager=_task_manager(tasks),
         limit=settings.lm_eval_limit,
         random_seed=settings.seed,
         numpy_random_seed=settings.seed,
@@ -80,12 +80,13 @@ def _name(task: str) -> str:
     return found[1]
 
 
-def _task_manager(files: list[str]):
-    """lm-eval's index of its own tasks and those in the files' directories."""
+@functools.cache
+def _task_manager(tasks: tuple[str, ...]):
+    """lm-eval's index of the tasks in the files' directories and, where one is given by name, of its own."""
     from lm_eval.tasks import TaskManager
 
-    directories = sorted({str(Path(file).resolve().parent) for file in files})
-    return TaskManager(include_path=directories or None)
+    directories = sorted({str(Path(task).resolve().parent) for task in tasks if _is_file(task)})
+    return TaskManager(include_path=directories or None, include_defaults=not all(map(_is_file, tasks)))
 
 
 def _plain(metrics: dict) -> dict[str, float]:
