@@ -140,7 +140,8 @@ def test_contexts_in_plain_words():
     mine = model("stage 2", "trained", {1024: 11.2, 4096: 10.03, 16384: 9.1})
     assert context_verdict([base, mine], "stage 2", 4096) == (
         "By context length on pg19: at 4,096 tokens within 0.3 % of base; "
-        "at 16,384 tokens perplexity 9.10 against 410.00 of base."
+        "at 16,384 tokens perplexity 9.10 against 410.00 of base. "
+        "Beyond the training length it holds up better than base."
     )
     alone = context_verdict([mine], "stage 2", None)
     assert alone == "By context length on pg19: at 1,024 tokens perplexity 11.20; at 16,384 tokens perplexity 9.10."

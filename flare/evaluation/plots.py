@@ -188,7 +188,7 @@ def new_axes(
 
 
 def label_right(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
-    """Write (loss, label, colour) at the right edge at its height, moved up where two would overlap."""
+    """Write (value, label, colour) at the right edge at its height, moved where two would overlap."""
     heights = []
     for value, label, color in ends:
         pixel = axes.transData.transform((axes.get_xlim()[1], value))[1]
@@ -200,12 +200,18 @@ def label_right(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
 
 
 def spread(items: list[tuple[float, tuple]], gap: float) -> list[tuple[float, tuple]]:
-    """Heights in ascending order, each at least ``gap`` above the one below."""
+    """Heights in ascending order, each at least ``gap`` above the one below; those pushed over the top (1) go down
+    again as far as there is room."""
     placed: list[tuple[float, tuple]] = []
     for height, content in sorted(items, key=lambda item: item[0]):
         if placed:
             height = max(height, placed[-1][0] + gap)
         placed.append((height, content))
+    ceiling = 1.0
+    for index in reversed(range(len(placed))):
+        height, content = placed[index]
+        placed[index] = (min(height, ceiling), content)
+        ceiling = placed[index][0] - gap
     return placed
 
 

@@ -29,7 +29,7 @@ def plot_context_lengths(
             lengths = [row["context_length"] for row in rows]
             # 1e12: what no picture can show is drawn at its edge.
             values = [math.exp(min(row["loss"], math.log(1e12))) for row in rows]
-            axes.plot(lengths, values, color=color, marker="o", markersize=5, linewidth=2)
+            axes.plot(lengths, values, color=color, marker="o", markersize=5, linewidth=2, markeredgecolor="white")
             ends.append((values[-1], f"{label} {short(values[-1])}", color))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -49,7 +49,8 @@ def _few_ticks(axes: Axes) -> None:
     if high / low < 1.2:
         low, high = low / 1.1, high * 1.1
         axes.set_ylim(low, high)
-    candidates = [m * 10.0**e for e in range(-3, 13) for m in (1, 1.5, 2, 3, 5, 7)]
+    steps = (1, 2, 5) if high / low > 12 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    candidates = [m * 10.0**e for e in range(-3, 13) for m in steps]
     ticks = [tick for tick in candidates if low <= tick <= high]
     step = max(1, math.ceil(len(ticks) / 7))
     if len(ticks) < 3:
@@ -107,7 +108,7 @@ def _heat_map(axes: Axes, rows: list[dict], kind: str, training_length: int | No
             if value is not None:
                 color = "black" if value > 55 else "white"
                 axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=color, fontsize=8.5)
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8, rotation=30, ha="right")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
     axes.set_yticks(range(len(depths)), [str(depth) for depth in depths], fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

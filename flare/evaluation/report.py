@@ -229,7 +229,7 @@ def _settings(results: dict) -> str:
         ),
         ("RoPE theta", "–" if model["rope_theta"] is None else f"{model['rope_theta']:g}"),
         ("tokenizer SHA-256", model["tokenizer_sha256"]),
-        *((name.replace("_", " "), value) for name, value in results["settings"].items()),
+        *((name.replace("_", " "), _value(value)) for name, value in results["settings"].items()),
     ]
     throughput = results["throughput"]
     if throughput["tokens_per_sec"]:
@@ -238,26 +238,51 @@ def _settings(results: dict) -> str:
         rows.append(("peak memory", f"{throughput['peak_memory_bytes'] / 2**30:.2f} GiB"))
     rows += results["environment"].items()
     text = "## Settings\n\n" + table(("setting", "value"), rows)
-    if results["settings"].get("protocol") == "document":
-        text += (
-            "\n\nProtocol `document`: each document alone, in disjoint windows of `max_length` predicted "
-            "tokens with one token of context, the last window filled to the left; the first token is "
-            "predicted from the prefix token. Every token is scored exactly once, as by lm-eval's rolling "
-            "log-likelihood."
+    return text + "\n\n" + _protocol(results["settings"])
+
+
+def _protocol(settings: dict) -> str:
+    """The protocol in words."""
+    what = {
+        "document": "Protocol `document`: each document alone, behind the prefix token",
+        "concat": "Protocol `concat`: all documents in one sequence behind the prefix token, joined by the "
+        "end-of-text token, which is context and not scored",
+    }
+    if settings.get("stride"):
+        how = "in windows of `max_length` tokens that move by `stride`"
+    else:
+        how = (
+            "in disjoint windows of `max_length` predicted tokens with one token of context, the last window filled "
+            "to the left"
         )
-    return text
+    same = ""
+    if settings.get("protocol", "document") == "document" and not settings.get("stride"):
+        same = ", as by lm-eval's rolling log-likelihood"
+    return f"{what[settings.get('protocol', 'document')]}, {how}. Every token is scored exactly once{same}."
+
+
+def _value(value: object) -> object:
+    """A setting as a table shows it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return value
 
 
 def _notes(results: dict, rows: list[ComparisonRow]) -> str:
     """What is known about such models and bears on these numbers."""
-    notes = [*_nope_notes(results["model"]["nope_layers"]), *_comparison_notes(rows)]
+    notes = [
+        *_nope_notes(results["model"]["nope_layers"], bool(results.get("context_lengths"))),
+        *_comparison_notes(rows),
+    ]
     names = " ".join(results["datasets"]).lower()
     if "wikitext-2" in names.replace("wikitext2", "wikitext-2") and "wikitext-103" in names:
         notes.append("WikiText-2 and WikiText-103 share their test set: these are not two results.")
     return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else ""
 
 
-def _nope_notes(layers: list[int]) -> list[str]:
+def _nope_notes(layers: list[int], measured: bool) -> list[str]:
     if not layers:
         return []
     ablation = (
@@ -272,13 +297,18 @@ def _nope_notes(layers: list[int]) -> list[str]:
     if nope_pattern(layers) == "band":
         notes.append(
             "The NoPE layers are one block. A late block alone hardly extrapolates beyond the training "
-            f"length ({ablation}). Good perplexity here says nothing about longer contexts; the interleaved "
+            f"length ({ablation}). Good perplexity at that length says nothing about longer contexts; the interleaved "
             "layout, `--no_rope_layers every:4`, is the one that extrapolates."
         )
     if nope_pattern(layers) == "interleaved":
         notes.append(
-            f"The NoPE layers are interleaved, the layout that extrapolates ({ablation}). The perplexity "
-            "here was measured up to `max_length` only and does not show it."
+            f"The NoPE layers are interleaved, the layout that extrapolates ({ablation}). "
+            + (
+                "Whether this model does, the table of context lengths says."
+                if measured
+                else "The perplexity here was measured up to `max_length` only and does not show it "
+                "(`--context_lengths` would)."
+            )
         )
     return notes
 

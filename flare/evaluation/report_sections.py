@@ -77,7 +77,7 @@ def recovery_section(results: dict) -> str:
         ("RoPE removed, untrained", f"{found['untrained_loss']:.4f}"),
         ("jump", f"{found['jump']:+.4f}"),
         (f"after {found['total_tokens']:,} trained tokens", f"{found['final_loss']:.4f}"),
-        ("remains (above the base)", f"{found['remaining']:+.4f}"),
+        ("remains (below 0: better than the base)", f"{found['remaining']:+.4f}"),
     ]
     if found["won_back_percent"] is not None:
         rows.append(("won back", f"{found['won_back_percent']:.1f} %"))
@@ -85,7 +85,7 @@ def recovery_section(results: dict) -> str:
         rows.append(("tokens to 95 %", "not reached" if tokens is None else f"at most {tokens:,}"))
     return (
         "## Recovery\n\nLoss in nats per token on the documents that training held out, packed as in training; the "
-        f"curve is the first plot.\n\n{table(('', 'loss'), rows)}"
+        f"curve is the first plot.\n\n{table(('measure', 'value'), rows)}"
     )
 
 

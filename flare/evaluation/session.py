@@ -16,7 +16,7 @@ from flare.evaluation.measure import Measurement, Place, Task
 from flare.evaluation.models import Milestone, experiment_of, milestones
 from flare.evaluation.options import EvaluationSettings
 from flare.evaluation.recovery import recovery_of
-from flare.evaluation.report import write_report
+from flare.evaluation.report import report_verdict, write_report
 from flare.evaluation.results import add_failure, write_results
 from flare.evaluation.tensorboard import write_tensorboard
 from flare.experiment import environment_lines
@@ -111,13 +111,15 @@ class Evaluation:
             results["comparison"] = comparison(model, reference_of(others), settings.seed)
             results["milestones"] = milestone_records(ordered)
             rows = comparison_rows(ordered, settings.seed)
+        trained = training_length(stages)
+        results["verdict"] = report_verdict(results, rows, model.who.label, trained)
         write_results(results, self.results_file)
         figures = draw_figures(results, model.who.label, _positions(ordered), stages, settings.output_dir / "plots")
         write_tensorboard(results, settings.output_dir / "tensorboard", figures)
         if experiment is not None:  # beside the stages' curves, too
             write_tensorboard(results, experiment.tensorboard / "evaluation", figures)
         report = settings.output_dir / "evaluation_report.md"
-        write_report(results, report, figures, rows, model.who.label, training_length(stages))
+        write_report(results, report, figures, rows, model.who.label, trained)
         if complete:
             self.parts.clear()
         log.info(f"report: {report}")

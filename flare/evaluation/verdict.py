@@ -17,6 +17,10 @@ NO_JUMP_NATS = 0.005
 """Below this, removing RoPE changed nothing that is worth a percentage (a guess: half a percent)."""
 
 
+CLEAR_NATS = 0.02
+"""What two losses must lie apart beyond the training length to be called different (a guess: 2 % of perplexity)."""
+
+
 @dataclass(frozen=True)
 class ComparisonRow:
     """One model on one data set, a line of the report's comparison table."""
@@ -151,7 +155,18 @@ def context_verdict(models: list[dict], label: str, training_length: int | None)
         row = next(r for r in rows if r["context_length"] == row)
         other = theirs.get(row["context_length"])
         parts.append(_at_length(row, other, base["label"] if base else ""))
-    return f"By context length on {name}: {'; '.join(parts)}."
+    far = _reach(rows[-1], theirs.get(_length(rows[-1])), base, training_length)
+    return f"By context length on {name}: {'; '.join(parts)}.{far}"
+
+
+def _reach(row: dict, other: dict | None, base: dict | None, training_length: int | None) -> str:
+    """What the longest context says, where it goes beyond the training length; '' else."""
+    if other is None or training_length is None or _length(row) <= training_length:
+        return ""
+    if row["loss"] < other["loss"] - CLEAR_NATS:
+        return f" Beyond the training length it holds up better than {base['label']}."
+    better = "about as well as" if row["loss"] <= other["loss"] + CLEAR_NATS else "worse than"
+    return f" Beyond the training length it holds up {better} {base['label']}."
 
 
 def _length(row: dict) -> int:
