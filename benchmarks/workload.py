@@ -19,6 +19,7 @@ from statistics import median
 import numpy as np
 
 from flare.config import REPO
+from flare.data.order import RowOrder
 from flare.data.packing import Batch
 from flare.shapes import ModelShape
 
@@ -67,6 +68,12 @@ class RandomRows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def order(self, seed: int) -> RowOrder:
+        return RowOrder(seed, len(self.tokens))
+
+    def epochs(self, position: int) -> float:
+        return position / len(self.tokens)
 
     def num_targets(self, rows: np.ndarray) -> int:
         return len(rows) * self.seq_len

@@ -15,7 +15,8 @@ class Microbatch:
     """What one forward and backward pass works on, and the number formats it works in.
 
     In bf16 runs matmuls run in bf16 under autocast; frozen weights are bf16 and trainable ones fp32. The
-    residual stream has the dtype of the embedding: bf16 when that is frozen, fp32 when it trains.
+    residual stream has the dtype of the embedding: bf16 when that is frozen, fp32 when it trains. Sharded runs
+    gather all weights in bf16 and need no autocast.
     """
 
     rows: int  # B
@@ -24,6 +25,7 @@ class Microbatch:
     fp32_residual: bool
     document_mask: bool = True  # packed rows: SDPA gets a (B, 1, T, T) mask and k, v expanded to all heads
     eager_attention: bool = False
+    autocast: bool = True  # of a bf16 run
 
     @property
     def tokens(self) -> int:
@@ -94,7 +96,7 @@ def layer_saved_bytes(shape: ModelShape, batch: Microbatch, trainable: Trainable
     # The input of the lowest trainable layer needs no gradient, unless the embedding below it trains.
     input_has_grad = trainable.everything or layer_idx > first
     # A trainable norm multiplies by its fp32 weight, which makes the output fp32.
-    normed_bytes = FP32_BYTES if mlp else max(batch.residual_bytes, compute)
+    normed_bytes = FP32_BYTES if mlp and batch.autocast else max(batch.residual_bytes, compute)
     saved = norm_saved_bytes(hidden, n, batch.residual_bytes, mlp, input_has_grad)
     saved += norm_saved_bytes(hidden, n, batch.residual_bytes, mlp, True)
     if attention:

@@ -8,6 +8,7 @@ tensors are in safetensors files: nothing here ever unpickles.
       model.safetensors       trainable weights as fp32 masters, frozen ones in their dtype
       config.json, tokenizer  so that a checkpoint opens as a model, too
       optimizer.safetensors   optimizer state by parameter name
+                              (large ones in several files with an index, as transformers names them)
       trainer_state.json      progress, history, and what the run must still agree with at resume
       manifest.json           bytes and sha256 of every file
 """
@@ -22,14 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from flare.distributed import World, on_main, together
 from flare.errors import CheckpointError, EnvError
 from flare.files import write_json
 from flare.nope.format import write_config
-from flare.nope.shards import save_tensors  # noqa: F401 (saving.py writes through this module)
+from flare.tensor_files import write_tensors
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -104,41 +104,76 @@ def newest_complete(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
-def write_checkpoint(directory: Path, step: int, files: dict[str, Callable[[Path], None]], facts: dict) -> Checkpoint:
-    """Write ``checkpoint-<step>`` whole or not at all. Called on one rank.
+def write_checkpoint(
+    target: Path,
+    state: dict[str, dict[str, torch.Tensor]],
+    files: dict[str, Callable[[Path], None]],
+    facts: dict,
+    world: World,
+) -> None:
+    """Write a checkpoint whole or not at all. A collective.
 
     Args:
-        files: name -> function that writes that file at the path it is given.
+        target: ``.../checkpoint-<step>``.
+        state: stem of the file names -> named tensors, which all ranks write together (see ``tensor_files``).
+        files: name -> function that writes that file at the path it is given, on rank 0.
         facts: what the manifest says besides the files (step, tokens, stage, world size, ...).
     Raises: EnvError when the disk is full or the directory cannot be written; nothing is left behind.
     """
-    target = directory / f"checkpoint-{step}"
-    part = directory / f".tmp-{target.name}"
+    part = target.with_name(f".tmp-{target.name}")
+
+    def write() -> None:
+        on_main(world, lambda: _begin(part))
+        written = [path for stem, tensors in state.items() for path in write_tensors(tensors, part, stem, world)]
+        entries: dict[str, dict] = {}
+        for sealed in together(world, lambda: {path.name: _seal(path) for path in written}):
+            entries |= sealed
+        on_main(world, lambda: _commit(part, target, files, entries, facts))
+
+    _whole_or_not(write, part, world)
+
+
+def _begin(part: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+
+
+def _seal(path: Path) -> dict:
+    """The manifest's entry of a file that is on the disk for good."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _commit(part: Path, target: Path, files: dict[str, Callable[[Path], None]], entries: dict, facts: dict) -> None:
+    """Add the small files and the manifest, and give the directory its name."""
+    for name, write in files.items():
+        write(part / name)
+    entries |= {path.name: _seal(path) for path in sorted(part.iterdir()) if path.name not in entries}
+    manifest = {"format_version": FORMAT_VERSION, **facts, "files": dict(sorted(entries.items()))}
+    write_json(part / "manifest.json", manifest)
+    if target.exists():  # an older, damaged or unfinished one of the same step
+        remove_checkpoint(target)
+    os.rename(part, target)
+    _sync(target.parent)
+
+
+def _whole_or_not(write: Callable[[], None], part: Path, world: World) -> None:
+    """Run a collective that writes into ``part``; when it fails, on all ranks alike, remove that.
+
+    Raises: EnvError for what the disk refused, else what failed.
+    """
     try:
-        part.mkdir(parents=True)
-        for name, write in files.items():
-            write(part / name)
-        entries = {}
-        for path in sorted(part.iterdir()):
-            _sync(path)
-            entries[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        manifest = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": entries}
-        write_json(part / "manifest.json", manifest)
-        if target.exists():  # an older, damaged or unfinished one of the same step
-            remove_checkpoint(target)
-        os.rename(part, target)
-        _sync(directory)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise _disk_error(directory, error) from error
-    return Checkpoint(target, step)
+        write()
+    except (OSError, EnvError) as error:
+        failure = _disk_error(part.parent, error)
+        on_main(world, lambda: shutil.rmtree(part, ignore_errors=True))
+        raise failure from error
 
 
-def _disk_error(directory: Path, error: OSError) -> EnvError:
+def _disk_error(directory: Path, error: OSError | EnvError) -> EnvError:
     free = shutil.disk_usage(directory).free if directory.exists() else 0
     return EnvError(
-        f"cannot write a checkpoint to {directory}: {error.strerror or error} ({free / 2**30:.2f} GiB free); "
+        f"cannot write to {directory}: {getattr(error, 'strerror', None) or error} ({free / 2**30:.2f} GiB free); "
         "earlier checkpoints are untouched; free some space and run the same command again"
     )
 
@@ -187,68 +222,48 @@ def set_aside_newer(directory: Path, step: int) -> list[str]:
 # -- tensors --------------------------------------------------------------------------------------
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, on the CPU.
-
-    Raises: CheckpointError when it is missing or damaged.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+def model_tensors(causal_lm: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All weights by name, a tied one once, as they are: on their device, sharded or not."""
+    return {name: p.detach() for name, p in causal_lm.named_parameters()}
 
 
-def model_tensors(causal_lm: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """All weights by name, a tied one once, on the CPU (a card may have no room for a copy); in ``dtype`` or as
-    they are."""
-    return {name: p.detach().to("cpu", dtype or p.dtype) for name, p in causal_lm.named_parameters()}
-
-
-@torch.no_grad()
-def restore_weights(causal_lm: PreTrainedModel, path: Path) -> None:
-    """Copy every weight of a checkpoint into the model, in the dtype that the model holds it in.
-
-    Raises: CheckpointError when names differ.
-    """
-    parameters = dict(causal_lm.named_parameters())
-    with safe_open(path, "pt") as file:
-        names = set(file.keys())
-        if names != set(parameters):
-            different = sorted(names ^ set(parameters))[0]
-            raise CheckpointError(f"{path} holds other weights than the model (first difference: {different})")
-        for name, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(name))
-
-
-def model_files(
-    config: dict, tokenizer_dir: Path, name: str, weights: Callable[[Path], None]
-) -> dict[str, Callable[[Path], None]]:
-    """Writers for the files that make a directory a model: weights, config, modelling code, tokenizer."""
-    files = {name: weights, "config.json": lambda path: write_config(config, path.parent)}
+def model_files(config: dict, tokenizer_dir: Path) -> dict[str, Callable[[Path], None]]:
+    """Writers for what makes a directory with weights a model: config, modelling code, tokenizer."""
+    files = {"config.json": lambda path: write_config(config, path.parent)}
     for file in TOKENIZER_FILES:
         if (tokenizer_dir / file).is_file():
             files[file] = lambda path, source=tokenizer_dir / file: shutil.copyfile(source, path)
     return files
 
 
-def export_model(target: Path, files: dict[str, Callable[[Path], None]]) -> None:
-    """Write a model directory whole or not at all, replacing an earlier one.
+def export_model(
+    target: Path, weights: Callable[[Path], list[Path]], files: dict[str, Callable[[Path], None]], world: World
+) -> None:
+    """Write a model directory whole or not at all, replacing an earlier one. A collective.
 
+    Args:
+        weights: a collective that writes the weights into a directory; returns the files that this rank wrote.
+        files: as in ``write_checkpoint``; they are written after the weights.
     Raises: EnvError when the disk is full.
     """
     part = target.with_name(f".tmp-{target.name}")
+
+    def write() -> None:
+        on_main(world, lambda: _begin(part))
+        written = weights(part)
+        together(world, lambda: [_sync(path) for path in written])
+        on_main(world, lambda: _replace(part, target, files))
+
+    _whole_or_not(write, part, world)
+
+
+def _replace(part: Path, target: Path, files: dict[str, Callable[[Path], None]]) -> None:
     old = target.with_name(f".tmp-old-{target.name}")
-    try:
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, write in files.items():
-            write(part / name)
-            _sync(part / name)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(part, target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise _disk_error(target.parent, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+    for name, write in files.items():
+        write(part / name)
+        _sync(part / name)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(part, target)
+    shutil.rmtree(old, ignore_errors=True)

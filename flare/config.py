@@ -30,6 +30,7 @@ EXAMPLES = """examples:
 
 METAVARS = {
     "int": "N", "float": "X", "bool": "BOOL", "switch": "BOOL|auto", "count": "N|auto", "ids": "ID", "layers": "LAYER",
+    "weights": "W",
 }  # fmt: skip
 
 CLOCK = "clock"

@@ -20,6 +20,7 @@ from flare.errors import ConfigError, EnvError, FlareError
 from flare.fabric import LIMIT_SEC, check_fabric, meet
 from flare.gpus import check_card
 from flare.nvidia_smi import Gpu
+from flare.sharding import is_sharded, whole
 
 T = TypeVar("T")
 
@@ -182,12 +183,12 @@ def _waiting_group() -> dist.ProcessGroup:
 
 
 def wrap_ddp(module: torch.nn.Module, world: World) -> torch.nn.Module:
-    """Data parallel training over all ranks; the module itself at world size 1.
+    """Data parallel training over all ranks; the module itself at world size 1, and when it is sharded.
 
-    DDP divides summed gradients by the number of ranks; the trainer multiplies its loss by it, so that
+    DDP, as FSDP2, divides summed gradients by the number of ranks; the trainer multiplies its loss by it, so that
     gradients are sums over the global batch whatever the layout.
     """
-    if world.size == 1:
+    if world.size == 1 or is_sharded(module):
         return module
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -195,7 +196,10 @@ def wrap_ddp(module: torch.nn.Module, world: World) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def reduce_gradients(module: torch.nn.Module, now: bool) -> Iterator[None]:
-    """Run a backward pass with or without the gradient reduction (only the last micro-batch needs it)."""
+    """Run a backward pass with or without the gradient reduction (only the last micro-batch needs it).
+
+    A sharded model reduces each time: what it would sum up until the last are whole gradients.
+    """
     if now or not isinstance(module, DistributedDataParallel):
         yield
     else:
@@ -203,23 +207,45 @@ def reduce_gradients(module: torch.nn.Module, now: bool) -> Iterator[None]:
             yield
 
 
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip the gradients to this norm over all parameters and shards. Returns the norm before, shape ()."""
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
 def on_main(world: World, work: Callable[[], T]) -> T:
     """Do something on rank 0 only; its (small, picklable) result or its error reaches every rank.
 
     A collective: every rank calls it. So all ranks go on together or fail together.
     """
+    return together(world, lambda: work() if world.is_main else None)[0]
+
+
+def together(world: World, work: Callable[[], T]) -> list[T]:
+    """Do something on every rank; everyone's (small, picklable) result, by rank. A collective.
+
+    Raises: on every rank the same error, that of the first rank that failed.
+    """
     result, failure = None, None
-    if world.is_main:
-        try:
-            result = work()
-        except FlareError as error:
-            failure = error
-        except OSError as error:
-            failure = EnvError(str(error))
-        except Exception as error:  # whatever it is: the others must not wait for a rank that is gone
-            failure = FlareError(f"rank 0: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-    result, failure = gather_objects((result, failure))[0]
-    if failure is not None:
-        raise failure
-    return result
+    try:
+        result = work()
+    except FlareError as error:
+        failure = error
+    except OSError as error:
+        failure = EnvError(str(error))
+    except Exception as error:  # whatever it is: the others must not wait for a rank that is gone
+        failure = FlareError(f"rank {world.rank}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+    results, failures = zip(*gather_objects((result, failure)), strict=True)
+    _raise_first_of(failures)
+    return list(results)
+
+
+def raise_first(failure: Exception | None) -> None:
+    """Raise on every rank what failed on the first rank that failed, if any did. A collective."""
+    _raise_first_of(gather_objects(failure))
+
+
+def _raise_first_of(failures: Sequence[Exception | None]) -> None:
+    for failure in failures:
+        if failure is not None:
+            raise failure

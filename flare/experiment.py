@@ -85,6 +85,16 @@ class Experiment:
             candidates.append(self.final_model)
         return next((path for path in candidates if (path / "config.json").is_file()), None)
 
+    def batch_to_continue(self) -> int | None:
+        """Rows of an optimizer step of the run that lies here, as its newest checkpoint says; None without one."""
+        states = self.checkpoints.glob("checkpoint-*/trainer_state.json")
+        for path in sorted(states, key=lambda p: int(p.parent.name.rpartition("-")[2]), reverse=True):
+            try:
+                return int(json.loads(path.read_text(encoding="utf-8"))["global_batch_size"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return None
+
     # -- lock --------------------------------------------------------------------------------------
 
     def lock(self) -> None:

@@ -18,7 +18,7 @@ from flare.setup import Hardware, Run
 DEVICE_VARIABLE = "FLARE_DEVICE"
 CARDS_VARIABLE = "FLARE_PLANNED_CARDS"
 SETTLED_VARIABLE = "FLARE_SETTLED"
-SETTLED_OPTIONS = ("per_device_train_batch_size", "global_batch_size", "gradient_checkpointing")
+SETTLED_OPTIONS = ("per_device_train_batch_size", "global_batch_size", "gradient_checkpointing", "parallel")
 
 
 def export_environment(run: Run, selection: Selection | None) -> dict[str, str]:

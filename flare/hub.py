@@ -21,7 +21,7 @@ def local_model_dir(name: str, cache_dir: str | None = None, files: list[str] = 
     path = Path(name)
     if path.is_dir():
         return path
-    with hub_errors(name):
+    with hub_errors(name, cache_dir):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=files))
@@ -29,14 +29,14 @@ def local_model_dir(name: str, cache_dir: str | None = None, files: list[str] = 
 
 def read_hub_config(name: str, cache_dir: str | None = None) -> dict:
     """config.json of a hub model, without its weights. Raises: as ``local_model_dir``."""
-    with hub_errors(name):
+    with hub_errors(name, cache_dir):
         from huggingface_hub import hf_hub_download
 
         return read_model_config(Path(hf_hub_download(name, "config.json", cache_dir=cache_dir)).parent)
 
 
 @contextlib.contextmanager
-def hub_errors(name: str) -> Iterator[None]:
+def hub_errors(name: str, cache_dir: str | None = None) -> Iterator[None]:
     """Errors of the hub's client as ours; a name that can be no hub name is refused first."""
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ConfigError(f"model {name!r} is no directory; give a directory or a hub name like Qwen/Qwen2.5-3B")
@@ -51,10 +51,38 @@ def hub_errors(name: str) -> Iterator[None]:
     except FlareError:
         raise
     except Exception as error:  # the hub's client raises many kinds when the network is down
+        cached = ", ".join(cached_repositories("model", cache_dir)) or "none"
         raise EnvError(
             f"model {name!r} is no directory and the hub cannot be reached ({type(error).__name__}); give a "
-            "directory, or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use what is cached"
+            "directory, or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use what is cached; cached models: "
+            f"{cached}"
         ) from error
+
+
+def cached_repositories(kind: str, cache_dir: str | None = None) -> list[str]:
+    """Names of the repositories of a kind (model or dataset) in the hub's caches, ``cache_dir`` and the usual one.
+
+    Those of which only the card lies there are left out; whether the others are complete is not checked.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    names = set()
+    for root in filter(None, (cache_dir, HF_HUB_CACHE)):
+        for folder in Path(root).glob(f"{kind}s--*"):
+            if any(file.name != "README.md" for file in folder.glob("snapshots/*/*")):
+                names.add(folder.name.removeprefix(f"{kind}s--").replace("--", "/"))
+    return sorted(names)
+
+
+def cached_data_sets(cache_dir: str | None = None) -> list[str]:
+    """Names of the data sets that can be read without the hub: snapshots, and what ``datasets`` has converted."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    names = set(cached_repositories("dataset", cache_dir))
+    for root in filter(None, (cache_dir, HF_DATASETS_CACHE)):
+        for folder in Path(root).expanduser().glob("*___*/*/*/*/dataset_info.json"):
+            names.add(folder.parents[3].name.replace("___", "/"))
+    return sorted(names)
 
 
 def read_model_config(directory: Path) -> dict:

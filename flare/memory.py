@@ -7,11 +7,11 @@ docs/memory.md.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from flare import activations
 from flare.activations import Microbatch
 from flare.chunks import loss_chunk_rows
+from flare.gathered import gathered
 from flare.plan_inputs import PlanInputs
 from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
 
@@ -27,7 +27,7 @@ class Memory:
     """
 
     weights: int  # frozen in bf16 on bf16 runs, trainable as fp32 masters
-    weight_copies: int  # bf16 copies of trainable matmul weights that autocast caches
+    weight_copies: int  # bf16 copies of trainable matmul weights that autocast caches; FSDP2's gathered weights
     gradients: int  # fp32, of trainable parameters
     optimizer: int  # AdamW's moments, and what its update needs for a moment
     activations: int  # what autograd saves from the forward to the backward pass
@@ -35,12 +35,13 @@ class Memory:
     logits: int  # one chunk of the loss, with the gradients that it makes
     peak_bytes: int
     peak_phase: str
+    sharded: bool = False  # all but activations, working and logits is divided among the ranks
 
     def parts(self) -> list[tuple[str, int]]:
         """(name, bytes) of each part, in the order of the table."""
         return [
             ("weights", self.weights),
-            ("bf16 copies", self.weight_copies),
+            ("gathered weights" if self.sharded else "bf16 copies", self.weight_copies),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("activations", self.activations),
@@ -61,27 +62,27 @@ class _Layer:
     transient: int  # gradients of activations while its backward pass runs
 
 
-def memory(inputs: PlanInputs, parallel: Literal["ddp", "fsdp"] = "ddp") -> Memory:
+def memory(inputs: PlanInputs) -> Memory:
     """Peak memory of one process.
 
     ddp: everything on every card; the reduction buckets are the gradients (gradient_as_bucket_view).
-    fsdp: weights, gradients and optimizer state divided by the world size, one unit gathered in bf16.
+    fsdp: weights, gradients and optimizer state divided by the world size, and what is gathered (gathered.py).
     """
     trainable, shape, batch = inputs.what_trains, inputs.shape, inputs.microbatch
-    shards = inputs.world_size if parallel == "fsdp" else 1
+    shards = inputs.shards
     params = trainable.params(shape)
     gradients = FP32_BYTES * params // shards
     weights = (inputs.frozen_bytes * (shape.total_params - params) + FP32_BYTES * params) // shards
     moments = ADAM_STATE_BYTES * params // shards
     with_backward = range(trainable.first_backward(shape), shape.num_hidden_layers)
     layers = [_layer(inputs, layer_idx, shards) for layer_idx in with_backward]
-    gathered = _gathered_bytes(inputs) if shards > 1 else 0
+    whole = gathered(inputs)
     phases = dict(_phases(inputs, layers, gradients, shards))
     phase = max(phases, key=phases.__getitem__)
     copies = sum(layer.copies for layer in layers)
     return Memory(
         weights=weights,
-        weight_copies=gathered or copies,
+        weight_copies=max(whole.forward, whole.backward) or copies,
         gradients=gradients,
         optimizer=moments + _update_bytes(inputs, shards),
         activations=sum(layer.kept for layer in layers)
@@ -89,8 +90,9 @@ def memory(inputs: PlanInputs, parallel: Literal["ddp", "fsdp"] = "ddp") -> Memo
         + activations.final_norm_saved_bytes(shape, batch, trainable),
         working=max((layer.rerun + layer.transient for layer in layers), default=0),
         logits=loss_bytes(shape, batch, trainable.everything, bool(inputs.gpus)) + _final_hidden_bytes(shape, batch),
-        peak_bytes=weights + moments + gathered + phases[phase],
+        peak_bytes=weights + moments + phases[phase],
         peak_phase=phase,
+        sharded=shards > 1,
     )
 
 
@@ -128,27 +130,28 @@ def _phases(
     """
     shape, batch, trainable = inputs.shape, inputs.microbatch, inputs.what_trains
     persistent = gradients if inputs.accumulation > 1 or (inputs.world_size > 1 and shards == 1) else 0
-    first, held = trainable.first_backward(shape), _held_bytes(inputs)
+    first, held, whole = trainable.first_backward(shape), _held_bytes(inputs), gathered(inputs)
     shared = held + activations.final_norm_saved_bytes(shape, batch, trainable)
     kept = sum(layer.kept for layer in layers)
     copies = sum(layer.copies for layer in layers)
     # Checkpointed layers save no copies, but autocast's cache holds all of them until the forward pass ends.
     graph_copies = 0 if inputs.gradient_checkpointing else copies
     forward = activations.forward_transient_bytes(shape, batch)
-    yield "end of the forward pass", persistent + kept + copies + shared + forward
+    yield "end of the forward pass", persistent + kept + copies + shared + forward + whole.forward
     chunk = loss_bytes(shape, batch, trainable.everything, bool(inputs.gpus)) + _final_hidden_bytes(shape, batch)
-    yield "loss", persistent + kept + graph_copies + shared + chunk
+    yield "loss", persistent + kept + graph_copies + shared + chunk + whole.loss
     grown = FP32_BYTES * shape.embedding_params // shards if trainable.everything else 0
     for index in reversed(range(len(layers))):
         layer = layers[index]
         below = sum(x.kept + (x.copies if graph_copies else 0) for x in layers[: index + 1])
         own = layer.rerun + (0 if graph_copies else layer.copies) + layer.transient
         alive = persistent or grown + layer.first_gradient
-        yield f"backward of layer {first + index}", alive + below + own + held
+        yield f"backward of layer {first + index}", alive + below + own + held + whole.backward
         grown += layer.gradients
     # The embedding's gradient is dense and, when tied, is added to the head's.
-    embedding = FP32_BYTES * shape.embedding_params if trainable.everything and shape.tie_word_embeddings else 0
-    yield "end of the backward pass", gradients + embedding
+    tied = trainable.everything and shape.tie_word_embeddings and shards == 1
+    embedding = FP32_BYTES * shape.embedding_params if tied else 0
+    yield "end of the backward pass", gradients + embedding + whole.end
     yield "optimizer update", gradients + _update_bytes(inputs, shards)
 
 
@@ -174,14 +177,6 @@ def _update_bytes(inputs: PlanInputs, shards: int) -> int:
     if trainable.everything:
         largest = max(largest, shape.embedding_params)
     return 2 * FP32_BYTES * largest // shards
-
-
-def _gathered_bytes(inputs: PlanInputs) -> int:
-    """FSDP's largest unit, whole: its weights in the compute dtype, and a trainable one's fp32 gradient."""
-    shape, trainable = inputs.shape, inputs.what_trains
-    unit = max(shape.layer_params, shape.embedding_params)
-    trainable_unit = unit if trainable.everything else shape.layer_params
-    return inputs.frozen_bytes * unit + FP32_BYTES * trainable_unit
 
 
 def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card: bool = False) -> int:

@@ -1,6 +1,7 @@
 """The model as it is trained: weights loaded, layers frozen per stage, dtypes set, loss fused on.
 
-Leaves to ``flare.nope`` what a NoPE layer is, to ``flare.distributed`` how ranks share the work.
+Leaves to ``flare.nope`` what a NoPE layer is, to ``flare.distributed`` and ``flare.sharding`` how ranks share the
+work.
 """
 
 from collections.abc import Iterator
@@ -9,9 +10,13 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from flare.distributed import World
 from flare.loss import linear_cross_entropy_sum, score_tokens
-from flare.nope.load import load_causal_lm
+from flare.nope.load import empty_causal_lm, load_causal_lm
+from flare.sharding import is_sharded, materialise, shard_model
+from flare.tensor_files import TensorReader, restore_weights
 from flare.trainable import Trainable
 
 
@@ -44,11 +49,17 @@ class TrainingModel(torch.nn.Module):
     def _final_hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> tuple:
         """((B*T, H) hidden states in the compute dtype, (V, H) head weight as it is held)."""
         weight = self.causal_lm.get_output_embeddings().weight
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+        # A sharded model gathers its weights in the dtype that it computes in.
+        autocast = self.bf16 and not is_sharded(self)
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=autocast):
             outputs = self.causal_lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden = outputs.last_hidden_state.flatten(0, 1)
         dtype = torch.bfloat16 if self.bf16 else weight.dtype
         return hidden.to(dtype), weight
+
+    def decode(self, **inputs: object) -> BaseModelOutputWithPast:
+        """The decoder's own outputs, without the head: the way in for those who look at hidden states."""
+        return self.causal_lm.get_decoder()(**inputs)
 
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name in the causal LM, parameter) of all that trains; a tied weight once."""
@@ -64,8 +75,32 @@ def load_for_training(
         config: the config.json to open the weights with (see ``nope.format.with_nope``).
         precision: bf16 (frozen weights in bf16, trainable ones fp32 masters) or fp32.
     """
-    attention = "sdpa" if attn_implementation == "auto" else attn_implementation
+    attention = attention_for(attn_implementation)
     causal_lm = load_causal_lm(directory, attn_implementation=attention, config_dict=config)
+    return _ready(causal_lm, trainable, precision)
+
+
+def load_sharded(
+    directory: Path, config: dict, trainable: Trainable, precision: str, attn_implementation: str, world: World
+) -> TrainingModel:
+    """The same, divided among the ranks and on their devices; each rank reads its part of the files only.
+
+    Raises: CheckpointError for missing or misfitting tensors.
+    """
+    causal_lm = empty_causal_lm(directory, config, attention_for(attn_implementation))
+    model = _ready(causal_lm, trainable, precision)
+    shard_model(model, world)
+    materialise(model, world.device)
+    restore_weights(causal_lm, TensorReader.of_model(directory))
+    return model
+
+
+def attention_for(attn_implementation: str) -> str:
+    """What ``--attn_implementation`` means to transformers."""
+    return "sdpa" if attn_implementation == "auto" else attn_implementation
+
+
+def _ready(causal_lm: PreTrainedModel, trainable: Trainable, precision: str) -> TrainingModel:
     set_trainable(causal_lm, trainable, precision)
     causal_lm.train()
     return TrainingModel(causal_lm, bf16=precision == "bf16")

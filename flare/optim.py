@@ -6,6 +6,7 @@ import torch
 from transformers import get_scheduler
 
 from flare.options import Options
+from flare.tensor_files import TensorReader
 
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict]:
@@ -58,18 +59,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     return tensors
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of ``optimizer_tensors``.
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, reader: TensorReader) -> None:
+    """Inverse of ``optimizer_tensors``: state from files; of sharded parameters this rank's rows.
 
-    Raises: KeyError when a parameter has no state in ``tensors``, or they hold state of another parameter:
-        never a fresh Adam in silence.
+    Raises: KeyError when a parameter has no state in the files, or they hold state of another parameter: never a
+        fresh Adam in silence.
     """
-    left = dict(tensors)
+    left = reader.names()
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            state = {key: left.pop(f"{name}|{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            device = parameter.device
             # Fused AdamW keeps its step count on the parameter's device.
-            optimizer.state[parameter] = {key: value.to(device) for key, value in state.items()}
+            state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
+            state |= {key: torch.zeros_like(parameter, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}
+            for key, value in state.items():
+                left.remove(f"{name}|{key}")
+                reader.copy_into(f"{name}|{key}", value)
+            optimizer.state[parameter] = state
     if left:
         raise KeyError(f"optimizer state of unknown parameters: {sorted(left)[0]}")

@@ -1,5 +1,6 @@
 """One option's value, from a command line's word or a JSON file: its type, its bounds, and what is wrong with it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,8 @@ def check_value(name: str, value: Any, from_text: bool = False) -> Any:
         return _layer_words(value)
     if kind == "lengths":
         return parse_lengths(value)
+    if kind == "weights":
+        return _weights(value)
     if kind in AUTO_KINDS:  # auto is settled when model and cards are known (flare.setup)
         kind = "auto" if value == "auto" else AUTO_KINDS[kind]
     if kind == "auto":
@@ -77,6 +80,17 @@ def parse_lengths(value: Any) -> list[int]:
     if bad or not words:
         raise ConfigError(f"must be token counts of 2 or more, as in 512,1024; got {(bad or [''])[0]!r}")
     return sorted({int(word) for word in words})
+
+
+def _weights(value: Any) -> list[float]:
+    words = value if isinstance(value, list) else [value]
+    try:
+        weights = [float(part) for word in words for part in str(word).split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(0 < weight < math.inf for weight in weights):
+        raise ConfigError(f"must be numbers above 0, one for each data set (0.7,0.3); got {value!r}")
+    return weights
 
 
 def _from_text(value: str, kind: str) -> Any:

@@ -99,6 +99,14 @@ class Options:
         "auto",
         choices=("auto", "bf16", "fp32"),
     )
+    parallel: str = option(
+        TRAINING,
+        "hardware",
+        "ddp: the whole model on every card; fsdp: weights, gradients and optimizer state divided among the cards "
+        "(FSDP2); auto: ddp where the plan says that it fits",
+        "auto",
+        choices=("auto", "ddp", "fsdp"),
+    )
     attn_implementation: str = option(
         TRAINING, "hardware", "attention code; auto: sdpa", "auto", choices=("auto", "sdpa", "eager")
     )
@@ -152,13 +160,30 @@ class Options:
     dataset_name: str = option(
         DATA,
         "data",
-        "hub name; .jsonl .json .txt .parquet .csv file or a folder of them; or embedded",
+        "hub name; .jsonl .json .txt .parquet .csv file (.gz and .zst, too), a folder of them or a glob in quotes; "
+        "folder of save_to_disk; or embedded; several by commas: a,b",
         "togethercomputer/RedPajama-Data-1T-Sample",
     )
+    dataset_weights: list[float] | None = option(
+        DATA,
+        "data",
+        "shares of the training tokens of several data sets: 0.7,0.3; default in proportion to their size, every "
+        "row once an epoch",
+        None,
+        kind="weights",
+        many=True,
+    )
     dataset_config: str | None = option(DATA, "data", "configuration of a hub data set", None)
-    dataset_split: str = option(DATA, "data", "split of a hub data set", "train")
-    text_column: str = option(DATA, "data", "column that holds the text", "text")
-    dataset_size: int | None = option(DATA, "data", "use the first N documents only", None, kind="int", low=1)
+    dataset_split: str = option(DATA, "data", "split of a hub or saved data set", "train")
+    dataset_revision: str | None = option(
+        DATA, "data", "revision of a hub data set: commit, tag or branch; default its newest", None
+    )
+    text_column: str = option(
+        DATA, "data", "column that holds the text; of several data sets one for all, or one each: text,body", "text"
+    )
+    dataset_size: int | None = option(
+        DATA, "data", "use the first N documents only (of each data set)", None, kind="int", low=1
+    )
     validation_split_percentage: float = option(
         DATA,
         "data",

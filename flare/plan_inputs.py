@@ -18,6 +18,7 @@ class PlanInputs:
     trainable: Trainable | None = None  # None: the stage's default, stage 1 nope_layers, stage 2 everything
     precision: Literal["bf16", "fp32"] = "bf16"
     world_size: int = 1  # processes on all hosts, one a card
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     per_device_batch: int = 1  # rows of a micro-batch
     accumulation: int = 1  # micro-batches of an optimizer step
     seq_len: int = 4096  # tokens of a row
@@ -42,6 +43,11 @@ class PlanInputs:
         return self.trainable or Trainable.of(self.nope_layers if self.stage == 1 else "all")
 
     @property
+    def shards(self) -> int:
+        """Parts that weights, gradients and optimizer state are divided into."""
+        return self.world_size if self.parallel == "fsdp" else 1
+
+    @property
     def bf16(self) -> bool:
         return self.precision == "bf16"
 
@@ -51,7 +57,8 @@ class PlanInputs:
             rows=self.per_device_batch,
             seq_len=self.seq_len,
             bf16=self.bf16,
-            fp32_residual=self.what_trains.everything,
+            fp32_residual=self.what_trains.everything and self.shards == 1,
+            autocast=self.shards == 1,
             document_mask=self.document_mask,
             eager_attention=self.attn_implementation == "eager",
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from flare.flops import TokenFlops
 from flare.nope.layers import format_layers
 from flare.plan import Plan, checkpoints_on_disk
+from flare.plan_inputs import PlanInputs
 from flare.rooms import count_processes, in_gib
 
 WIDTH, LABEL_WIDTH = 100, 16
@@ -28,12 +29,17 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
         f"trains {_count(plan.trainable_params)} ({which}), frozen {_count(plan.frozen_params)}",
     )
     yield "NoPE layers", format_layers(list(inputs.nope_layers))
-    checkpointing = "on" if inputs.gradient_checkpointing else "off"
-    yield "runs in", f"{inputs.precision}, DDP, gradient checkpointing {checkpointing}, {inputs.optimizer}"
+    yield "runs in", _runs_in_words(inputs)
     yield "batch", _batch_words(plan)
     yield from _flops_rows(plan.flops)
     yield from _memory_rows(plan)
     yield "disk", _disk_words(plan)
+
+
+def _runs_in_words(inputs: PlanInputs) -> str:
+    parallel = f"FSDP2 over {inputs.shards} processes" if inputs.shards > 1 else "DDP"
+    checkpointing = "on" if inputs.gradient_checkpointing else "off"
+    return f"{inputs.precision}, {parallel}, gradient checkpointing {checkpointing}, {inputs.optimizer}"
 
 
 def _batch_words(plan: Plan) -> str:

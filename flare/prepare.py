@@ -5,37 +5,37 @@ from pathlib import Path
 
 import numpy as np
 
-from flare.data.build import build_token_cache
-from flare.data.packing import PackedRows, split_documents
+from flare.data.corpus import Corpus, open_corpus, split_specs
+from flare.data.mixture import MixedRows
+from flare.data.packing import PackedRows
 from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
-from flare.data.tokens import TokenCache, TokenSettings, default_cache_dir
+from flare.data.tokens import TokenSettings, default_cache_dir
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from flare.options import Options
 from flare.setup import Run
 
 
-def prepare_data(run: Run) -> TokenCache:
-    """The token cache of this run; built when missing, by one process while the others wait on its lock.
+def prepare_data(run: Run) -> Corpus:
+    """The tokenised data of this run; built when missing, by one process while the others wait on its lock.
 
     Call before the process group starts: a long build would run into its timeout.
     """
-    return token_cache(run.options, run.init_from, run.config)
+    return tokenised_corpus(run.options, run.init_from, run.config)
 
 
-def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache:
-    """The token cache of the data that the options name, for the tokenizer of a model.
+def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> Corpus:
+    """The data that the options name, as tokens of a model.
 
     Raises: ConfigError for a tokenizer that does not belong to the model's ``config``.
     """
-    cache_dir = default_cache_dir(options.cache_dir)
     spec = SourceSpec(
         options.dataset_name,
         options.text_column,
         options.dataset_config,
         options.dataset_split,
         options.cache_dir,
+        dataset_revision=options.dataset_revision,
     )
     tokenizer = load_tokenizer(model_dir)
     rows = int(config["vocab_size"])
@@ -45,18 +45,17 @@ def token_cache(options: Options, model_dir: Path, config: dict) -> TokenCache:
             "belong together"
         )
     settings = TokenSettings(options.dataset_size, options.max_bad_rows, options.preprocessing_num_workers)
-    return build_token_cache(open_source(spec, cache_dir), tokenizer, cache_dir, settings)
+    cache_dir = default_cache_dir(options.cache_dir)
+    return open_corpus(split_specs(spec), options.dataset_weights, tokenizer, cache_dir, settings)
 
 
-def packed_rows(run: Run, cache: TokenCache) -> tuple[PackedRows, PackedRows]:
+def packed_rows(run: Run, corpus: Corpus) -> tuple[PackedRows | MixedRows, PackedRows | MixedRows]:
     """(training rows, held-out rows).
 
     Raises: DataError when the data gives fewer tokens than one step.
     """
     options = run.options
-    train, held_out = split_documents(cache.hashes, options.validation_split_percentage)
-    train_rows = PackedRows(cache, train, options.max_seq_length, options.packing)
-    eval_rows = PackedRows(cache, held_out, options.max_seq_length, options.packing, keep_last=True)
+    train_rows, eval_rows = corpus.rows(options.validation_split_percentage, options.max_seq_length, options.packing)
     if len(train_rows) < run.global_batch_size:
         raise DataError(
             f"the data gives {train_rows.num_tokens:,} training tokens, one step needs "
@@ -67,7 +66,7 @@ def packed_rows(run: Run, cache: TokenCache) -> tuple[PackedRows, PackedRows]:
     return train_rows, eval_rows
 
 
-def max_steps(run: Run, train_rows: PackedRows, global_batch_size: int) -> int:
+def max_steps(run: Run, train_rows: PackedRows | MixedRows, global_batch_size: int) -> int:
     """Steps of the run: ``--max_steps``, or what ``--num_train_epochs`` comes to."""
     options = run.options
     if options.num_train_epochs is not None:

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from flare.config import Resolved
-from flare.data.packing import PackedRows, split_documents
 from flare.experiment import Experiment
 from flare.hub import TOKENIZER_FILES, local_model_dir, read_model_config
 from flare.logs import start_logging
-from flare.prepare import token_cache
+from flare.prepare import tokenised_corpus
 from flare.setup import choose_start
 from flare.shapes import ModelShape
 
@@ -23,17 +22,17 @@ def prepare_only(resolved: Resolved) -> list[str]:
     directory = local_model_dir(name, options.cache_dir, TOKENIZER_FILES)
     config = read_model_config(directory)
     ModelShape.from_config(config, str(directory))  # refuses another family
-    cache = token_cache(options, directory, config)
-    sides = split_documents(cache.hashes, options.validation_split_percentage)
-    train, held_out = (PackedRows(cache, side, options.max_seq_length, options.packing) for side in sides)
-    meta = cache.meta
+    corpus = tokenised_corpus(options, directory, config)
+    train, held_out = corpus.rows(options.validation_split_percentage, options.max_seq_length, options.packing)
+    meta, caches = corpus.meta, [data.cache for data in corpus.sets]
+    documents, tokens = (sum(cache.meta[key] for cache in caches) for key in ("num_documents", "num_tokens"))
     return [
         f"data: {options.dataset_name}, tokenizer of {name}",
-        f"documents: {meta['num_documents']:,} ({held_out.num_documents:,} of them held out)",
-        f"tokens: {meta['num_tokens']:,} (documents end with {meta['end_of_text']}, {meta['end_of_text_id']})",
+        f"documents: {documents:,} ({held_out.num_documents:,} of them held out)",
+        f"tokens: {tokens:,} (documents end with {meta['end_of_text']}, {meta['end_of_text_id']})",
         f"rows to train on: {len(train):,} of {options.max_seq_length} tokens",
-        f"bytes: {size_of(cache.directory):,}",
-        f"path: {cache.directory}",
+        f"bytes: {sum(size_of(cache.directory) for cache in caches):,}",
+        *(f"path: {cache.directory}" for cache in caches),
     ]
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -12,24 +14,30 @@ from flare.files import write_json
 from flare.logs import log
 from flare.metrics_file import record_status
 from flare.model import TrainingModel
-from flare.nope.canary import measure_canary
+from flare.nope.canary import measure_canary, write_canary
 from flare.nope.canary_file import CANARY_FILE
+from flare.nope.load import load_causal_lm
 from flare.optim import optimizer_tensors
 from flare.setup import Run
+from flare.sharding import is_sharded
+from flare.tensor_files import TensorReader, restore_weights, write_pickled, write_tensors
 from flare.trainer import Progress
 
 
 class Saver:
-    """Writes one stage's results. Rank 0 writes, all ranks wait, and fail together when it fails.
+    """Writes one stage's results. All ranks take part, and fail together when one fails.
 
     Args:
         identity: what must be the same when the run is resumed.
+        data: what the data is made of, to say at resume what has changed.
     """
 
-    def __init__(self, run: Run, world: World, identity: dict, global_batch_size: int) -> None:
+    def __init__(self, run: Run, world: World, identity: dict, data: dict[str, str], global_batch_size: int) -> None:
         self.run, self.world = run, world
         self.identity = identity
+        self.data = data
         self.global_batch_size = global_batch_size
+        self.rows_per_process = global_batch_size // world.size  # as the flags say, whatever a resumed run keeps
         self.max_steps = 0  # of the whole stage, settled when the global batch is
         self.model: TrainingModel | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -40,11 +48,25 @@ class Saver:
 
     def checkpoint(self, progress: Progress) -> None:
         """Write a checkpoint and prune old ones."""
-        on_main(self.world, lambda: self._write_checkpoint(progress))
+        t0 = time.perf_counter()
+        directory, step = self.run.experiment.checkpoints, progress.step
+        state = {"model": ckpt.model_tensors(self.model.causal_lm), "optimizer": optimizer_tensors(self.optimizer)}
+        facts = {"step": step, "tokens": progress.tokens, "stage": self.run.options.stage}
+        facts["world_size"] = self.world.size
+        ckpt.write_checkpoint(directory / f"checkpoint-{step}", state, self._files(progress), facts, self.world)
+        on_main(self.world, lambda: self._prune(progress))
+        log.info(f"saved checkpoint-{step} in {time.perf_counter() - t0:.1f} s")
+        self.record("running", progress)
 
     def final_model(self, progress: Progress) -> None:
         """Write final_model: the last weights, or with early stopping the best ones evaluated."""
-        on_main(self.world, lambda: self._export(progress))
+        self._use_best_weights(progress)
+        files = ckpt.model_files(self._config(progress), self.run.init_from)
+        if is_sharded(self.model):  # no rank has the whole model: the canary is that of the files
+            files[CANARY_FILE] = lambda path: write_canary(load_causal_lm(path.parent), path.parent)
+        elif canary := on_main(self.world, lambda: measure_canary(self.model.causal_lm, self.saved_dtype)):
+            files[CANARY_FILE] = lambda path: write_json(path, canary.as_dict())
+        ckpt.export_model(self.run.experiment.final_model, self._write_weights, files, self.world)
 
     def record(self, status: str, progress: Progress, **facts: object) -> None:
         """Write how the stage stands."""
@@ -58,49 +80,39 @@ class Saver:
                 totals=totals, history=progress.history, **facts,
             )  # fmt: skip
 
-    def _write_checkpoint(self, progress: Progress) -> None:
-        t0 = time.perf_counter()
-        options, checkpoints = self.run.options, self.run.experiment.checkpoints
+    def _files(self, progress: Progress) -> dict[str, Callable[[Path], None]]:
+        """What a checkpoint holds besides tensors."""
         state = {
             "identity": self.identity,
+            "data": self.data,
             "global_batch_size": self.global_batch_size,
+            "rows_per_process": self.rows_per_process,
             "world_size": self.world.size,
             "options": self.run.settings(),
             "progress": progress.as_dict(),
         }
-        weights = ckpt.model_tensors(self.model.causal_lm)
-        files = ckpt.model_files(
-            self._config(progress), self.run.init_from, "model.safetensors", lambda p: ckpt.save_tensors(weights, p)
-        )
-        files["optimizer.safetensors"] = lambda path: ckpt.save_tensors(optimizer_tensors(self.optimizer), path)
-        files["trainer_state.json"] = lambda path: write_json(path, state)
-        facts = {"stage": options.stage, "tokens": progress.tokens, "world_size": self.world.size}
-        written = ckpt.write_checkpoint(checkpoints, progress.step, files, facts)
-        best = progress.best_step if options.early_stopping_patience else None
-        ckpt.prune(checkpoints, options.save_total_limit, {progress.step, best})
-        log.info(f"saved {written.path.name} in {time.perf_counter() - t0:.1f} s")
-        self.record("running", progress)
+        files = ckpt.model_files(self._config(progress), self.run.init_from)
+        return files | {"trainer_state.json": lambda path: write_json(path, state)}
 
-    def _export(self, progress: Progress) -> None:
-        self._use_best_weights(progress)
-        tensors = ckpt.model_tensors(self.model.causal_lm, self.saved_dtype)
+    def _prune(self, progress: Progress) -> None:
+        options = self.run.options
+        best = progress.best_step if options.early_stopping_patience else None
+        ckpt.prune(self.run.experiment.checkpoints, options.save_total_limit, {progress.step, best})
+
+    def _write_weights(self, directory: Path) -> list[Path]:
+        """The weights of final_model, in the dtype and the format that they are saved in."""
+        tensors, dtype = ckpt.model_tensors(self.model.causal_lm), self.saved_dtype
         if self.run.options.save_format == "bin":
-            name, write = "pytorch_model.bin", lambda path: torch.save(tensors, path)
-        else:
-            name, write = "model.safetensors", lambda path: ckpt.save_tensors(tensors, path)
-        files = ckpt.model_files(self._config(progress), self.run.init_from, name, write)
-        canary = measure_canary(self.model.causal_lm, self.saved_dtype)
-        if canary:
-            files[CANARY_FILE] = lambda path: write_json(path, canary.as_dict())
-        ckpt.export_model(self.run.experiment.final_model, files)
+            return write_pickled(tensors, directory / "pytorch_model.bin", self.world, dtype)
+        return write_tensors(tensors, directory, "model", self.world, dtype)
 
     def _use_best_weights(self, progress: Progress) -> None:
         if not self.run.options.early_stopping_patience or progress.best_step in (None, progress.step):
             return
         path = self.run.experiment.checkpoints / f"checkpoint-{progress.best_step}"
         best = Checkpoint(path, progress.best_step)
-        best.verify()
-        ckpt.restore_weights(self.model.causal_lm, best.path / "model.safetensors")
+        on_main(self.world, best.verify)
+        restore_weights(self.model.causal_lm, TensorReader.of_model(best.path))
         log.info(f"final model: the weights of step {best.step} (eval loss {progress.best_loss:.4f})")
 
     def _config(self, progress: Progress) -> dict:

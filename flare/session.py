@@ -15,9 +15,9 @@ from flare import checkpoint as ckpt
 from flare import distributed
 from flare.checkpoint import Checkpoint
 from flare.config import REPO
+from flare.data.corpus import Corpus, what_changed
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines
-from flare.data.tokens import TokenCache
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.evaluation.during_training import LengthCurve, MoreEvaluation
@@ -27,7 +27,7 @@ from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
 from flare.metrics_file import enter_stage
-from flare.model import checkpoint_layers, load_for_training
+from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
 from flare.nope.format import nope_layers_of
 from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
@@ -37,6 +37,7 @@ from flare.plan_table import plan_lines
 from flare.prepare import max_steps, packed_rows, prepare_data
 from flare.saving import Saver
 from flare.setup import Run, check_identity
+from flare.tensor_files import TensorReader
 from flare.trainer import STOP_FILE, Parts, Progress, Trainer
 
 
@@ -47,13 +48,13 @@ def run_worker(run: Run) -> int:
     start_logging(rank, run.hardware.world_size)
     end_with_launcher()
     try:
-        cache = prepare_data(run)
-        rows = packed_rows(run, cache)
+        corpus = prepare_data(run)
+        rows = packed_rows(run, corpus)
         world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
-        distributed.check_agreement(world, run.common_settings() | {"data": cache.fingerprint})
+        distributed.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
         run = open_experiment(run, world)
         try:
-            Session(run, world, cache, *rows).train()
+            Session(run, world, corpus, *rows).train()
         finally:
             run.experiment.unlock()
         distributed.stop()
@@ -97,14 +98,12 @@ def _prepare_directory(run: Run) -> None:
 class Session:
     """Model, optimizer and progress of one stage, put together and run."""
 
-    def __init__(
-        self, run: Run, world: World, cache: TokenCache, train_rows: PackedRows, eval_rows: PackedRows
-    ) -> None:
-        self.run, self.world, self.cache = run, world, cache
+    def __init__(self, run: Run, world: World, corpus: Corpus, train_rows: PackedRows, eval_rows: PackedRows) -> None:
+        self.run, self.world, self.corpus = run, world, corpus
         self.train_rows, self.eval_rows = train_rows, eval_rows
         self.options, self.experiment = run.options, run.experiment
-        self.identity = run.identity() | {"data": cache.fingerprint}
-        self.saver = Saver(run, world, self.identity, run.global_batch_size)
+        self.identity = run.identity() | {"data": corpus.fingerprint}
+        self.saver = Saver(run, world, self.identity, corpus.facts, run.global_batch_size)
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the end of the stage."""
@@ -140,7 +139,7 @@ class Session:
     # -- start -------------------------------------------------------------------------------------
 
     def _log_start(self) -> None:
-        run, options, meta = self.run, self.options, self.cache.meta
+        run, options, meta = self.run, self.options, self.corpus.meta
         for warning in run.resolved.warnings:
             log.warning(warning)
         reason = run.init_reason
@@ -150,11 +149,11 @@ class Session:
         log.info(f"device: {self.world.size} x {device_name(self.world.device)}, precision {run.precision}")
         log.info(f"NoPE layers: {format_layers(list(run.nope_layers))} of {run.depth}; trains: {run.trainable}")
         log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
-        for side, rows in (("train", self.train_rows), ("held out", self.eval_rows)):
-            log.info(f"{side}: {rows.num_documents:,} documents, {rows.num_tokens:,} tokens, {len(rows):,} rows")
+        log.info(f"train: {self.train_rows.describe()}")
+        log.info(f"held out: {self.eval_rows.describe()}")
         if self.world.is_main:
             first = self.train_rows.batch(np.arange(1)).input_ids[0]
-            for line in row_lines(first, self.cache.end_of_text_id, load_tokenizer(run.init_from)):
+            for line in row_lines(first, self.corpus.end_of_text_id, load_tokenizer(run.init_from)):
                 log.info(line)
 
     def _settle_length(self) -> None:
@@ -162,6 +161,8 @@ class Session:
         rows, length = self.saver.global_batch_size, self.options.max_seq_length
         self.max_steps = self.saver.max_steps = max_steps(self.run, self.train_rows, rows)
         log.info(f"{self.max_steps} steps of {rows} rows x {length} tokens = {rows * length:,} tokens a step")
+        for line in self.train_rows.passes(self.max_steps * rows):
+            log.info(line)
 
     def _is_done(self, progress: Progress) -> bool:
         """Whether nothing is left to train and final_model is of this very step (not of a shorter run before)."""
@@ -194,7 +195,8 @@ class Session:
         if resume_from is None:
             return Progress()
         state = resume_from.state()
-        check_identity(self.identity, state["identity"], resume_from.path.name)
+        reasons = {"data": what_changed(state.get("data"), self.corpus.facts)}
+        check_identity(self.identity, state["identity"], resume_from.path.name, reasons)
         self._keep_global_batch(state)
         log.info(f"resumes from {resume_from.path.name}, {state['progress']['tokens']:,} tokens seen")
         self._log_changes(state["options"])
@@ -222,15 +224,15 @@ class Session:
         then, now = state["global_batch_size"], self.saver.global_batch_size
         if now == then:
             return
-        per_process = [now // self.world.size, then // state["world_size"]]
-        if per_process[0] != per_process[1] or self.world.size == state["world_size"]:
+        asked_then = state.get("rows_per_process", then // state["world_size"])
+        if self.saver.rows_per_process != asked_then:
             raise CheckpointError(
                 f"checkpoint-{state['progress']['step']} was trained with a global batch of {then} rows, the flags "
                 f"now give {now}; keep --global_batch_size {then}"
             )
         if then < self.world.size:
             raise ConfigError(f"the run's global batch of {then} rows is too small for {self.world.size} processes")
-        log.info(f"{state['world_size']} -> {self.world.size} processes: the global batch stays {then} rows")
+        log.info(f"{self.world.size} processes, before {state['world_size']}: the global batch stays {then} rows")
         self.saver.global_batch_size = then
 
     # -- parts -------------------------------------------------------------------------------------
@@ -238,22 +240,15 @@ class Session:
     def _build(self, resume_from: Checkpoint | None) -> None:
         """Load weights and make the optimizer; from a checkpoint, both as they were."""
         run = self.run
-        source = resume_from.path if resume_from else run.init_from
-        self.model = load_for_training(
-            source, run.config, run.trainable, run.precision, self.options.attn_implementation
-        )
-        if resume_from:
-            ckpt.restore_weights(self.model.causal_lm, resume_from.path / "model.safetensors")
+        self.model = self._load_model(resume_from.path if resume_from else run.init_from)
         if run.gradient_checkpointing:
             layers = checkpoint_layers(self.model.causal_lm)
             log.info(f"gradient checkpointing on layers {format_layers(layers)}")
-        self.model.to(self.world.device)
         self.optimizer = build_optimizer(self.model.trainable_parameters(), self.options)
-        if resume_from:
-            tensors = ckpt.load_tensors(resume_from.path / "optimizer.safetensors")
+        if resume_from and resume_from.step > 0:  # before its first step Adam has no state
+            reader = TensorReader.of_state(resume_from.path, "optimizer")
             try:
-                if tensors or resume_from.step > 0:  # before its first step Adam has no state
-                    load_optimizer_tensors(self.optimizer, tensors)
+                load_optimizer_tensors(self.optimizer, reader)
             except KeyError as error:
                 raise CheckpointError(f"{resume_from.path.name}: optimizer state is incomplete: {error}") from error
         counts = [0, 0]
@@ -261,8 +256,17 @@ class Session:
             counts[parameter.requires_grad] += parameter.numel()
         log.info(f"parameters: {counts[1]:,} trainable, {counts[0]:,} frozen")
         self.saver.attach(self.model, self.optimizer)
-        found = verify_nope(self.model.causal_lm, list(run.nope_layers))
+        found = verify_nope(self.model.causal_lm, list(run.nope_layers), decode=self.model.decode)
         log.info(f"NoPE layers proven from attention outputs: {format_layers(found)}")
+
+    def _load_model(self, source: Path) -> TrainingModel:
+        """The model with this directory's weights, ready to train on this rank's device."""
+        run = self.run
+        how = (run.config, run.trainable, run.precision, self.options.attn_implementation)
+        if run.parallel == "ddp":
+            return load_for_training(source, *how).to(self.world.device)
+        log.info(f"FSDP2: weights, gradients and optimizer state are divided among {self.world.size} processes")
+        return load_sharded(source, *how, self.world)
 
     def _parts(self) -> Parts:
         name = device_name(self.world.device)
@@ -287,7 +291,7 @@ class Session:
         if options.eval_context_lengths:
             tokens = options.per_device_train_batch_size * options.max_seq_length
             lengths = options.eval_context_lengths
-            curve = LengthCurve(model.causal_lm, self.eval_rows, lengths, tokens, world, model.bf16)
+            curve = LengthCurve(model, self.eval_rows, lengths, tokens, world)
         raw = read_model_config(run.init_from)
         changed = raw.get("nope_temperature") or (nope_layers_of(raw) and "flare" in raw)
         return MoreEvaluation(model.causal_lm, curve, from_base=bool(run.nope_layers) and not changed)

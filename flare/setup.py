@@ -4,6 +4,7 @@ The launcher and every worker call ``settle`` and come to the same ``Run``. Noth
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -70,22 +71,28 @@ class Run:
         """``--gradient_checkpointing``, ``auto`` settled."""
         return self.options.gradient_checkpointing is True
 
-    def with_batch(self, micro: int, checkpointing: bool) -> "Run":
-        """The same run, its rows of a step too, with this micro-batch and gradient checkpointing or not."""
+    @property
+    def parallel(self) -> str:
+        """``--parallel``, ``auto`` settled: ddp or fsdp. A single process has nobody to share with."""
+        return "fsdp" if self.options.parallel == "fsdp" and self.hardware.world_size > 1 else "ddp"
+
+    def with_layout(self, micro: int, checkpointing: bool, parallel: str) -> "Run":
+        """The same run, its rows of a step too, with this micro-batch, gradient checkpointing or not, ddp or fsdp."""
         options = replace(
             self.options,
             per_device_train_batch_size=micro,
             gradient_checkpointing=checkpointing,
+            parallel=parallel,
             global_batch_size=self.global_batch_size,
         )
         return replace(self, resolved=replace(self.resolved, options=options))
 
     def common_settings(self) -> dict[str, object]:
         """What every rank must have the same, on whichever host it was started."""
-        names = ("per_device_train_batch_size", "gradient_checkpointing", "max_steps", "num_train_epochs", "resume")
+        names = ("per_device_train_batch_size", "gradient_checkpointing", "parallel", "max_steps", "num_train_epochs")
         return (
             {"experiment": str(self.experiment.root.absolute()), "global batch size": self.global_batch_size}
-            | {f"--{name}": getattr(self.options, name) for name in names}
+            | {f"--{name}": getattr(self.options, name) for name in (*names, "resume")}
             | self.identity()
         )
 
@@ -117,8 +124,9 @@ class Run:
                 trainable=self.trainable,
                 precision=self.precision,
                 world_size=hardware.world_size,
+                parallel=self.parallel,
                 per_device_batch=micro,
-                accumulation=self.global_batch_size // (micro * hardware.world_size),
+                accumulation=-(-self.global_batch_size // (micro * hardware.world_size)),
                 seq_len=options.max_seq_length,
                 gradient_checkpointing=self.gradient_checkpointing,
                 gpus=tuple((gpu.name, gpu.memory_total_mib) for gpu in hardware.gpus),
@@ -171,29 +179,30 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
         nope_layers=tuple(nope_layers),
         trainable=Trainable.parse(options.train_layers, options.stage, nope_layers, depth),
         precision=choose_precision(options, hardware),
-        global_batch_size=global_batch_size(options, hardware.world_size),
+        global_batch_size=global_batch_size(options, hardware.world_size, experiment.batch_to_continue()),
     )
-    return settle_batch(run)
+    return settle_layout(run)
 
 
-def settle_batch(run: Run) -> Run:
-    """Turn ``auto`` of micro-batch and gradient checkpointing into what the plan finds to fit.
+def settle_layout(run: Run) -> Run:
+    """Turn ``auto`` of micro-batch, gradient checkpointing and ddp or fsdp into what the plan finds to fit.
 
-    Rows of a step are the same whatever fits: a smaller micro-batch means more accumulation. A smaller
-    micro-batch is tried before checkpointing, which costs a second forward pass of the layers that train.
+    Rows of a step are the same whatever fits: a smaller micro-batch means more accumulation. A smaller micro-batch
+    is tried before checkpointing, which costs a second forward pass of the layers that train, and both before
+    sharding, which sends every weight to every rank three times a micro-batch.
     What is given is kept; what does not fit in the end is refused later, with numbers (``check_fits``).
     """
-    options = run.options
-    sizes = micro_batch_choices(options, run.hardware.world_size)
+    options, processes = run.options, run.hardware.world_size
+    sizes = micro_batch_choices(options, run.global_batch_size, processes)
     switches = (False, True) if options.gradient_checkpointing == "auto" else (options.gradient_checkpointing,)
-    if run.with_batch(sizes[-1], switches[0]).plan().fits is None:  # no card tells its memory: the guide's size
-        sizes = [size for size in sizes if size <= default_micro_batch(options)] or sizes
+    layouts = (options.parallel,) if options.parallel != "auto" else ("ddp", "fsdp")[: 2 if processes > 1 else 1]
+    if run.with_layout(sizes[-1], switches[0], layouts[0]).plan().fits is None:  # no card tells its memory
+        sizes = [size for size in sizes if size <= default_micro_batch(options)] or sizes  # the guide's size
     tried = run
-    for checkpointing in switches:
-        for size in sizes:
-            tried = run.with_batch(size, checkpointing)
-            if tried.plan().fits is not False:
-                return tried
+    for parallel, checkpointing, size in itertools.product(layouts, switches, sizes):
+        tried = run.with_layout(size, checkpointing, parallel)
+        if tried.plan().fits is not False:
+            return tried
     return tried
 
 
@@ -320,12 +329,15 @@ def model_fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_identity(now: dict, then: dict, where: str) -> None:
+def check_identity(now: dict, then: dict, where: str, reasons: dict[str, str | None] | None = None) -> None:
     """Refuse to resume what is not the same run.
 
+    Args:
+        reasons: what a value of ``now`` that differs is to be explained by, where there is more to say.
     Raises: CheckpointError listing every difference.
     """
-    differences = [f"{k}: {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k]]
+    explained = reasons or {}
+    differences = [f"{k}: {explained.get(k) or f'{then.get(k)} -> {now[k]}'}" for k in now if then.get(k) != now[k]]
     if differences:
         raise CheckpointError(
             f"{where} belongs to another run ({'; '.join(differences)}); use the same settings, another "

@@ -15,6 +15,9 @@ from flare.trainable import Trainable
 MAX_MICRO_BATCH = 4096
 """Where the search for the largest micro-batch ends."""
 
+MAX_CARDS = 64
+"""Where the search for enough cards ends."""
+
 SHORTEST_SEQ_LEN = 256
 """Below this length no suggestion is made: it would be another experiment."""
 
@@ -46,7 +49,7 @@ def suggest(inputs: PlanInputs) -> str:
     if limit is None or fits(inputs, limit):
         return ""
     checkpointed = replace(inputs, gradient_checkpointing=True)
-    ways = [_smaller_batch(inputs, limit), _fewer_processes(inputs)]
+    ways = [_smaller_batch(inputs, limit), _fewer_processes(inputs), _sharded(inputs, limit)]
     if not inputs.gradient_checkpointing:
         ways.append(checkpointed if fits(checkpointed, limit) else _smaller_batch(checkpointed, limit))
     if not any(ways):
@@ -65,6 +68,14 @@ def _smaller_batch(inputs: PlanInputs, limit_bytes: int) -> PlanInputs | None:
         if rows % micro == 0 and fits(way, limit_bytes):
             return way
     return None
+
+
+def _sharded(inputs: PlanInputs, limit_bytes: int) -> PlanInputs | None:
+    """The same batch, or a smaller one, with weights, gradients and optimizer state divided among the processes."""
+    if inputs.world_size == 1 or inputs.shards > 1:
+        return None
+    way = replace(inputs, parallel="fsdp")
+    return way if fits(way, limit_bytes) else _smaller_batch(way, limit_bytes)
 
 
 def _fewer_processes(inputs: PlanInputs) -> PlanInputs | None:
@@ -98,6 +109,8 @@ def _flags(inputs: PlanInputs, way: PlanInputs) -> str:
     words = [f"{flag} {new}" for flag, (old, new) in flags.items() if old != new]
     if way.gradient_checkpointing and not inputs.gradient_checkpointing:
         words.append("--gradient_checkpointing")
+    if way.shards > inputs.shards:
+        words.append("--parallel fsdp")
     factor, rest = divmod(way.accumulation, inputs.accumulation)
     more = replace(way, world_size=way.world_size * factor, accumulation=inputs.accumulation)
     if inputs.gpus and factor > 1 and not rest and memory(more).peak_bytes <= memory(way).peak_bytes:
@@ -117,14 +130,24 @@ def _nothing_fits(inputs: PlanInputs, limit_bytes: int) -> str:
         way = replace(modest, trainable=Trainable.of(inputs.nope_layers, fewer))
         if inputs.nope_layers and fits(way, limit_bytes):
             ways.append(f"--train_layers {words} ({in_gib(memory(way).peak_bytes)}, 1 row at a time)")
+    ways += _more_cards(modest, limit_bytes)
     needed = math.ceil((memory(modest).peak_bytes + RESERVE_BYTES) / (1 - RESERVE_FRACTION) / GIB)
     ways.append(f"{'cards' if inputs.gpus else 'processes'} with {needed} GiB each, 1 row at a time")
     ways += _smaller_model(modest, limit_bytes)
+    kept = "with DDP, which keeps all weights, gradients and optimizer state in every {}, however many there are"
+    kept = kept.format(place) if inputs.shards == 1 else f"even with all divided among {inputs.shards} processes"
     return (
-        f"nothing fits with DDP, which keeps all weights, gradients and optimizer state in every {place}, "
-        f"however many there are: even 1 row of {SHORTEST_SEQ_LEN} tokens with --gradient_checkpointing "
-        f"needs {in_gib(memory(least).peak_bytes)}; what would: {'; or '.join(ways)}"
+        f"nothing fits {kept}: 1 row of {SHORTEST_SEQ_LEN} tokens with --gradient_checkpointing needs "
+        f"{in_gib(memory(least).peak_bytes)}; what would: {'; or '.join(ways)}"
     )
+
+
+def _more_cards(inputs: PlanInputs, limit_bytes: int) -> list[str]:
+    """The fewest such cards that hold the run when everything is divided among them."""
+    for cards in range(max(2, inputs.shards + 1), MAX_CARDS + 1) if inputs.gpus else ():
+        if fits(replace(inputs, parallel="fsdp", world_size=cards), limit_bytes):
+            return [f"{cards} such cards with --parallel fsdp (or auto), 1 row at a time"]
+    return []
 
 
 def _smaller_model(inputs: PlanInputs, limit_bytes: int) -> list[str]:

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 
 from flare import distributed
-from flare.data.order import RowOrder, micro_batches, shares
+from flare.data.order import equal_rounds, micro_batches, shares
 from flare.data.packing import Batch, PackedRows
 from flare.distributed import World
 from flare.errors import FlareError
+from flare.loss import IGNORE_INDEX
 from flare.metrics import MetricsWriter, Throughput, peak_memory_gib, perplexity
 from flare.model import TrainingModel
 from flare.optim import set_learning_rate
 from flare.options import Options
+from flare.sharding import is_sharded
 
 STOP_FILE = "STOP"
 
@@ -113,10 +115,10 @@ class Trainer:
         self.metrics = metrics
         self.module = distributed.wrap_ddp(parts.model, world)
         self.parameters = [p for _, p in parts.model.trainable_parameters()]
-        self.order = RowOrder(options.seed, len(parts.train_rows))
-        counts = shares(parts.global_batch_size, [1.0] * world.size)
-        self.first_row = sum(counts[: world.rank])
-        self.last_row = self.first_row + counts[world.rank]
+        self.order = parts.train_rows.order(options.seed)
+        self.counts = shares(parts.global_batch_size, [1.0] * world.size)
+        self.first_row = sum(self.counts[: world.rank])
+        self.last_row = self.first_row + self.counts[world.rank]
         self.throughput = Throughput()
         self.stop_request = StopRequest()
         self.saved_step = progress.step
@@ -163,15 +165,15 @@ class Trainer:
         # DDP averages over ranks; times their number it is the sum that the loss is defined by.
         scale = self.world.size / num_targets
         loss_sum = torch.zeros((), device=self.world.device)
-        pieces = micro_batches(mine, self.options.per_device_train_batch_size)
+        pieces = rank_pieces(parts.model, mine, self.counts, self.options)
         for index, piece in enumerate(pieces):
-            batch = self._to_device(parts.train_rows.batch(piece))
+            batch = self._to_device(batch_of(parts.train_rows, piece))
             with distributed.reduce_gradients(self.module, now=index == len(pieces) - 1):
                 nll_sum = self.module(**batch)
                 (nll_sum * scale).backward()
             loss_sum += nll_sum.detach()
         max_norm = self.options.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm).item()
+        grad_norm = distributed.clip_gradients(self.parameters, max_norm).item()
         total, stop_votes = distributed.all_sum([loss_sum.item(), float(self._wants_stop())])
         loss = total / num_targets
         self._refuse_nonfinite(loss, grad_norm, rows)
@@ -240,7 +242,7 @@ class Trainer:
         progress = self.progress
         return {
             "step": progress.step,
-            "epoch": progress.rows / len(self.parts.train_rows),
+            "epoch": self.parts.train_rows.epochs(progress.rows),
             "tokens": progress.tokens,
         }
 
@@ -282,13 +284,29 @@ class Trainer:
         self.saved_step = self.progress.step
 
 
+def rank_pieces(model: TrainingModel, rows: np.ndarray, counts: list[int], options: Options) -> list[np.ndarray]:
+    """A rank's rows (of ``counts`` on each) as micro-batches; as many on every rank where the model is sharded."""
+    size = options.per_device_train_batch_size
+    return equal_rounds(rows, counts, size) if is_sharded(model) else micro_batches(rows, size)
+
+
+def batch_of(source: PackedRows, rows: np.ndarray) -> Batch:
+    """These rows; for none of them the first one, without a target: it adds nothing to the loss."""
+    if len(rows):
+        return source.batch(rows)
+    batch = source.batch(np.arange(1))
+    batch.labels[:] = IGNORE_INDEX
+    return batch
+
+
 def evaluate_rows(parts: Parts, options: Options, world: World) -> tuple[float, float]:
     """(mean NLL in nats, share of targets that are the argmax) over the held-out rows, by all ranks together."""
     rows = np.arange(len(parts.eval_rows))[: options.max_eval_samples]
+    counts = [len(rows[rank :: world.size]) for rank in range(world.size)]
     loss_sum = targets = hits = 0.0
     parts.model.eval()
-    for piece in micro_batches(rows[world.rank :: world.size], options.per_device_train_batch_size):
-        batch = parts.eval_rows.batch(piece)
+    for piece in rank_pieces(parts.model, rows[world.rank :: world.size], counts, options):
+        batch = batch_of(parts.eval_rows, piece)
         tensors = [torch.from_numpy(a).to(world.device) for a in (batch.input_ids, batch.labels, batch.position_ids)]
         losses, correct = parts.model.score(*tensors)
         loss_sum += losses.double().sum().item()

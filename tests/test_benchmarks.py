@@ -2,8 +2,10 @@
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, scaling_paper
 from benchmarks.workload import Workload, run_flare, run_hf
+from flare.shapes import known_shape
+from flare.trainable import Trainable
 
 SHAPE = {
     "model_type": "qwen2",
@@ -33,3 +35,14 @@ def test_every_gpu_case_fits_the_cards_of_the_project() -> None:
         for case in gpu.CASES:
             plan = gpu.planned(case, name, memory_mib)
             assert plan is not None and plan.fits, (str(case), name)
+
+
+def test_the_paper_model_of_scaling_counts_bytes_as_rings_do() -> None:
+    """Hand-worked: 8 bytes among 4 cards of a host at 2 bytes a second: three quarters pass a link, in 3 s."""
+    cluster = scaling_paper.Cluster("hand", 4, 1.0, 2.0, 1.0)
+    assert cluster.collective_sec(8, 1) == 0
+    assert cluster.collective_sec(8, 4) == pytest.approx(3 + 2 * scaling_paper.LATENCY_SEC)
+    assert cluster.collective_sec(8, 8) == pytest.approx(7 + 3 * scaling_paper.LATENCY_SEC)  # the network is slower
+    step = scaling_paper.Step(known_shape("Qwen/Qwen2.5-3B"), Trainable.of("all"), 2, 8)
+    for cards in (8, 1024):  # more accumulation hides DDP's one reduction, not FSDP2's many
+        assert step.ddp_sec(scaling_paper.CLUSTERS[2], cards) < step.fsdp_sec(scaling_paper.CLUSTERS[2], cards)

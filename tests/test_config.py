@@ -42,6 +42,16 @@ def test_epochs_on_the_command_line_replace_steps_of_the_defaults() -> None:
     assert (options.num_train_epochs, options.max_steps) == (2.0, None)
 
 
+def test_weights_are_numbers_above_zero_in_every_spelling(tmp_path: Path) -> None:
+    for spelling in (["0.7,0.3"], ["0.7", "0.3"]):
+        assert resolve(["--dataset_weights", *spelling]).options.dataset_weights == [0.7, 0.3]
+    file = write(tmp_path / "c.json", '{"data_args": {"dataset_weights": [0.7, 0.3]}}')
+    assert resolve(["--config", file]).options.dataset_weights == [0.7, 0.3]
+    for wrong in (["0.7,"], ["0.7,zero"], ["1,0"], ["-1,2"], ["nan,1"], ["inf,1"], []):
+        with pytest.raises(ConfigError, match=r"--dataset_weights must be numbers above 0"):
+            resolve(["--dataset_weights", *wrong])
+
+
 def test_shipped_config_says_what_the_built_in_defaults_say() -> None:
     for stage, values in STAGE_DEFAULTS.items():
         options = resolve(["--stage", str(stage)]).options

@@ -20,6 +20,8 @@ from flare.hosts import check_hosts, rendezvous
 from flare.jsonc import read_jsonc
 from flare.nvidia_smi import Gpu
 from flare.options import STAGE_DEFAULTS
+from flare.plan import check_fits
+from flare.plan_table import plan_lines
 from flare.setup import Hardware, Run, settle
 from tests.conftest import REPO, run_script, script_environment, train
 from tests.fake_nvidia_smi import install
@@ -208,7 +210,24 @@ def test_auto_takes_the_largest_divisor_that_fits_the_smallest_card(base: Path, 
     assert tight.plan().fits
     assert tight.plan().inputs.accumulation == 120 // micro
     larger = next(n for n in range(micro + 1, 121) if 120 % n == 0)
-    assert tight.with_batch(larger, False).plan().fits is False
+    assert tight.with_layout(larger, False, "ddp").plan().fits is False
+
+
+def test_auto_shards_what_does_not_fit_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-7B in stage 2 needs 118 GB a card with DDP; three billion fit on an A800 whole, on four A40 sharded."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = ["--stage", 2, "--dry_run"]
+
+    def chosen(model: str, mib: int, count: int, *more: object) -> Run:
+        return run_of(gpus(*[mib] * count), Path(f"Qwen/Qwen2.5-{model}"), tmp_path, *flags, *more)
+
+    assert [chosen(model, 81_920, 4).parallel for model in ("1.5B", "3B", "7B")] == ["ddp", "ddp", "fsdp"]
+    assert chosen("3B", 46_068, 4).parallel == "fsdp"
+    assert chosen("3B", 46_068, 1).parallel == "ddp"
+    sharded = chosen("7B", 81_920, 4).plan()
+    assert sharded.fits and "FSDP2 over 4 processes" in "\n".join(plan_lines(sharded))
+    with pytest.raises(ConfigError, match="--parallel fsdp"):
+        check_fits(chosen("7B", 81_920, 4, "--parallel", "ddp").plan())
 
 
 def test_auto_without_a_global_batch_keeps_the_rows_of_the_default(base: Path, tmp_path: Path) -> None:

@@ -116,19 +116,21 @@ def test_layouts_give_the_same_losses_and_weights(
 
 
 @pytest.mark.parametrize(
-    ("processes", "micro"), [(2, 2), (2, 1), (3, 4)], ids=["2x2", "2x1x2 accumulation", "3 unequal"]
+    ("processes", "micro", "parallel"),
+    [(2, 2, "ddp"), (2, 1, "ddp"), (3, 4, "ddp"), (2, 2, "fsdp"), (2, 1, "fsdp"), (3, 1, "fsdp")],
+    ids=["2x2", "2x1x2 accumulation", "3 unequal", "fsdp 2x2", "fsdp 2x1x2 accumulation", "fsdp 3 unequal"],
 )
 def test_ranks_give_the_loss_and_gradients_of_one_process(
-    base: Path, corpus: Path, cache_dir: Path, tmp_path: Path, processes: int, micro: int
+    base: Path, corpus: Path, cache_dir: Path, tmp_path: Path, processes: int, micro: int, parallel: str
 ) -> None:
-    """fp32, relative 1e-5; three ranks share four rows as 2, 1 and 1."""
+    """fp32, relative 1e-5; three ranks share four rows as 2, 1 and 1 (with FSDP2 two of them run an empty batch)."""
     results = []
-    for count, size in ((1, 4), (processes, micro)):
+    for count, size, how in ((1, 4, "ddp"), (processes, micro, parallel)):
         out = tmp_path / f"{count}.pt"
         result = subprocess.run(
             [
                 sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count),
-                "-m", "tests.ddp_gradients", *map(str, (base, corpus, cache_dir, out, size, 4)),
+                "-m", "tests.rank_gradients", *map(str, (base, corpus, cache_dir, out, size, 4, how)),
             ],
             cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=240,
         )  # fmt: skip
@@ -256,7 +258,7 @@ def test_resume_on_another_number_of_processes_keeps_batch_and_order(
     assert first.returncode == 0, first.stderr
     second = train(*flags, "--max_steps", 6)
     assert second.returncode == 0, second.stderr
-    assert "2 -> 1 processes: the global batch stays 4 rows" in second.stderr
+    assert "1 processes, before 2: the global batch stays 4 rows" in second.stderr
     assert losses(tmp_path / "out" / "run")[:3] == pytest.approx(losses(one_process_run)[:3], rel=1e-2)
     assert len(losses(tmp_path / "out" / "run")) == 6
 

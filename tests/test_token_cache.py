@@ -1,8 +1,10 @@
 """The token cache: whatever the number of workers and whoever is killed, the same bytes."""
 
+import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,3 +250,15 @@ def test_two_builders_at_once_build_once(folder: Path, base: Path, tmp_path: Pat
     assert sum(err.count("tokenised") for err in errors) == 1
     assert len(list((tmp_path / "c").glob("tokens-*"))) == 1
     assert not any("TOKENIZERS_PARALLELISM" in err for err in errors)
+
+
+def test_who_waits_for_another_builder_says_so(folder: Path, base: Path, tmp_path: Path) -> None:
+    directory = build(folder, base, tmp_path / "c", 1, max_bad_rows=0.1).directory
+    shutil.rmtree(directory)
+    with open(directory.with_name(f".{directory.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start_build(folder, base, tmp_path / "c", 1)
+        assert f"waits for another process that makes the token cache {directory}" in process.stderr.readline()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert TokenCache(directory).is_whole

@@ -51,7 +51,11 @@ def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settin
     except OSError as error:
         raise ConfigError(f"--cache_dir {cache_dir} cannot be made: {error.strerror}") from error
     with open(cache_dir / f".tokens-{fingerprint}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info(f"waits for another process that makes the token cache {directory}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         cache = open_whole(directory)
         if cache is None:
             try:

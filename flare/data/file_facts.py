@@ -1,12 +1,24 @@
-"""What one pass over a local file tells: its SHA-256, and where lines begin at which it can be cut."""
+"""What one pass over local files tells: their SHA-256, and where lines begin at which they can be cut.
 
+The next start takes it over for files that nobody has touched since, and reads none of them.
+"""
+
+import contextlib
+import fcntl
 import hashlib
-from dataclasses import dataclass
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flare.data.rows import PIECE_BYTES
+from flare.files import write_json
 
 BLOCK_BYTES = 4 * 2**20
+SETTLED_SEC = 3.0
+"""A file that was changed less than this before it was read may change again with the same times (they are coarse)."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +28,67 @@ class FileFacts:
     size: int
     sha256: str
     cuts: tuple[tuple[int, int], ...] = ()
+
+
+def facts_of(files: list[Path], memo_dir: Path | None) -> list[FileFacts]:
+    """Facts of these files; what ``memo_dir`` notes of earlier starts is not read again.
+
+    A note holds as long as device, inode, size and the times of change are the same. The kernel sets ctime at every
+    change, and no tool can set it back. Source: Git's index does it so (racy-git.adoc).
+    """
+    if memo_dir is None:
+        return [read_facts(file) for file in files]
+    names = "\0".join(str(file.absolute()) for file in files)
+    memo = memo_dir / f"facts-{hashlib.sha256(names.encode()).hexdigest()[:32]}.json"
+    with _locked(memo_dir / f".{memo.stem}.lock"):  # of several ranks one reads, the others find its notes
+        known, notes, facts = _read_memo(memo), {}, []
+        for file in files:
+            note = known.get(str(file.absolute()))
+            if note is None or note["state"] != _state(file):
+                note = _note(file)
+            facts.append(_from_note(note["facts"]))
+            if note["is_settled"]:
+                notes[str(file.absolute())] = note
+        if notes != known:
+            with contextlib.suppress(OSError):  # only the next start's time is lost
+                write_json(memo, {"piece_bytes": PIECE_BYTES, "files": notes})
+    return facts
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file lock, where one can be had."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(open(path, "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _note(file: Path) -> dict:
+    """Read a file. ``is_settled``: it was left alone before and while that was done."""
+    begun, state = time.time(), _state(file)
+    facts = asdict(read_facts(file))
+    is_settled = state[-1] / 1e9 < begun - SETTLED_SEC and _state(file) == state
+    return {"state": state, "is_settled": is_settled, "facts": facts}
+
+
+def _state(file: Path) -> list[int]:
+    stat = os.stat(file)
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _read_memo(memo: Path) -> dict:
+    try:
+        content = json.loads(memo.read_text(encoding="utf-8"))
+        return content["files"] if content["piece_bytes"] == PIECE_BYTES else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _from_note(note: dict) -> FileFacts:
+    return FileFacts(note["size"], note["sha256"], tuple((byte, line) for byte, line in note["cuts"]))
 
 
 def read_facts(file: Path) -> FileFacts:

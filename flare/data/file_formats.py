@@ -6,17 +6,21 @@ A .txt file is one document; the others hold a row each line, element or record.
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from flare.data.rows import BadRow, Piece, Row
-from flare.errors import ConfigError, DataError
+from flare.data.records import array_elements, csv_values
+from flare.data.rows import BadRow, Piece, Row, missing_column
+from flare.errors import DataError
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet", ".csv")
 ARCHIVES = {".gz": "gzip", ".zst": "zstd"}
+UNDECODED = re.compile("[\udc80-\udcff]")
+OPEN_OBJECT = re.compile(rb"\{[ \t]*\r?\n")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -106,15 +110,19 @@ class RowGroups(Piece):
         import pyarrow.parquet
 
         number = self.first_row
-        with pyarrow.parquet.ParquetFile(self.file) as table:
-            groups = list(range(self.begin, self.end))
-            for batch in table.iter_batches(self.batch_rows, row_groups=groups, columns=[self.column]):
-                for value in _values(batch.column(0)):
-                    yield Row(value, f"{self.file}[{number}]")
-                    number += 1
+        try:
+            with pyarrow.parquet.ParquetFile(self.file) as table:
+                groups = list(range(self.begin, self.end))
+                for batch in table.iter_batches(self.batch_rows, row_groups=groups, columns=[self.column]):
+                    for value in values_of(batch.column(0)):
+                        yield Row(value, f"{self.file}[{number}]")
+                        number += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{self.file} is damaged after row {number} ({reason}); get it anew") from error
 
 
-def _values(array: object) -> list[object]:
+def values_of(array: object) -> list[object]:
     """Python values of an Arrow array; text that is no UTF-8 becomes a bad row of its own."""
     try:
         return array.to_pylist()
@@ -140,11 +148,6 @@ def _column(record: object, column: str, file: Path, first: bool) -> object:
     return BadRow(f"has no column {column!r}")
 
 
-def missing_column(column: str, where: object, columns: list[str]) -> ConfigError:
-    """The error of a column that a file or data set has not."""
-    return ConfigError(f"column {column!r} not in {where}; columns: {', '.join(columns) or 'none'}; use --text_column")
-
-
 def _read_txt(stream: BinaryIO, file: Path, column: str) -> Iterator[Row]:
     try:
         yield Row(stream.read().removeprefix(BOM).decode("utf-8"), str(file))
@@ -167,7 +170,7 @@ def _parse_lines(lines: Iterator[bytes], file: Path, column: str, first_line: in
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             yield Row(BadRow(f"is not UTF-8 (byte {error.start})"), where)
-        except ValueError as error:  # no JSON, or a number that no int holds
+        except (ValueError, RecursionError) as error:  # no JSON, or numbers or nesting beyond all measure
             yield Row(BadRow(f"is not JSON ({getattr(error, 'msg', error)})"), where)
         else:
             yield Row(_column(record, column, file, first), where)
@@ -175,20 +178,31 @@ def _parse_lines(lines: Iterator[bytes], file: Path, column: str, first_line: in
 
 
 def _read_json(stream: BinaryIO, file: Path, column: str) -> Iterator[Row]:
-    start = stream.peek(64)[:64].removeprefix(BOM).lstrip()[:1]
-    if start != b"[":  # the field writes JSON lines into .json files, too
+    start = stream.peek(64)[:64].removeprefix(BOM).lstrip()
+    if OPEN_OBJECT.match(start):
+        raise DataError(f"{file} is one JSON object over several lines; give an array of objects, or one a line")
+    if start[:1] != b"[":  # the field writes JSON lines into .json files, too
         yield from _read_lines(stream, file, column)
         return
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+    number = 0
     try:
-        records = json.loads(stream.read().removeprefix(BOM).decode("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
-    for number, record in enumerate(records):
-        yield Row(_column(record, column, file, number == 0), f"{file}[{number}]")
+        for number, record in enumerate(array_elements(text)):
+            yield Row(_valid(_column(record, column, file, number == 0)), f"{file}[{number}]")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON after element {number}: {getattr(error, 'msg', error)}") from error
 
 
 def _read_csv(stream: BinaryIO, file: Path, column: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    for number, record in enumerate(csv.DictReader(text)):
-        yield Row(_column(record, column, file, number == 0), f"{file}: row {number + 1}")
+    try:
+        for line, value in csv_values(text, file, column):
+            yield Row(_valid(value), f"{file}:{line}")
+    except csv.Error as error:
+        raise DataError(f"{file} is no CSV: {error}") from error
+
+
+def _valid(value: object) -> object:
+    """The value; a bad row for text with bytes that could not be decoded (``errors="surrogateescape"``)."""
+    return BadRow("is not UTF-8") if isinstance(value, str) and UNDECODED.search(value) else value

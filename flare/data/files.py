@@ -1,44 +1,95 @@
 """Local files as a source: which files a path names, their identity, and how they are cut into pieces."""
 
+import glob
 import hashlib
 from pathlib import Path
 
-from flare.data.file_facts import FileFacts, read_facts
-from flare.data.file_formats import KINDS, LineRange, RowGroups, WholeFile, is_archive, kind_of, missing_column
-from flare.data.rows import PIECE_BYTES, Piece, Source, gather
+from flare.data.file_facts import FileFacts, facts_of
+from flare.data.file_formats import (
+    ARCHIVES,
+    KINDS,
+    LineRange,
+    RowGroups,
+    WholeFile,
+    is_archive,
+    kind_of,
+)
+from flare.data.rows import PIECE_BYTES, Piece, Source, gather, missing_column
 from flare.errors import ConfigError, DataError
 
 BATCH_BYTES = 8 * 2**20
 """Text of a parquet file that is decoded at once."""
+MAX_LISTED_FILES = 1000
+"""Files that are told apart when data has changed; of a larger corpus, folders are."""
 
 
 def find_files(path: Path) -> list[Path]:
-    """The file itself, or all files of a known kind in a folder, by name."""
+    """The file itself, or all files of a known kind in a folder, by name.
+
+    Raises: ConfigError for a file of no known kind; DataError for a folder without any.
+    """
     if path.is_file():
         if kind_of(path) is None:
-            raise ConfigError(f"--dataset_name {path}: cannot read {path.suffix!r}; known: {' '.join(KINDS)}")
+            raise ConfigError(f"--dataset_name {path}: cannot read {path.name!r}; known: {known_kinds()}")
         return [path]
-    files = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file())
+    files = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file() and not is_hidden(p.relative_to(path)))
     if not files:
-        raise DataError(f"--dataset_name {path}: the folder holds none of {' '.join(KINDS)}")
+        raise DataError(f"--dataset_name {path}: the folder holds none of {known_kinds()}")
     return files
 
 
-class FileSource(Source):
-    """Local files, one after the other by name."""
+def is_hidden(path: Path) -> bool:
+    """Whether a file or a folder above it is hidden: what tools leave there (.cache, .git) is no data."""
+    return any(part.startswith(".") for part in path.parts)
 
-    def __init__(self, files: list[Path], text_column: str) -> None:
+
+def is_glob(name: str) -> bool:
+    """Whether a name holds wildcards."""
+    return any(character in name for character in "*?[")
+
+
+def match_files(pattern: str) -> list[Path]:
+    """All files of a known kind that a glob matches, by name; ``**`` goes through folders.
+
+    Raises: ConfigError when it matches none.
+    """
+    matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
+    files = sorted(path for path in matches if path.is_file() and kind_of(path))
+    if not files:
+        others = f" (it matches {len(matches)} other files)" if matches else f" (looked in {Path.cwd()})"
+        raise ConfigError(f"--dataset_name {pattern}: matches no file of the kinds {known_kinds()}{others}")
+    return files
+
+
+def known_kinds() -> str:
+    """The kinds of files, for messages."""
+    return f"{' '.join(KINDS)}, and these but .parquet with {' or '.join(ARCHIVES)} behind"
+
+
+class HashedFiles(Source):
+    """A source whose identity is the content of local files.
+
+    Args:
+        root: the folder that they lie in; in messages about changed data files are named from there.
+        memo_dir: where it is noted what was read of them, for the next start.
+    """
+
+    def __init__(
+        self, files: list[Path], text_column: str, root: Path | None = None, memo_dir: Path | None = None
+    ) -> None:
         self.files = files
         self.text_column = text_column
+        self.root = root
+        self.memo_dir = memo_dir
         self._facts: list[FileFacts] | None = None
         for file in files:
             if file.stat().st_size == 0:
                 raise DataError(f"{file} is empty (0 bytes)")
 
     def facts(self) -> list[FileFacts]:
-        """Hash and cuts of every file; the first call reads all of them once."""
+        """Hash and cuts of every file; the first call reads those once of which nothing is noted."""
         if self._facts is None:
-            self._facts = [read_facts(file) for file in self.files]
+            self._facts = facts_of(self.files, self.memo_dir)
         return self._facts
 
     def fingerprint(self) -> str:
@@ -46,6 +97,24 @@ class FileSource(Source):
         for file, facts in zip(self.files, self.facts(), strict=True):
             digest.update(f"{kind_of(file)}:{facts.sha256}\0".encode())
         return f"files:{digest.hexdigest()}"
+
+    def describe(self) -> dict[str, str]:
+        """Size and hash of every file, or when there are very many, of every folder."""
+        names = [self.name_of(file) for file in self.files]
+        sums = [f"{facts.size:,} bytes, sha256 {facts.sha256[:12]}" for facts in self.facts()]
+        listed = {f"file {name}": content for name, content in zip(names, sums, strict=True)}
+        if len(self.files) > MAX_LISTED_FILES:
+            listed = by_folder(names, self.facts())
+        return {"text_column": self.text_column} | listed
+
+    def name_of(self, file: Path) -> str:
+        """A file's name from ``root``."""
+        is_inside = self.root is not None and file != self.root and file.is_relative_to(self.root)
+        return str(file.relative_to(self.root)) if is_inside else file.name
+
+
+class FileSource(HashedFiles):
+    """Local files of known kinds, one after the other by name."""
 
     def pieces(self) -> list[Piece]:
         parts = []
@@ -66,6 +135,19 @@ class FileSource(Source):
             (LineRange(file, self.text_column, begin, end, line), end - begin)
             for (begin, line), end in zip(starts, ends, strict=True)
         ]
+
+
+def by_folder(names: list[str], facts: list[FileFacts]) -> dict[str, str]:
+    """Number, size and hash of each folder's files, given the files' names and facts."""
+    folders: dict[str, list[FileFacts]] = {}
+    for name, fact in zip(names, facts, strict=True):
+        folders.setdefault(str(Path(name).parent), []).append(fact)
+    described = {}
+    for folder, inside in folders.items():
+        digest = hashlib.sha256("".join(fact.sha256 for fact in inside).encode()).hexdigest()[:12]
+        size = sum(fact.size for fact in inside)
+        described[f"folder {folder}"] = f"{len(inside):,} files, {size:,} bytes, sha256 {digest}"
+    return described
 
 
 def row_groups(file: Path, column: str) -> list[tuple[Piece, int]]:

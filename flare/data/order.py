@@ -66,6 +66,14 @@ def shares(num_rows: int, weights: list[float]) -> list[int]:
     return [1 + c for c in counts]
 
 
+def equal_rounds(rows: np.ndarray, counts: list[int], size: int) -> list[np.ndarray]:
+    """A rank's rows cut into as many pieces as the rank with the most rows (of ``counts``) needs; some may be empty.
+
+    For ranks that must go through a micro-batch together: those of a sharded model gather its weights in each.
+    """
+    return np.array_split(rows, -(-max(counts) // size))
+
+
 def micro_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
     """A rank's rows of one step, cut into pieces of at most ``size``."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flare.data.order import RowOrder
 from flare.data.tokens import TokenCache
 from flare.errors import DataError
 from flare.loss import IGNORE_INDEX
@@ -69,6 +70,22 @@ class PackedRows:
 
     def __len__(self) -> int:
         return self.num_rows
+
+    def order(self, seed: int) -> RowOrder:
+        """Which rows lie at which positions of the run."""
+        return RowOrder(seed, self.num_rows)
+
+    def epochs(self, position: int) -> float:
+        """Passes over the data up to a position."""
+        return position / self.num_rows
+
+    def describe(self) -> str:
+        """For the log."""
+        return f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, {self.num_rows:,} rows"
+
+    def passes(self, position: int) -> list[str]:
+        """How often the data is read up to a position, for the log."""
+        return [f"the run takes {self.epochs(position):.2f} epochs of the data"]
 
     def num_targets(self, rows: np.ndarray) -> int:
         """Targets in these rows, without reading them."""

@@ -6,6 +6,8 @@ What is usable text is decided in ``flare.data.tokens``; nothing here opens a fi
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from flare.errors import ConfigError, nearest
+
 PIECE_BYTES = 32 * 2**20
 """Input of a piece, where its format can be cut: a few seconds of tokenising, and a few hundred pieces in 10 GB."""
 
@@ -25,6 +27,14 @@ class BadRow:
         self.reason = reason
 
 
+def missing_column(column: str, where: object, columns: list[str]) -> ConfigError:
+    """The error of a column that a file or data set has not."""
+    known = ", ".join(columns) or "none"
+    return ConfigError(
+        f"column {column!r} not in {where}; columns: {known}; use --text_column{nearest(column, columns)}"
+    )
+
+
 @dataclass(frozen=True)
 class SourceSpec:
     """What the user asked for."""
@@ -35,6 +45,7 @@ class SourceSpec:
     dataset_split: str = "train"
     cache_dir: str | None = None
     streaming: bool = False
+    dataset_revision: str | None = None
 
 
 class Piece:
@@ -54,6 +65,10 @@ class Source:
     def fingerprint(self) -> str:
         """Identity of the rows: equal on every machine that has the same data."""
         raise NotImplementedError
+
+    def describe(self) -> dict[str, str]:
+        """What the rows are made of, part by part: by these a changed fingerprint is explained to people."""
+        return {"content": self.fingerprint()}
 
     def pieces(self) -> list[Piece]:
         """All rows, cut into pieces in order. The same data gives the same pieces."""

@@ -1,37 +1,76 @@
-"""Where documents come from: hub data sets, local files and folders, the embedded corpus.
+"""Where documents come from: hub data sets, local files, folders and saved sets, the embedded corpus.
 
 A source yields rows as they are, with the place they came from; what is usable text is decided in
 ``flare.data.tokens``. Nothing here tokenises.
 """
 
 import hashlib
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from flare.data.embedded import embedded_documents
-from flare.data.file_formats import KINDS
-from flare.data.files import FileSource, find_files
+from flare.data.file_formats import kind_of
+from flare.data.files import FileSource, find_files, is_glob, match_files
 from flare.data.hub_sets import HubSource
 from flare.data.rows import Piece, Row, Source, SourceSpec
-from flare.errors import ConfigError
+from flare.data.saved_sets import SavedSource, is_saved
+from flare.data.snapshots import cached_snapshot, is_snapshot, snapshot_files
+from flare.errors import ConfigError, EnvError
+from flare.logs import log
 
 
 def open_source(spec: SourceSpec, token_dir: Path) -> Source:
-    """The source that ``--dataset_name`` names.
+    """The source that ``--dataset_name`` names: ``embedded``, what lies at that path, a glob, or a hub set.
 
     Raises: ConfigError for a path that is not there, DataError / EnvError for a hub set that cannot be had.
     """
     name = spec.dataset_name
     if name == "embedded":
         return EmbeddedSource(token_dir)
-    path = Path(name)
-    if path.exists():
-        return FileSource(find_files(path), spec.text_column)
-    looks_local = path.suffix in KINDS or path.is_absolute() or name.startswith((".", "~"))
+    if path := path_of(name):
+        return open_path(path, spec, token_dir)
+    path = Path(name).expanduser()
+    if is_glob(name):
+        return FileSource(match_files(str(path)), spec.text_column, memo_dir=token_dir)
+    looks_local = kind_of(path) is not None or path.is_absolute() or name.startswith((".", "~"))
     if looks_local or name.count("/") > 1:
         raise ConfigError(f"--dataset_name {name}: no such file or directory (looked in {Path.cwd()})")
-    return HubSource(spec)
+    return open_hub_set(spec, token_dir)
+
+
+def path_of(name: str) -> Path | None:
+    """The file or folder of that name, if there is one."""
+    path = Path(name).expanduser()
+    try:
+        return path if path.exists() else None
+    except OSError:  # a name too long for a path
+        return None
+
+
+def open_path(path: Path, spec: SourceSpec, token_dir: Path) -> Source:
+    """A file, a folder of files, what ``save_to_disk`` wrote, or a folder laid out as on the hub.
+
+    Only the last one has configurations, and the last two have splits: elsewhere ``--dataset_split`` has no effect.
+    """
+    if is_saved(path):
+        return SavedSource(path, spec, token_dir)
+    if is_snapshot(path):
+        return FileSource(snapshot_files(path, spec), spec.text_column, path, token_dir)
+    return FileSource(find_files(path), spec.text_column, path, token_dir)
+
+
+def open_hub_set(spec: SourceSpec, token_dir: Path) -> Source:
+    """A set of the hub; when the hub cannot be reached, its snapshot in the hub's cache (``hf download``)."""
+    try:
+        return HubSource(spec)
+    except EnvError:
+        snapshot = None if spec.streaming else cached_snapshot(spec)
+        if snapshot is None:
+            raise
+    log.warning(f"data set {spec.dataset_name} cannot be loaded from the hub; read from its snapshot {snapshot}")
+    return FileSource(snapshot_files(snapshot, spec), spec.text_column, snapshot, token_dir)
 
 
 @dataclass(frozen=True)
@@ -56,6 +95,9 @@ class EmbeddedSource(Source):
         for name, text in self.documents:
             digest.update(f"{name}\0{text}\0".encode())
         return f"embedded:{digest.hexdigest()}"
+
+    def describe(self) -> dict[str, str]:
+        return {"embedded corpus": f"{len(self.documents)} documents of Python {platform.python_version()}"}
 
     def pieces(self) -> list[Piece]:
         return [Documents(tuple(self.documents))]

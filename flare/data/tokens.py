@@ -60,4 +60,4 @@ class TokenCache:
 
 def default_cache_dir(cache_dir: str | None) -> Path:
     """Where token caches live: ``--cache_dir``, or ~/.cache/flare."""
-    return Path(cache_dir) if cache_dir else Path.home() / ".cache" / "flare"
+    return Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "flare"

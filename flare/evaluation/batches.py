@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from flare.distributed import World
 from flare.errors import FlareError
-from flare.evaluation.scorer import TokenScorer
 from flare.evaluation.windows import Window
 from flare.loss import IGNORE_INDEX
 
@@ -37,16 +38,27 @@ class Scored:
             yield window, losses, hits
 
 
+class Scorer(Protocol):
+    """What answers for a model: ``scorer.TokenScorer``, or a model that is being trained."""
+
+    model: nn.Module
+
+    def score(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """NLL fp32 and argmax hits of the asked targets, (n,) each, on the CPU; both arguments (B, T)."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """How windows are scored: by what, how many tokens at once, as which rank of how many.
 
-    ``batch_tokens`` bounds rows x longest row of a batch; a window that is longer goes alone.
+    ``batch_tokens`` bounds rows x longest row of a batch; a window that is longer goes alone. ``equal_rounds``: every
+    rank calls the model as often as the others, as a sharded one wants it.
     """
 
-    scorer: TokenScorer
+    scorer: Scorer
     batch_tokens: int
     world: World = ALONE
+    equal_rounds: bool = False
 
     def score(
         self, windows: list[Window], sequences: list[list[int]], progress: Progress | None = None
@@ -55,7 +67,8 @@ class Engine:
 
         Raises: FlareError for a loss that is not finite, or no memory.
         """
-        batches = list(length_sorted_batches(windows, self.batch_tokens))[self.world.rank :: self.world.size]
+        everyones = list(length_sorted_batches(windows, self.batch_tokens))
+        batches = everyones[self.world.rank :: self.world.size]
         total = sum(w.stop - w.first_target for batch in batches for w in batch)
         done = 0
         for batch in batches:
@@ -67,6 +80,8 @@ class Engine:
             done += len(losses)
             if progress is not None:
                 progress(done, total)
+        if self.equal_rounds and len(batches) * self.world.size < len(everyones):
+            self.scorer.score(*pad_batch(everyones[-1], sequences))  # in step with the others; not counted
 
 
 def length_sorted_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:

@@ -13,33 +13,55 @@ from flare.distributed import World
 from flare.errors import ConfigError
 from flare.evaluation.batches import Engine
 from flare.evaluation.context import score_tails
-from flare.evaluation.scorer import TokenScorer
+from flare.evaluation.scorer import evaluating
+from flare.loss import IGNORE_INDEX
 from flare.nope.canary import rope_everywhere
+from flare.sharding import is_sharded
 
 MAX_DOCUMENTS = 64
 """Long held-out documents that the curve is made of: an evaluation must stay short beside training."""
+
+
+class TrainingScorer:
+    """Scores with a model as it is trained: its precision, its kernels, its shards.
+
+    Args:
+        training_model: ``flare.model.TrainingModel``, on ``device``.
+    """
+
+    def __init__(self, training_model: nn.Module, device: torch.device) -> None:
+        self.training_model, self.device = training_model, device
+        self.model = training_model.causal_lm
+
+    def score(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``scorer.TokenScorer.score``: NLL and hits of the asked targets in row-major order, on the CPU."""
+        asked = labels != IGNORE_INDEX
+        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        with evaluating(self.training_model):
+            losses, hits = self.training_model.score(**{k: v.to(self.device) for k, v in batch.items()})
+        return losses.cpu()[asked].float(), hits.cpu()[asked]
 
 
 class LengthCurve:
     """The loss of the last tokens of long held-out documents, by context length.
 
     Args:
-        model: the causal LM that is trained, wherever its weights are.
-        rows: the held-out rows; their documents are looked at whole.
-        bf16: whether training computes in bf16.
+        training_model: on its device. rows: the held-out rows; their documents are looked at whole.
     Raises: ConfigError when no held-out document holds the longest context.
     """
 
     def __init__(
-        self, model: nn.Module, rows: PackedRows, lengths: list[int], batch_tokens: int, world: World, bf16: bool
+        self, training_model: nn.Module, rows: PackedRows, lengths: list[int], batch_tokens: int, world: World
     ) -> None:
-        self.model, self.lengths, self.batch_tokens, self.world, self.bf16 = model, lengths, batch_tokens, world, bf16
+        scorer = TrainingScorer(training_model, world.device)
+        self.engine = Engine(scorer, batch_tokens, world, equal_rounds=is_sharded(training_model))
+        self.lengths = lengths
         self.sequences = long_documents(rows, max(lengths))
 
     def __call__(self) -> list[dict]:
         """Rows of ``score_tails``; a collective."""
-        scorer = TokenScorer(self.model, self.world.device, self.sequences[0], self.bf16)
-        return score_tails(Engine(scorer, self.batch_tokens, self.world), self.sequences, self.lengths)
+        return score_tails(self.engine, self.sequences, self.lengths)
 
 
 def long_documents(rows: PackedRows, num_tokens: int) -> list[list[int]]:

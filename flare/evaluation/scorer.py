@@ -29,7 +29,6 @@ class TokenScorer:
         probe_ids: (n,) some token ids of the data: the model runs on the first ones to find out whether
             its logits are ``lm_head(hidden)``. Then the logits are never materialised whole; else (a
             bias, Gemma's soft-capping, Granite's or Cohere's scale) they are, and ``fused`` is False.
-        bf16: compute in bf16 whatever the weights are in, as a model does that is being trained.
 
     Raises: ConfigError when the token ids do not belong to this model's vocabulary.
     """
@@ -57,7 +56,7 @@ class TokenScorer:
         """
         asked = labels != IGNORE_INDEX
         try:
-            with evaluating(self.model), self._precision():
+            with evaluating(self.model):
                 score = self._score_fused if self.fused else self._score_full
                 losses, hits = score(input_ids.to(self.device), asked.to(self.device), labels[asked])
         except torch.OutOfMemoryError as error:
@@ -65,9 +64,6 @@ class TokenScorer:
             shape = f"batch size {batch_size} x {length} tokens"
             raise FlareError(f"out of memory on {self.device} at {shape}; lower --batch_size") from error
         return losses.cpu(), hits.cpu()
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _score_fused(
         self, input_ids: torch.Tensor, asked: torch.Tensor, targets: torch.Tensor
@@ -110,7 +106,7 @@ class TokenScorer:
         if not isinstance(head, nn.Linear) or self.model.get_decoder() is self.model:
             return False
         input_ids = torch.tensor([probe_ids], device=self.device)
-        with evaluating(self.model), self._precision():
+        with evaluating(self.model):
             try:
                 hidden = self._hidden(input_ids)
                 logits = self.model(input_ids, use_cache=False).logits

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -63,32 +64,50 @@ def load_causal_lm(
     """
     raw = config_dict or read_model_config(directory)
     weight_files(directory)
-    model_type = raw.get("model_type", "")
-    with quiet_transformers():
-        if model_type in OWN_TYPES:
-            name = OWN_TYPES[model_type]
-            config = getattr(modeling_nope, f"{name}NopeConfig").from_dict(raw)
-            architecture = getattr(modeling_nope, f"{name}NopeForCausalLM")
-        else:
-            if "auto_map" in raw:
-                raise CheckpointError(f"{directory} wants to run its own code (auto_map); that is not allowed")
-            config = AutoConfig.for_model(**raw)
-            architecture = AutoModelForCausalLM
-        placed = {"attn_implementation": attn_implementation, "device_map": device_map}
-        extra = {name: value for name, value in placed.items() if value is not None}
-        model = _load_weights(architecture, directory, config, dtype, extra)
+    config, architecture = _architecture(raw, directory)
+    placed = {"attn_implementation": attn_implementation, "device_map": device_map}
+    extra = {name: value for name, value in placed.items() if value is not None}
+    model = _load_weights(architecture, directory, config, dtype, extra)
     if says_which_layers(raw):
         verify_nope(model, nope_layers_of(raw), str(directory))
     return model.eval()
+
+
+def empty_causal_lm(directory: Path, raw: dict, attn_implementation: str) -> PreTrainedModel:
+    """The model of this config.json on the meta device, without weights: for those who fill it part by part.
+
+    Its layers are not proven yet. Raises: CheckpointError for foreign code.
+    """
+    config, architecture = _architecture(raw, directory)
+    build = architecture.from_config if architecture is AutoModelForCausalLM else architecture._from_config
+    with quiet_transformers(), torch.device("meta"):
+        return build(config, attn_implementation=attn_implementation).eval()
+
+
+def _architecture(raw: dict, directory: Path) -> tuple[PreTrainedConfig, type]:
+    """Configuration and class of a config.json; ``directory`` is for the message.
+
+    Raises: CheckpointError when it asks for foreign code.
+    """
+    model_type = raw.get("model_type", "")
+    if model_type in OWN_TYPES:
+        name = OWN_TYPES[model_type]
+        config = getattr(modeling_nope, f"{name}NopeConfig").from_dict(raw)
+        return config, getattr(modeling_nope, f"{name}NopeForCausalLM")
+    if "auto_map" in raw:
+        raise CheckpointError(f"{directory} wants to run its own code (auto_map); that is not allowed")
+    with quiet_transformers():
+        return AutoConfig.for_model(**raw), AutoModelForCausalLM
 
 
 def _load_weights(
     architecture: type, directory: Path, config: object, dtype: torch.dtype | str, extra: dict
 ) -> PreTrainedModel:
     try:
-        model, info = architecture.from_pretrained(
-            directory, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **extra
-        )
+        with quiet_transformers():
+            model, info = architecture.from_pretrained(
+                directory, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **extra
+            )
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{directory} cannot be loaded: {reason}") from error

@@ -6,6 +6,9 @@ position embeddings of positions p and of 3p+1; a NoPE layer gives bitwise the s
 shift would prove nothing: RoPE ignores it too.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from flare.errors import CheckpointError
@@ -16,22 +19,29 @@ PROBE_TOKENS = 8
 
 
 @torch.no_grad()
-def probe_nope_layers(model: torch.nn.Module) -> list[int]:
+def probe_nope_layers(model: torch.nn.Module, decode: Callable | None = None) -> list[int]:
     """Indices of the decoder layers of a causal LM whose attention output does not depend on positions.
 
-    The modules' own inputs of a real forward pass are caught by hooks, so that the proof covers the way
-    in which this model calls its layers, on any architecture that passes ``position_embeddings``.
+    Each attention module is run again by a hook, inside a real forward pass, with its own inputs of that pass: so
+    the proof covers the way in which this model calls its layers, on any architecture that passes
+    ``position_embeddings``, and finds the weights of a sharded model gathered.
+
+    Args:
+        decode: how the decoder is called when not by itself (a sharded model gathers its weights at the outside).
     """
     decoder = model.get_decoder()
     device = input_device(model)
     input_ids = torch.arange(PROBE_TOKENS, device=device)[None] % decoder.embed_tokens.num_embeddings
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
-    calls: list[tuple[torch.nn.Module, dict]] = []
+    found: list[int] = []
+
+    def run_again(index: int, attention: torch.nn.Module, _args: tuple, kwargs: dict, _output: object) -> None:
+        if _ignores_positions(decoder, attention, dict(kwargs)):
+            found.append(index)
+
     hooks = [
-        layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs: calls.append((module, dict(kwargs))), with_kwargs=True
-        )
-        for layer in decoder.layers
+        layer.self_attn.register_forward_hook(partial(run_again, index), with_kwargs=True)
+        for index, layer in enumerate(decoder.layers)
     ]
     was_training = model.training
     model.eval()
@@ -39,12 +49,12 @@ def probe_nope_layers(model: torch.nn.Module) -> list[int]:
     mixed = len({parameter.dtype for parameter in decoder.parameters()}) > 1
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         try:
-            decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
+            (decode or decoder)(input_ids=input_ids, position_ids=positions, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
             model.train(was_training)
-        return [i for i, (module, kwargs) in enumerate(calls) if _ignores_positions(decoder, module, kwargs)]
+    return found
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
@@ -62,22 +72,28 @@ def _ignores_positions(decoder: torch.nn.Module, attention: torch.nn.Module, kwa
     for position_ids in (positions, 3 * positions + 1):
         kwargs["position_ids"] = position_ids
         kwargs["position_embeddings"] = decoder.rotary_emb(hidden, position_ids)
-        outputs.append(attention(**kwargs)[0])
+        outputs.append(attention.forward(**kwargs)[0])  # forward, not the call: no hooks
     return torch.equal(*outputs)
 
 
-def verify_nope(model: torch.nn.Module, expected: list[int] | None = None, where: str = "the model") -> list[int]:
+def verify_nope(
+    model: torch.nn.Module,
+    expected: list[int] | None = None,
+    where: str = "the model",
+    decode: Callable | None = None,
+) -> list[int]:
     """Prove that exactly the layers that the configuration names are NoPE layers.
 
     Args:
         model: a causal LM of transformers (wrapped models: pass the inner one).
         expected: default what ``model.config`` says, none for a plain model.
+        decode: see ``probe_nope_layers``.
     Returns: the NoPE layers.
     Raises: CheckpointError when they differ.
     """
     if expected is None:
         expected = nope_layers_of(model.config.to_dict())
-    found = probe_nope_layers(model)
+    found = probe_nope_layers(model, decode)
     if found != sorted(expected):
         raise CheckpointError(
             f"NoPE layers of {where} are not what its configuration says: "

@@ -191,7 +191,7 @@ def _bin_pieces(files: list[Path], change: Change) -> Iterator[_Piece]:
     """The tensors of pickled files, in shards of at most CHUNK_BYTES."""
     for file in files:
         chunk: dict[str, torch.Tensor] = {}
-        for name, tensor in _load_bin(file).items():
+        for name, tensor in load_bin(file).items():
             if chunk and sum(t.nbytes for t in chunk.values()) + tensor.nbytes > CHUNK_BYTES:
                 yield _Piece(chunk, partial(_save_changed, chunk, change))
                 chunk = {}
@@ -199,7 +199,7 @@ def _bin_pieces(files: list[Path], change: Change) -> Iterator[_Piece]:
         yield _Piece(chunk, partial(_save_changed, chunk, change))
 
 
-def _load_bin(file: Path) -> dict[str, torch.Tensor]:
+def load_bin(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a pickled file, memory-mapped and without running what a pickle could; no tied lm_head.
 
     Raises: CheckpointError for a file that holds anything else.

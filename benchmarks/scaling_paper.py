@@ -1,0 +1,110 @@
+"""How a step scales to many cards, on paper: ``python -m benchmarks.scaling_paper`` prints docs/scaling.md's tables.
+
+Nothing here is measured. Collectives are rings: of S bytes among N cards, an all-gather or a reduce-scatter takes
+(N - 1) / N x S / bandwidth, an all-reduce both. The slowest link decides: that between cards of a host, or all
+network cards of a host together, over which as many rings run side by side. Each collective also waits log2(N) times
+the latency of a message.
+
+DDP reduces fp32 gradients once a step, behind the backward pass of the last micro-batch. FSDP2 gathers bf16 weights
+in the forward and in the backward pass and reduces fp32 gradients, a layer at a time, in every micro-batch, each
+behind the arithmetic of another layer.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flare.flops import token_flops
+from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape, known_shape
+from flare.trainable import Trainable
+
+MFU = 0.45
+"""Of the peak, what the arithmetic alone reaches; a guess between torchtitan's 39 % and TinyLlama's 52 %."""
+LATENCY_SEC = 20e-6
+"""Of one message; a guess."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Cards and their links, each way, as their makers state them, in bytes per second."""
+
+    name: str
+    cards_per_host: int
+    peak_flops: float
+    inside: float  # between two cards of a host
+    network: float  # of a host, all its network cards together
+
+    def collective_sec(self, size_bytes: float, cards: int) -> float:
+        """An all-gather or a reduce-scatter of this many bytes in all."""
+        if cards == 1:
+            return 0.0
+        bandwidth = self.inside if cards <= self.cards_per_host else min(self.inside, self.network)
+        return (cards - 1) / cards * size_bytes / bandwidth + math.log2(cards) * LATENCY_SEC
+
+
+CLUSTERS = (
+    Cluster("H100 SXM, 8 a host, 8 x 400 Gbit/s", 8, 989e12, 450e9, 400e9),
+    Cluster("H100 SXM, 8 a host, 1 x 400 Gbit/s", 8, 989e12, 450e9, 50e9),
+    Cluster("A800 PCIe, 4 a host, 1 x 100 Gbit/s", 4, 312e12, 25e9, 12.5e9),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a card does in an optimizer step."""
+
+    shape: ModelShape
+    trainable: Trainable
+    rows: int  # of a micro-batch
+    micro_batches: int
+    seq_len: int = 4096
+
+    def compute_sec(self, cluster: Cluster) -> tuple[float, float]:
+        """(forward, backward) seconds of a micro-batch, without checkpointing."""
+        flops = token_flops(self.shape, self.trainable, self.seq_len)
+        tokens = self.rows * self.seq_len
+        forward = flops.model / 3
+        rate = cluster.peak_flops * MFU
+        return forward * tokens / rate, (flops.executed - forward) * tokens / rate
+
+    def ddp_sec(self, cluster: Cluster, cards: int) -> float:
+        forward, backward = self.compute_sec(cluster)
+        reduce = 2 * cluster.collective_sec(FP32_BYTES * self.trainable.params(self.shape), cards)
+        return (self.micro_batches - 1) * (forward + backward) + forward + max(backward, reduce)
+
+    def fsdp_sec(self, cluster: Cluster, cards: int) -> float:
+        forward, backward = self.compute_sec(cluster)
+        gather, reduce = self.layer_sec(cluster, cards)
+        layers = self.shape.num_hidden_layers
+        first = gather  # nothing to hide behind
+        return self.micro_batches * (first + max(forward, layers * gather) + max(backward, layers * (gather + reduce)))
+
+    def layer_sec(self, cluster: Cluster, cards: int) -> tuple[float, float]:
+        """(gather, reduce) seconds of a layer, embedding and head shared out among the layers."""
+        layers = self.shape.num_hidden_layers
+        gather = cluster.collective_sec(BF16_BYTES * self.shape.total_params / layers, cards)
+        return gather, cluster.collective_sec(FP32_BYTES * self.trainable.params(self.shape) / layers, cards)
+
+
+def table(cluster: Cluster) -> Iterator[str]:
+    """Markdown: share of the time that is arithmetic, by model, layout and number of cards (weak scaling)."""
+    counts = [n for n in (4, 8, 16, 64, 256, 1024) if n >= cluster.cards_per_host]
+    yield f"| {cluster.name} | rows x micro-batches a card | {' | '.join(map(str, counts))} |"
+    yield f"|---|---|{'---|' * len(counts)}"
+    for name, rows, micro_batches in itertools.product(("Qwen2.5-3B", "Qwen2.5-7B"), (2,), (1, 8)):
+        step = Step(known_shape(f"Qwen/{name}"), Trainable.of("all"), rows, micro_batches)
+        for layout, seconds in (("DDP", step.ddp_sec), ("FSDP2", step.fsdp_sec)):
+            alone = micro_batches * sum(step.compute_sec(cluster))
+            shares = [f"{alone / seconds(cluster, n):.0%}" for n in counts]
+            yield f"| {name} {layout} | {rows} x {micro_batches} | {' | '.join(shares)} |"
+
+
+def main() -> int:
+    for cluster in CLUSTERS:
+        print("\n".join(table(cluster)), end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

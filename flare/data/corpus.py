@@ -1,0 +1,177 @@
+"""The data of a run: one tokenised data set, or several with the share of the rows that each one gives.
+
+Every set has a token cache of its own, so that one more set, or other weights, tokenise nothing again.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from flare.data.build import build_token_cache
+from flare.data.mixture import MixedRows, block_counts
+from flare.data.packing import PackedRows, split_documents
+from flare.data.rows import Source, SourceSpec
+from flare.data.sources import open_source, path_of
+from flare.data.tokens import TokenCache, TokenSettings
+from flare.errors import ConfigError, DataError
+
+SHOWN_CHANGES = 5
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that is tokenised. ``facts``: what it is made of, by which a change is explained."""
+
+    name: str
+    cache: TokenCache
+    facts: dict[str, str]
+
+    @classmethod
+    def open(cls, name: str, source: Source, tokenizer: object, cache_dir: Path, settings: TokenSettings) -> "DataSet":
+        """Its token cache, built when missing. Raises: as ``build_token_cache``."""
+        cache = build_token_cache(source, tokenizer, cache_dir, settings)
+        made_with = {"tokenizer": f"sha256 {cache.meta['tokenizer'][:12]}", "dataset_size": str(settings.dataset_size)}
+        return cls(name, cache, source.describe() | made_with)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The data sets of a run, in the user's order; ``weights`` None is in proportion to their rows."""
+
+    sets: tuple[DataSet, ...]
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of all rows and of how they are mixed."""
+        if len(self.sets) == 1:
+            return self.sets[0].cache.fingerprint
+        key = [[data.cache.fingerprint for data in self.sets], self.weights and block_counts(list(self.weights))]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+
+    @property
+    def meta(self) -> dict:
+        """What all caches have in common: the token that ends documents."""
+        return self.sets[0].cache.meta
+
+    @property
+    def end_of_text_id(self) -> int:
+        return self.sets[0].cache.end_of_text_id
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the data is made of, for ``what_changed`` at a later start."""
+        if len(self.sets) == 1:
+            return self.sets[0].facts
+        facts = {"dataset_weights": ",".join(map(str, self.weights)) if self.weights else "by size"}
+        for data in self.sets:
+            facts |= {f"{data.name}: {what}": content for what, content in data.facts.items()}
+        return facts
+
+    def rows(self, percentage: float, seq_len: int, packing: str) -> tuple[PackedRows | MixedRows, ...]:
+        """(training rows, held-out rows), by document hash over all sets: copies of a document are on one side.
+
+        Raises: DataError for a set that gives no row to train on.
+        """
+        hashes = [data.cache.hashes for data in self.sets]
+        if len(hashes) == 1:
+            train, held_out = split_documents(hashes[0], percentage)
+            cache = self.sets[0].cache
+            held_out_rows = PackedRows(cache, held_out, seq_len, packing, keep_last=True)
+            return PackedRows(cache, train, seq_len, packing), held_out_rows
+        bounds = np.cumsum([0, *map(len, hashes)])
+        train, held_out = (by_set(side, bounds) for side in split_documents(np.concatenate(hashes), percentage))
+        names, caches = [data.name for data in self.sets], [data.cache for data in self.sets]
+        parts = [PackedRows(cache, side, seq_len, packing) for cache, side in zip(caches, train, strict=True)]
+        for name, part in zip(names, parts, strict=True):
+            if len(part) == 0:
+                raise DataError(
+                    f"data set {name} gives {part.num_tokens:,} training tokens, not one row of {seq_len}; leave it "
+                    "out or lower --max_seq_length"
+                )
+        counts = block_counts(list(self.weights)) if self.weights else None
+        held_out = [PackedRows(c, side, seq_len, packing, True) for c, side in zip(caches, held_out, strict=True)]
+        return MixedRows(names, parts, counts), MixedRows(names, held_out, spread=True)
+
+
+def by_set(documents: np.ndarray, bounds: np.ndarray) -> list[np.ndarray]:
+    """Documents that are counted through all sets, as documents of each set."""
+    cuts = np.searchsorted(documents, bounds[1:-1])
+    return [side - first for side, first in zip(np.split(documents, cuts), bounds[:-1], strict=True)]
+
+
+def open_corpus(
+    specs: list[SourceSpec], weights: list[float] | None, tokenizer: object, cache_dir: Path, settings: TokenSettings
+) -> Corpus:
+    """The corpus of these data sets; all are opened before the first is tokenised, so that a mistake shows early.
+
+    Raises: ConfigError, DataError or EnvError of a source, or for weights that do not fit.
+    """
+    names = [spec.dataset_name for spec in specs]
+    if weights is not None:
+        if len(weights) != len(names) or len(names) == 1:
+            raise ConfigError(
+                f"--dataset_weights has {len(weights)} weights for {len(names)} data sets ({', '.join(names)}); "
+                "give one for each of several"
+            )
+        block_counts(weights)
+    sources = [open_source(spec, cache_dir) for spec in specs]
+    sets = [
+        DataSet.open(name, source, tokenizer, cache_dir, settings) for name, source in zip(names, sources, strict=True)
+    ]
+    return Corpus(tuple(sets), tuple(weights) if weights else None)
+
+
+def split_specs(spec: SourceSpec) -> list[SourceSpec]:
+    """One specification for each data set of ``--dataset_name a,b``; column, configuration, split and revision are
+    one for all or, by commas, one each (nothing between commas is the default).
+
+    Raises: ConfigError for lists that differ in length, and a set that is named twice.
+    """
+    names = split_names(spec.dataset_name)
+    if len(names) == 1:
+        return [spec]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"--dataset_name names {twice[0]} twice; give it once, and its share with --dataset_weights")
+    lists: dict[str, list[str | None]] = {"dataset_name": names}
+    for field in ("text_column", "dataset_config", "dataset_split", "dataset_revision"):
+        value = getattr(spec, field)
+        parts = value.split(",") if value is not None and "," in value else [value] * len(names)
+        if len(parts) != len(names):
+            raise ConfigError(f"--{field} {value} names {len(parts)}, --dataset_name {len(names)} data sets")
+        default = SourceSpec.__dataclass_fields__[field].default
+        lists[field] = [part if part is None else part.strip() or default for part in parts]
+    return [replace(spec, **dict(zip(lists, values, strict=True))) for values in zip(*lists.values(), strict=True)]
+
+
+def split_names(text: str) -> list[str]:
+    """The data sets of ``--dataset_name``: parts between commas, where no path with the comma in its name is there."""
+    parts, names = text.split(","), []
+    while parts:
+        for count in range(len(parts), 0, -1):
+            name = ",".join(parts[:count])
+            if count == 1 or path_of(name) is not None:
+                break
+        names.append(name.strip())
+        parts = parts[count:]
+    return [name for name in names if name] or [text]
+
+
+def what_changed(then: dict[str, str] | None, now: dict[str, str]) -> str | None:
+    """The facts that differ, in words; None when none is known to."""
+    changes = []
+    for what in sorted((then or {}).keys() | now):
+        before, after = (then or {}).get(what), now.get(what)
+        if before is None:
+            changes.append(f"{what} is new")
+        elif after is None:
+            changes.append(f"{what} is gone")
+        elif before != after:
+            changes.append(f"{what}: {before} -> {after}")
+    if not then or not changes:
+        return None
+    more = f" and {len(changes) - SHOWN_CHANGES} more changes" if len(changes) > SHOWN_CHANGES else ""
+    return ", ".join(changes[:SHOWN_CHANGES]) + more

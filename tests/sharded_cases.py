@@ -1,0 +1,127 @@
+"""Run under torchrun: models sharded by FSDP2 beside the same models whole, on the same batch; writes what differs.
+
+usage: sharded_cases.py QWEN2 QWEN3_UNTIED OUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from flare import distributed, tensor_files
+from flare.checkpoint import Checkpoint, model_tensors, write_checkpoint
+from flare.distributed import World
+from flare.hub import read_model_config
+from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
+from flare.nope.format import with_nope
+from flare.nope.probe import verify_nope
+from flare.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from flare.options import Options
+from flare.sharding import is_sharded, whole
+from flare.tensor_files import TensorReader, restore_weights
+from flare.trainable import Trainable
+
+LAYERS = [1, 3]
+CASES = {
+    "everything": (Trainable.of("all"), "fp32", False),
+    "everything, checkpointed": (Trainable.of("all"), "fp32", True),
+    "NoPE layers": (Trainable.of(LAYERS), "fp32", False),
+    "attention of NoPE layers, checkpointed": (Trainable.of(LAYERS, True), "fp32", True),
+    "bf16, everything": (Trainable.of("all"), "bf16", False),
+    "bf16, attention of NoPE layers": (Trainable.of(LAYERS, True), "bf16", False),
+}
+
+
+def rows_of(model: TrainingModel, count: int) -> list[torch.Tensor]:
+    """(input_ids, labels, position_ids) of random rows with two documents each, the same on every rank."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, model.causal_lm.config.vocab_size, (count, 33))
+    positions = torch.cat([torch.arange(20), torch.arange(12)]).expand(count, -1)
+    return [ids[:, :-1], ids[:, 1:].clone(), positions]
+
+
+def gradients(model: TrainingModel, rows: list[torch.Tensor], world: World, mean_over: int) -> dict[str, torch.Tensor]:
+    """Loss, gradient norm and gradients of these rows of this rank, as the trainer scales them."""
+    loss = model(*rows) * mean_over
+    loss.backward()
+    found = {name: whole(p.grad) for name, p in model.trainable_parameters()}
+    norm = distributed.clip_gradients([p for _, p in model.trainable_parameters()], 1e9)
+    total = sum(distributed.together(world, loss.item)) / world.size if mean_over > 1 else loss.item()
+    return {"loss": torch.tensor(total), "norm": norm} | found
+
+
+def worst(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Largest relative difference; of a gradient by its norm, but at least a thousandth of the whole one."""
+    assert one.keys() == other.keys()
+    floor = 1e-3 * one["norm"]
+    return max(((other[k].float() - v.float()).norm() / max(v.float().norm(), floor)).item() for k, v in one.items())
+
+
+def compare(base: Path, case: str, world: World) -> dict:
+    """Loss and gradients of a sharded model, each rank with half of the rows, and of a whole one with all rows."""
+    trainable, precision, checkpointed = CASES[case]
+    config = with_nope(read_model_config(base), LAYERS, None, str(base))
+    plain = load_for_training(base, config, trainable, precision, "auto")
+    sharded = load_sharded(base, config, trainable, precision, "auto", world)
+    for model in (plain, sharded) if checkpointed else ():
+        checkpoint_layers(model.causal_lm)
+    verify_nope(sharded.causal_lm, LAYERS, decode=sharded.decode)
+    rows = rows_of(plain, 2 * world.size)
+    mine = [tensor[2 * world.rank : 2 * world.rank + 2] for tensor in rows]
+    scores = sharded.score(*mine)[0] - plain.score(*mine)[0]
+    whole_one = gradients(plain, rows, world, 1)
+    masters = {name: (p.dtype, is_sharded(p)) for name, p in sharded.causal_lm.named_parameters()}
+    return {
+        "difference": worst(whole_one, gradients(sharded, mine, world, world.size)),
+        "scores": scores.abs().max().item(),
+        "all sharded": all(sharded for _, sharded in masters.values()),
+        "dtypes": sorted({f"{d!s} {trainable.covers(n)}" for n, (d, _) in masters.items()}),
+        "gradient dtypes": sorted({str(p.grad.dtype) for _, p in sharded.trainable_parameters()}),
+    }
+
+
+def round_trip(base: Path, out: Path, world: World) -> dict:
+    """Weights and optimizer state written by all ranks in many files, read by a whole model and by a sharded one."""
+    tensor_files.MAX_FILE_BYTES = 20_000
+    how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
+    first = load_sharded(base, *how, world)
+    optimizer = build_optimizer(first.trainable_parameters(), Options(learning_rate=1e-3))
+    first(*rows_of(first, 2)).backward()
+    optimizer.step()
+    state = {"model": model_tensors(first.causal_lm), "optimizer": optimizer_tensors(optimizer)}
+    write_checkpoint(out / "checkpoint-1", state, {}, {"step": 1}, world)
+    Checkpoint(out / "checkpoint-1", 1).verify()
+    found = {"files": len(list((out / "checkpoint-1").glob("*.safetensors")))}
+    for name, other in (("plain", load_for_training(base, *how)), ("sharded", load_sharded(base, *how, world))):
+        restore_weights(other.causal_lm, TensorReader.of_model(out / "checkpoint-1"))
+        copied = build_optimizer(other.trainable_parameters(), Options(learning_rate=1e-3))
+        load_optimizer_tensors(copied, TensorReader.of_state(out / "checkpoint-1", "optimizer"))
+        again = {"model": model_tensors(other.causal_lm), "optimizer": optimizer_tensors(copied)}
+        found[name] = all(
+            torch.equal(whole(tensor), whole(again[kind][key]))
+            for kind in state
+            for key, tensor in state[kind].items()
+        )
+    return found
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(whole(one[k]), whole(other[k])) for k in one)
+
+
+def main() -> None:
+    tied, untied, out = map(Path, sys.argv[1:])
+    world = distributed.start(use_cuda=False, timeout_sec=120)
+    found = {
+        f"{base.name}: {case}": compare(base, case, world)
+        for base, case in [*((tied, case) for case in CASES), (untied, "everything"), (untied, "NoPE layers")]
+    }
+    found["round trip"] = round_trip(untied, out.parent, world)
+    if world.is_main:
+        out.write_text(json.dumps(found))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What --dataset_name can name on a disk: globs, compressed files, saved data sets; and how damage is told."""
+
+import gzip
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pyarrow
+import pytest
+
+from flare.data import rows as rows_module
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
+from flare.errors import ConfigError, DataError
+from tests.test_data import TEXTS, read, write_files
+
+
+def compress(file: Path, suffix: str) -> Path:
+    """The file packed by a library other than the one that reads it, where Python has one; gone itself."""
+    content, packed = file.read_bytes(), file.with_name(file.name + suffix)
+    if suffix == ".gz":
+        packed.write_bytes(gzip.compress(content))
+    else:
+        packed.write_bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+    file.unlink()
+    return packed
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_compressed_files_give_the_same_documents(tmp_path: Path, kind: str, suffix: str) -> None:
+    assert read(compress(write_files(tmp_path)[kind], suffix), tmp_path) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_archives_of_several_members_are_read_to_their_end(tmp_path: Path, suffix: str) -> None:
+    """What ``cat a.gz b.gz`` and block-wise packers write."""
+    parts = []
+    for number in range(3):
+        part = tmp_path / f"{number}.txt"
+        part.write_text(f"part {number}\n" * 1000)
+        parts.append(compress(part, suffix).read_bytes())
+    whole = tmp_path / f"x.txt{suffix}"
+    whole.write_bytes(b"".join(parts))
+    assert read(whole, tmp_path) == ["".join(f"part {n}\n" * 1000 for n in range(3))]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_cut_or_damaged_archive_is_one_line_that_names_it(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / "x.jsonl"
+    random.seed(0)
+    file.write_text("".join(json.dumps({"text": random.randbytes(500).hex()}) + "\n" for _ in range(500)))
+    packed = compress(file, suffix)
+    content = packed.read_bytes()
+    wrongs = [content[: len(content) // 2], b"no archive at all", content[:-3]]
+    if suffix == ".gz":  # a .zst holds a checksum only when who packed it asked for one
+        wrongs.append(content[:1000] + bytes(64) + content[1064:])
+    for wrong in wrongs:
+        packed.write_bytes(wrong)
+        with pytest.raises(DataError, match=rf"x.jsonl{suffix} is damaged or cut off") as raised:
+            read(packed, tmp_path)
+        assert "\n" not in str(raised.value)
+
+
+def test_bad_rows_in_an_archive_are_named_by_line(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n\n{"text": null}\n')
+    packed = compress(tmp_path / "x.jsonl", ".zst")
+    rows = list(open_source(SourceSpec(str(packed)), tmp_path).rows())
+    assert [(row.value, row.where) for row in rows] == [("good", f"{packed}:1"), (None, f"{packed}:3")]
+
+
+def test_globs_take_the_files_that_match_by_name(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", "c.md", "deep/d.txt", "deep/er/e.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path / "*.txt", tmp_path) == ["a.txt", "b.txt"]
+    assert read(tmp_path / "[b-z].*", tmp_path) == ["b.txt"]
+    assert read(tmp_path / "**" / "*.txt", tmp_path) == ["a.txt", "b.txt", "deep/d.txt", "deep/er/e.txt"]
+    with pytest.raises(ConfigError, match=r"\*.csv: matches no file of the kinds .jsonl"):
+        read(tmp_path / "*.csv", tmp_path)
+    with pytest.raises(ConfigError, match="it matches 1 other files"):
+        read(tmp_path / "*.md", tmp_path)
+    (tmp_path / "odd[1].txt").write_text("brackets")  # what is there is meant before what a pattern could mean
+    assert read(tmp_path / "odd[1].txt", tmp_path) == ["brackets"]
+
+
+def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("a.txt", ".hidden.txt", ".ipynb_checkpoints/a.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path, tmp_path) == ["a.txt"]
+
+
+# -- save_to_disk ---------------------------------------------------------------------------------------------
+
+
+def save(path: Path, texts: list[object] = TEXTS) -> Path:
+    from datasets import Dataset
+
+    Dataset.from_dict({"id": list(range(len(texts))), "text": texts}).save_to_disk(path, num_shards=2)
+    return path
+
+
+def test_a_saved_data_set_gives_its_rows_and_is_known_by_its_content(tmp_path: Path) -> None:
+    path = save(tmp_path / "saved", [*TEXTS, None])
+    source = open_source(SourceSpec(str(path)), tmp_path)
+    rows = list(source.rows())
+    assert [row.value for row in rows] == [*TEXTS, None]
+    assert rows[3].where == f"{path}[3]"
+    save(tmp_path / "again", [*TEXTS, None])
+    assert open_source(SourceSpec(str(tmp_path / "again")), tmp_path).fingerprint() == source.fingerprint()
+    save(tmp_path / "other", [*TEXTS, "x"])
+    assert open_source(SourceSpec(str(tmp_path / "other")), tmp_path).fingerprint() != source.fingerprint()
+
+
+def test_a_saved_data_set_is_read_in_pieces_that_go_to_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"document {number}" for number in range(500)]
+    path = save(tmp_path / "saved", texts)
+    monkeypatch.setattr("flare.data.saved_sets.PIECE_BYTES", 2000)
+    pieces = open_source(SourceSpec(str(path)), tmp_path).pieces()
+    assert len(pieces) > 3
+    pickled = [pickle.dumps(piece) for piece in pieces]
+    assert max(map(len, pickled)) < 10_000
+    assert [row.value for data in pickled for row in pickle.loads(data).rows()] == texts
+    assert rows_module.PIECE_BYTES > 2000
+
+
+def test_a_saved_dictionary_needs_a_split_that_it_has(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    path = tmp_path / "saved"
+    DatasetDict({name: Dataset.from_dict({"text": [name]}) for name in ("train", "test")}).save_to_disk(path)
+    assert read(path, tmp_path) == ["train"]
+    assert read(path, tmp_path, dataset_split="test") == ["test"]
+    with pytest.raises(ConfigError, match=r"--dataset_split tets: .* has the splits train, test; did you mean 'test'"):
+        read(path, tmp_path, dataset_split="tets")
+    with pytest.raises(ConfigError, match="single data set without splits"):
+        read(path / "train", tmp_path, dataset_split="test")
+    with pytest.raises(ConfigError, match=r"column 'txt' not in .* columns: text; .* did you mean 'text'"):
+        read(path, tmp_path, text_column="txt")
+
+
+def test_a_damaged_saved_data_set_is_one_line(tmp_path: Path) -> None:
+    path = save(tmp_path / "saved")
+    arrow = sorted(path.glob("*.arrow"))[1]
+    content = arrow.read_bytes()
+    for damage in (lambda: arrow.write_bytes(content[:200]), arrow.unlink):
+        damage()
+        with pytest.raises(DataError, match=r"saved is no whole data set of save_to_disk"):
+            read(path, tmp_path)
+    arrow.write_bytes(content)
+    (path / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"state.json cannot be read"):
+        read(path, tmp_path)
