@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     header = ["", "tokens/s", "peak GiB", "above the model GiB"]
     print("\n" + record.table(header, [row(n, s) for n, s in summaries.items()]))
     ratios = ratios_of(summaries)
-    print("\n" + record.table(["ratio", "measured", "target", ""], [ratio_row(n, v) for n, v in ratios.items()]))
+    print("\n" + record.ratio_table(ratios, TARGETS))
     path = record.write("evaluation", {"shape": SHAPE, "work": vars(args), "runs": summaries, "ratios": ratios})
     print(f"\n{path}")
     return 0
@@ -168,12 +168,6 @@ def ratios_of(summaries: dict[str, dict]) -> dict[str, float]:
     ours, theirs = summaries["flare"], summaries["lm-eval"]
     values = (ours[key] / theirs[key] for key in ("tokens_per_sec", "peak_bytes"))
     return dict(zip(TARGETS, values, strict=True))
-
-
-def ratio_row(name: str, value: float) -> list[str]:
-    target, sense = TARGETS[name]
-    met = value >= target if sense == "at least" else value <= target
-    return [name, f"{value:.2f}", f"{sense} {target}", "met" if met else "MISSED"]
 
 
 if __name__ == "__main__":

@@ -154,28 +154,6 @@ def gather_objects(item: object) -> list:
     return items
 
 
-def on_all(work: Callable[[], T]) -> list[T]:
-    """Do something on every rank; all (small, picklable) results reach every rank, by rank, or the first error does.
-
-    A collective: every rank calls it. A rank that fails does not leave the others waiting.
-    """
-    if not dist.is_initialized():
-        return [work()]
-    result, failure = None, None
-    try:
-        result = work()
-    except FlareError as error:
-        failure = error
-    except Exception as error:
-        failure = FlareError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
-        failure.__cause__ = error
-    answers = gather_objects((result, failure))
-    for _, failure in answers:
-        if failure is not None:
-            raise failure
-    return [result for result, _ in answers]
-
-
 @functools.cache
 def _waiting_group() -> dist.ProcessGroup:
     """A gloo group in which ranks may wait for hours while rank 0 saves: ``--ddp_timeout`` is for training."""

@@ -18,6 +18,7 @@ from flare.evaluation.corpus import tokenize_documents
 from flare.evaluation.perplexity import position_edges, score_documents
 from flare.evaluation.scorer import TokenScorer
 from flare.evaluation.windows import document_windows
+from flare.loss import score_tokens
 from tests.evaluation_models import PROSE, bpe_tokenizer, byte_level, bytes_tokenizer, lookup_model, tiny
 
 MAX_LENGTH = 16
@@ -228,6 +229,21 @@ def test_weighted_mean_of_the_buckets_is_the_loss(model, tokenizer):
     assert sum(counts) == result.num_tokens == sum(result.document_tokens)
     assert np.average(losses, weights=counts) == pytest.approx(result.loss, rel=1e-12)
     assert len(set(losses)) == len(losses)
+
+
+def test_scores_of_a_head_with_many_equal_logits_are_torchs_own():
+    """Whole numbers give ties: of several highest logits, argmax takes the first."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(200, 16).round(), torch.randn(50, 16).round()
+    labels = torch.randint(0, 50, (200,))
+    labels[::7] = -100
+    logits = hidden @ weight.T
+    losses, hits = score_tokens(hidden, weight, labels, chunk_rows=64)
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    torch.testing.assert_close(losses, expected.float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(hits, logits.argmax(1) == labels)
+    at_target = logits.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    assert hits.sum() < ((logits.amax(1) == at_target) & (labels >= 0)).sum()
 
 
 # -- counts and what is refused -----------------------------------------------------------------------

@@ -66,7 +66,7 @@ def score_tails(
                 sums[window.input_length] = (nll + float(losses.sum()), count + len(losses))
         return sums
 
-    parts = distributed.on_all(my_share)
+    parts = distributed.together(engine.world, my_share)
     return [_row(length, [part[length] for part in parts], len(long)) for length in lengths]
 
 

@@ -70,5 +70,5 @@ def score_continuations(
                 answers[window.document] = Answer(float(losses.sum()), len(losses), bool(hits.all()), window.start > 0)
         return answers
 
-    found = {index: answer for part in distributed.on_all(my_share) for index, answer in part.items()}
+    found = {index: answer for part in distributed.together(engine.world, my_share) for index, answer in part.items()}
     return [found[index] for index in range(len(pairs))]

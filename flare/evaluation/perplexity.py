@@ -123,7 +123,7 @@ def score_documents(
             tally.add(scored, corpus)
         return tally
 
-    first, *others = distributed.on_all(my_share)
+    first, *others = distributed.together(world, my_share)
     for other in others:
         first.merge(other)
     return first.score(corpus)

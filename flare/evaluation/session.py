@@ -80,7 +80,7 @@ class Evaluation:
             return texts_identity(texts)
 
         expected = distributed.on_main(self.world, read)
-        found = distributed.on_all(lambda: expected if self.world.is_main else read())
+        found = distributed.together(self.world, lambda: expected if self.world.is_main else read())
         if set(found) != {expected}:
             raise DataError(f"data set {request.name!r} is not the same on every process")
         return texts
