@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flare.config import Resolved
@@ -203,15 +203,28 @@ def _ended_cleanly(experiment: Experiment, stage: int) -> bool:
 
 def _report_failure(error: object, experiment: Experiment, stage: int) -> int:
     """Print the first worker's error once, record it, and return its exit code."""
-    message, code, told = first_failure(error, experiment.logs)
+    failure = first_failure(error, experiment.logs)
+    message = failure.message
     print(f"error: {message}", file=sys.stderr, flush=True)
-    if not told:
+    if not failure.told:
         _record_failure(experiment, stage, message)
-    return code
+    elif failure.rank > 0 and node_rank() == 0:  # rank 0 may have recorded only that the others were gone
+        record_status(experiment, stage, "failed", error=message)
+    return failure.exit_code
 
 
-def first_failure(error: object, logs: Path | str) -> tuple[str, int, bool]:
-    """(message, exit code, whether the worker told it itself) of the worker that failed first.
+@dataclass(frozen=True)
+class Failure:
+    """How the worker that failed first did, and whether it told so itself."""
+
+    rank: int
+    message: str
+    exit_code: int
+    told: bool
+
+
+def first_failure(error: object, logs: Path | str) -> Failure:
+    """What to say of workers that failed.
 
     Args:
         error: torchrun's ChildFailedError. logs: where a worker that could not tell has written more.
@@ -219,10 +232,10 @@ def first_failure(error: object, logs: Path | str) -> tuple[str, int, bool]:
     rank, failure = error.get_first_failure()
     told = _told_error(failure.error_file)
     if told:
-        return told["message"], told["exit_code"], True
+        return Failure(rank, told["message"], told["exit_code"], True)
     if failure.exitcode < 0:
-        return f"rank {rank} was ended by {failure.signal_name()} (pid {failure.pid})", 5, False
-    return f"rank {rank} failed with exit code {failure.exitcode}; see {logs}", 5, False
+        return Failure(rank, f"rank {rank} was ended by {failure.signal_name()} (pid {failure.pid})", 5, False)
+    return Failure(rank, f"rank {rank} failed with exit code {failure.exitcode}; see {logs}", 5, False)
 
 
 def _record_failure(experiment: Experiment, stage: int, message: str) -> None:

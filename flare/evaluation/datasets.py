@@ -10,10 +10,11 @@ import numpy as np
 
 from flare.data.documents import BadRows, text_hash, usable_texts
 from flare.data.file_formats import kind_of
+from flare.data.files import is_glob
 from flare.data.hub_sets import HubSource
 from flare.data.packing import split_documents
 from flare.data.rows import Source, SourceSpec
-from flare.data.sources import open_source
+from flare.data.sources import open_source, path_of
 from flare.data.tokens import default_cache_dir
 from flare.errors import ConfigError, DataError
 
@@ -88,7 +89,7 @@ def parse_name(word: str, cache_dir: str | None) -> DatasetRequest:
         return DatasetRequest(kind, kind, SourceSpec(file, KNOWN[kind].text_column, cache_dir=cache_dir))
     if word in KNOWN:
         return DatasetRequest(word, word, replace(KNOWN[word], cache_dir=cache_dir))
-    if word == "embedded" or Path(word).exists() or kind_of(Path(word)):
+    if word == "embedded" or path_of(word) or is_glob(word) or kind_of(Path(word)):
         return DatasetRequest(word, "", SourceSpec(word, cache_dir=cache_dir))
     hub_name, *rest = word.split(":")
     if "/" not in hub_name:

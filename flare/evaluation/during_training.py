@@ -5,10 +5,11 @@ Knows the model, not the trainer; ``flare.session`` puts the two together.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
-from flare.data.packing import PackedRows
+from flare.data.packing import Batch, PackedRows
 from flare.distributed import World
 from flare.errors import ConfigError
 from flare.evaluation.batches import Engine
@@ -16,6 +17,7 @@ from flare.evaluation.context import score_tails
 from flare.evaluation.scorer import evaluating
 from flare.loss import IGNORE_INDEX
 from flare.nope.canary import rope_everywhere
+from flare.prefetch import host_tensors, to_device
 from flare.sharding import is_sharded
 
 MAX_DOCUMENTS = 64
@@ -36,10 +38,10 @@ class TrainingScorer:
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``scorer.TokenScorer.score``: NLL and hits of the asked targets in row-major order, on the CPU."""
         asked = labels != IGNORE_INDEX
-        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        positions = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape).copy()
+        batch = Batch(input_ids.numpy(), labels.numpy(), positions)
         with evaluating(self.training_model):
-            losses, hits = self.training_model.score(**{k: v.to(self.device) for k, v in batch.items()})
+            losses, hits = self.training_model.score(**to_device(host_tensors(batch), self.device))
         return losses.cpu()[asked].float(), hits.cpu()[asked]
 
 

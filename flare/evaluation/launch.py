@@ -60,9 +60,9 @@ def _start_workers(script: Path, argv: list[str], local_world_size: int) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        message, code, _ = first_failure(error, "the lines above")
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        return code
+        failure = first_failure(error, "the lines above")
+        print(f"error: {failure.message}", file=sys.stderr, flush=True)
+        return failure.exit_code
     return 0
 
 
