@@ -353,6 +353,14 @@ class Options:
         kind="int",
         low=1,
     )
+    eval_context_lengths: list | None = option(
+        TRAINING,
+        "logging",
+        "also evaluate the last tokens of long held-out documents with so much context (512,1024,4096); default off",
+        None,
+        kind="lengths",
+        many=True,
+    )
     save_steps: int = option(TRAINING, "logging", "steps between checkpoints", 500, kind="int", low=1)
     save_total_limit: int | None = option(
         TRAINING, "logging", "checkpoints kept (the newest and the best always are)", 3, kind="int", low=1

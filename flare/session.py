@@ -24,13 +24,16 @@ from flare.data.streaming.survey import StreamedCorpus
 from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
+from flare.evaluation.during_training import LengthCurve, MoreEvaluation
 from flare.gpus import peak_tflops
+from flare.hub import read_model_config
 from flare.last_words import out_of_memory
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
 from flare.metrics_file import enter_stage
 from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
+from flare.nope.format import nope_layers_of
 from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
@@ -340,6 +343,7 @@ class Session:
             model_flops_per_token=float(flops.model),
             executed_flops_per_token=float(flops.executed),
             peak_flops=self._peak_flops(),
+            more_evaluation=self._more_evaluation(),
         )
 
     def _peak_flops(self) -> float | None:
@@ -347,6 +351,18 @@ class Session:
         name = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else None
         peaks = [peak_tflops(name) if name else None for name in distributed.gather_objects(name)]
         return None if None in peaks else sum(peaks) * 1e12
+
+    def _more_evaluation(self) -> MoreEvaluation:
+        """The length curve, if asked for; and of a model that nothing has trained yet, what the base's loss is."""
+        run, options, model, world = self.run, self.options, self.model, self.world
+        curve = None
+        if options.eval_context_lengths:
+            tokens = options.per_device_train_batch_size * options.max_seq_length
+            lengths = options.eval_context_lengths
+            curve = LengthCurve(model, self.eval_rows, lengths, tokens, world)
+        raw = read_model_config(run.init_from)
+        changed = raw.get("nope_temperature") or (nope_layers_of(raw) and "flare" in raw)
+        return MoreEvaluation(model.causal_lm, curve, from_base=bool(run.nope_layers) and not changed)
 
     def _finish(self, ended: str, progress: Progress) -> None:
         """Final model and status, or the status of a clean stop."""

@@ -4,6 +4,7 @@ The loss of a step is the sum of token losses over the whole global batch divide
 so that loss and gradients do not depend on how the rows are spread over processes and micro-batches.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class Parts:
     model_flops_per_token: float | None = None
     executed_flops_per_token: float | None = None
     peak_flops: float | None = None  # of all cards together, per second
+    more_evaluation: Callable[[int, Callable[[], float]], dict] | None = None
+    """What an evaluation records besides the loss, given the step and the way to get the loss. A collective."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         progress, options = self.progress, self.options
-        loss, accuracy = evaluate_rows(self.parts, options, self.world, self.rows_by_rank)
+        score = functools.partial(evaluate_rows, self.parts, options, self.world, self.rows_by_rank)
+        loss, accuracy = score()
+        more = self.parts.more_evaluation(progress.step, lambda: score()[0]) if self.parts.more_evaluation else {}
         gain = progress.best_loss is None or loss < progress.best_loss - options.early_stopping_threshold
         if gain:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -274,6 +279,7 @@ class Trainer:
                 "eval_token_accuracy": accuracy,
                 "is_best": gain,
             }
+            | more
         )
         if gain and options.early_stopping_patience:
             self._save()  # the best weights must be there when patience runs out
