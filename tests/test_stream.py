@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from flare.config import resolve
 from flare.data.packing import PackedRows, split_documents
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
@@ -21,9 +22,9 @@ from flare.data.streaming.rows import StreamedRows, StreamSettings
 from flare.data.streaming.survey import StreamedCorpus, open_streamed
 from flare.data.tokens import TokenSettings
 from flare.distributed import World
-from flare.errors import DataError, EnvError
+from flare.errors import ConfigError, DataError, EnvError
 from flare.nope.load import load_tokenizer
-from tests.conftest import REPO, script_environment, write_corpus
+from tests.conftest import REPO, script_environment, train, write_corpus
 from tests.test_token_cache import cache_of, is_alive
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -303,6 +304,34 @@ def test_an_error_of_a_reader_reaches_the_rank(folder: Path, base: Path, tmp_pat
     with pytest.raises(EnvError, match=r"the data cannot be read: .*No such file.*0.jsonl"):
         rows.rows(0, 4)
     rows.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--streaming", "--num_train_epochs", "2"], "--streaming never knows; give --max_steps"),
+        (["--streaming", "--prepare_only"], "--prepare_only makes a token cache, and --streaming uses none"),
+        (["--streaming", "--dataset_weights", "0.5,0.5"], "--streaming takes one"),
+        (["--streaming_buffer_rows", "64"], "--streaming_buffer_rows is for --streaming"),
+    ],
+)
+def test_flags_that_do_not_go_with_streaming_are_refused(flags: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        resolve(flags)
+
+
+def test_what_cannot_be_streamed_ends_before_a_model_is_loaded(train_flags: list[str], tmp_path: Path) -> None:
+    """In one line each, with nothing left behind: too few tokens for a step, fewer rows shuffled than a step has."""
+    write_corpus(tmp_path / "few.jsonl", 3)
+    flags = [*train_flags, "--streaming", "--cache_dir", tmp_path / "cache"]
+    few = train(*flags, "--dataset_name", tmp_path / "few.jsonl", "--per_device_train_batch_size", 64)
+    assert few.returncode == 3, few.stderr
+    assert re.search(r"error: the data gives \d+ training tokens in an epoch, one step needs 2,049", few.stderr)
+    assert " trainable, " not in few.stderr  # the line that counts the parameters of the model
+    assert list((tmp_path / "cache" / "streaming").glob("*/")) == []
+    small = train(*flags, "--streaming_buffer_rows", 1)
+    assert small.returncode == 2, small.stderr
+    assert "--streaming_buffer_rows 1 must be at least the 2 rows of a step" in small.stderr
 
 
 def test_a_corpus_of_one_document_is_refused(base: Path, tmp_path: Path) -> None:

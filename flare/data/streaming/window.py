@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -18,15 +19,25 @@ from flare.logs import log
 POLL_SEC = 0.01
 GONE_SEC = 60.0
 """How long a rank waits on when the window is gone: the rank that started the producer tells why, and ends all."""
+END_SEC = 30.0
+"""For the producer to end when it is told to; then it is killed."""
 SLOW_SEC = 10.0
 """A wait for rows that is worth a line in the log."""
 
 
 class Window:
-    """A fresh directory under ``--cache_dir``, this process's own until it ends."""
+    """A fresh directory under ``--cache_dir``, this process's own until it ends.
+
+    Raises: EnvError when it cannot be made.
+    """
 
     def __init__(self, cache_dir: Path) -> None:
-        root = cache_dir / "streaming"
+        try:
+            self._make(cache_dir / "streaming")
+        except OSError as error:
+            raise EnvError(f"cannot write to --cache_dir {cache_dir}: {error.strerror or error}") from error
+
+    def _make(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         host = socket.gethostname()
         with open(root / ".lock", "w") as lock:
@@ -110,7 +121,11 @@ class Making:
     def close(self) -> None:
         """End the producer, which ends its workers, and remove the window."""
         self.child.pipe.close()
-        self.child.process.wait()
+        try:
+            self.child.process.wait(END_SEC)
+        except subprocess.TimeoutExpired:
+            self.child.process.kill()
+            self.child.process.wait()
         self.window.close()
 
 
