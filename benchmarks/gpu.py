@@ -35,10 +35,12 @@ class Case:
     stage: int
     gradient_checkpointing: bool
     trainer: str = "flare"
+    compile: bool = False
 
     def __str__(self) -> str:
         recompute = ", checkpointing" if self.gradient_checkpointing else ""
-        return f"{self.model} stage {self.stage}{recompute}, {'Flare' if self.trainer == 'flare' else 'HF Trainer'}"
+        name = "Flare" if self.trainer == "flare" else "HF Trainer"
+        return f"{self.model} stage {self.stage}{recompute}, {name}{', compiled' if self.compile else ''}"
 
 
 CASES = [
@@ -48,6 +50,7 @@ CASES = [
     Case("Qwen/Qwen2.5-1.5B", 2, False),
     Case("Qwen/Qwen2.5-3B", 1, False),
     Case("Qwen/Qwen2.5-3B", 2, False),
+    Case("Qwen/Qwen2.5-3B", 2, False, compile=True),
     Case("Qwen/Qwen2.5-3B", 2, False, "hf"),
     Case("Qwen/Qwen2.5-3B", 2, True),
     Case("Qwen/Qwen2.5-3B", 2, True, "hf"),
@@ -103,6 +106,7 @@ def run(case: Case, card_name: str, memory_mib: int) -> dict:
     workload = Workload(
         case.trainer, inputs.shape.to_config(), case.stage, list(inputs.nope_layers), inputs.per_device_batch,
         SEQ_LEN, STEPS, WARMUP_STEPS, "cuda", "bf16", case.gradient_checkpointing,
+        "varlen" if case.trainer == "flare" else "sdpa", case.compile,
     )  # fmt: skip
     try:
         return numbers(case, plan, measure(workload), peak_tflops(card_name))

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from flare.config import REPO
+from flare.threads import processor_name
 
 RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "liger-kernel", "flash-attn")
@@ -17,7 +18,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "nu
 
 def machine() -> dict:
     """Processor, cores, memory and the first card, as far as they can be read."""
-    facts = {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gib": round(_memory_bytes() / 2**30, 1)}
+    facts = {"cpu": processor_name(), "cores": os.cpu_count(), "memory_gib": round(_memory_bytes() / 2**30, 1)}
     if "torch" in sys.modules:
         import torch
 
@@ -25,14 +26,6 @@ def machine() -> dict:
             card = torch.cuda.get_device_properties(0)
             facts |= {"gpu": card.name, "gpu_memory_gib": round(card.total_memory / 2**30, 1)}
     return facts
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _memory_bytes() -> int:

@@ -7,6 +7,7 @@ updates on both sides: rows of random tokens joined as ``run_clm`` joins them (`
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -39,7 +40,9 @@ class Workload:
     device: str = "cpu"
     precision: str = "fp32"
     gradient_checkpointing: bool = False
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "sdpa"  # for Flare also varlen and flash_attention_2, its own kernels
+    compile: bool = False  # Flare's --compile; HF Trainer has torch_compile in hf_options
+    processes: int = 1  # CPU ranks of Flare, which share the rows of a step
     hf_options: dict = field(default_factory=dict)  # more TrainingArguments, for HF Trainer only
 
 
@@ -88,7 +91,9 @@ def measure(workload: Workload) -> Measured:
 
     Raises: RuntimeError with the last line that it wrote, when it fails.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.workload", json.dumps(asdict(workload))]
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workload.processes}"]
+    launcher = start if workload.processes > 1 else []
+    command = [sys.executable, "-W", "ignore", *launcher, "-m", "benchmarks.workload", json.dumps(asdict(workload))]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError((result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1])
@@ -109,7 +114,8 @@ def random_model(workload: Workload) -> object:
     config_class = Qwen2Config if shape.family == "qwen2" else Qwen3Config
     config = config_class(**{k: v for k, v in workload.shape.items() if k != "model_type"}, dtype="float32")
     with torch.device(workload.device):
-        causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=workload.attn_implementation)
+        attention = "sdpa" if workload.trainer == "flare" else workload.attn_implementation
+        causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     if workload.nope_layers:
         patch_qwen_rope(causal_lm, workload.nope_layers)
     trainable = Trainable.of("all" if workload.stage == 2 else workload.nope_layers)
@@ -122,6 +128,9 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     """(seconds of each step, losses) of Flare's own trainer."""
     import torch
 
+    from flare import distributed
+    from flare.attention import KERNELS, use_kernel
+    from flare.compiler import compile_layers
     from flare.distributed import World
     from flare.model import TrainingModel, checkpoint_layers
     from flare.optim import build_optimizer, build_schedule
@@ -131,14 +140,20 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     causal_lm = random_model(workload)
     if workload.gradient_checkpointing:
         checkpoint_layers(causal_lm)
-    model = TrainingModel(causal_lm, bf16=workload.precision == "bf16")
+    model = TrainingModel(causal_lm, bf16=workload.precision == "bf16", documents=False)
+    if workload.attn_implementation in KERNELS:
+        use_kernel(causal_lm, workload.attn_implementation)
+    if workload.compile:
+        compile_layers(model)
     options = Options(
-        stage=workload.stage, learning_rate=1e-5, per_device_train_batch_size=workload.batch_size,
-        max_steps=workload.steps, max_seq_length=workload.seq_len, lr_scheduler_type="constant", logging_steps=1,
-        eval_steps=None, save_steps=10**9, seed=0,
+        stage=workload.stage, learning_rate=1e-5, max_steps=workload.steps, max_seq_length=workload.seq_len,
+        per_device_train_batch_size=max(workload.batch_size // workload.processes, 1), lr_scheduler_type="constant",
+        logging_steps=1, eval_steps=None, save_steps=10**9, seed=0,
     )  # fmt: skip
     rows = RandomRows(workload.steps * workload.batch_size, workload.seq_len, workload.shape["vocab_size"])
-    device = torch.device(workload.device, 0) if workload.device == "cuda" else torch.device("cpu")
+    world = World(0, 0, 1, torch.device(workload.device, 0) if workload.device == "cuda" else torch.device("cpu"))
+    if workload.processes > 1:
+        world = distributed.start(use_cuda=False, timeout_sec=600)
     with tempfile.TemporaryDirectory() as scratch:
         progress = Progress()
         parts = Parts(
@@ -150,8 +165,9 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
             max_steps=workload.steps,
             global_batch_size=workload.batch_size,
         )
-        trainer = Trainer(parts, options, World(0, 0, 1, device), progress, lambda _: None, Path(scratch))
-        trainer.train()
+        Trainer(parts, options, world, progress, lambda _: None, Path(scratch)).train()
+    distributed.barrier()
+    distributed.stop()
     tokens = workload.batch_size * workload.seq_len
     return [tokens / r["tokens_per_sec"] for r in progress.history], [r["loss"] for r in progress.history]
 
@@ -206,7 +222,8 @@ def main() -> int:
     peak = torch.cuda.max_memory_allocated() if workload.device == "cuda" else resident_peak_bytes()
     tokens = workload.batch_size * workload.seq_len
     measured = Measured(seconds[workload.warmup_steps :], losses, peak, idle, tokens)
-    print(json.dumps(asdict(measured)))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(asdict(measured)))
     return 0
 
 

@@ -5,12 +5,14 @@ Ranks come from torchrun's environment. CPU runs use gloo, CUDA runs nccl.
 
 import contextlib
 import functools
+import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,7 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None  # of several ranks: what they tell each other outside collectives
 
     @property
     def is_main(self) -> bool:
@@ -62,6 +65,7 @@ def start(use_cuda: bool, timeout_sec: int, planned: Sequence[Gpu] = (), fabric_
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         bind_card(local_rank, planned)
+    store = None
     if size > 1:
         store, rank, size = meet(timeout_sec)
         check_fabric(store, rank, size, device, fabric_limit_sec)
@@ -73,7 +77,7 @@ def start(use_cuda: bool, timeout_sec: int, planned: Sequence[Gpu] = (), fabric_
             timeout=timedelta(seconds=timeout_sec),
             device_id=device if use_cuda else None,
         )
-    return World(rank, local_rank, size, device)
+    return World(rank, local_rank, size, device, store)
 
 
 def bind_card(local_rank: int, planned: Sequence[Gpu]) -> None:
@@ -110,10 +114,23 @@ def check_agreement(world: World, settings: dict[str, object]) -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, when all ranks have come to the end."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
         _waiting_group.cache_clear()
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End a worker that has closed its files, without the interpreter's own shutdown.
+
+    A thread of gloo's may still have a reduced tensor to drop, for which it needs the interpreter; one that is
+    shutting down ends the thread in a way that C++ answers with SIGABRT (seen with FSDP2 on two busy cores).
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _device() -> torch.device:
@@ -128,6 +145,13 @@ def all_sum(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, summed over ranks. On a card it is only queued: no host sync."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def all_max(values: list[float]) -> list[float]:

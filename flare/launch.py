@@ -204,6 +204,8 @@ def _report_failure(error: object, experiment: Experiment, stage: int) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
     if not told:
         _record_failure(experiment, stage, message)
+    elif rank > 0 and node_rank() == 0:  # rank 0 may have recorded only that the others were gone
+        record_status(experiment, stage, "failed", error=message)
     return code
 
 

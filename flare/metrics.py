@@ -23,11 +23,17 @@ TENSORBOARD_NAMES = {
     "epoch": "train/epoch",
     "tokens_per_sec": "speed/tokens_per_sec",
     "mfu": "speed/mfu",
+    "executed_flops_use": "speed/executed_flops_use",
+    "data_wait": "speed/data_wait",
     "memory_gib": "speed/memory_gib",
     "eval_loss": "eval/loss",
     "eval_perplexity": "eval/perplexity",
     "eval_token_accuracy": "eval/token_accuracy",
 }
+
+
+WORTH_A_WORD = 0.02
+"""Share of the time spent waiting for data from which on the log line tells it."""
 
 
 def perplexity(loss: float) -> float:
@@ -43,19 +49,26 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Throughput:
-    """Tokens per second of training itself: evaluation and saving are not in the window."""
+    """Tokens per second of training itself: no evaluation or saving in the window, no padding counted."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self.seconds = 0.0
-        self._t0 = time.perf_counter()
+        self._t0: float | None = None
 
     def start(self) -> None:
+        """Let the clock run."""
         self._t0 = time.perf_counter()
 
-    def stop(self, tokens: int) -> None:
+    def stop(self) -> None:
+        """Halt the clock, if it runs."""
+        if self._t0 is not None:
+            self.seconds += time.perf_counter() - self._t0
+            self._t0 = None
+
+    def add(self, tokens: int) -> None:
+        """Count tokens that were trained on."""
         self.tokens += tokens
-        self.seconds += time.perf_counter() - self._t0
 
     def take(self) -> float:
         """The rate since the last call."""
@@ -123,7 +136,7 @@ class MetricsWriter:
 
 
 def format_record(record: dict, max_steps: int) -> str:
-    """The fixed line of training.log; at most 100 columns."""
+    """The fixed line of training.log. Waiting for data is told from ``WORTH_A_WORD`` of the time on."""
     where = f"step {record['step']}/{max_steps}"
     if "eval_loss" in record:
         best = " | best so far" if record.get("is_best") else ""
@@ -131,8 +144,11 @@ def format_record(record: dict, max_steps: int) -> str:
             f"{where} | epoch {record['epoch']:.2f} | eval loss {record['eval_loss']:.4f} | perplexity "
             f"{record['eval_perplexity']:.4g} | token accuracy {record['eval_token_accuracy']:.2%}{best}"
         )
-    mfu = f" | MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+    mfu = ""
+    if record.get("mfu") is not None:
+        mfu = f" | MFU {record['mfu']:.1%} (executed {record['executed_flops_use']:.1%})"
+    waited = f" | data wait {record['data_wait']:.0%}" if record.get("data_wait", 0) >= WORTH_A_WORD else ""
     return (
         f"{where} | loss {record['loss']:.4f} | lr {record['learning_rate']:.2e} | grad {record['grad_norm']:.3g} | "
-        f"{record['tokens_per_sec']:,.0f} tokens/s{mfu} | memory {record['memory_gib']:.1f} GiB"
+        f"{record['tokens_per_sec']:,.0f} tokens/s{mfu}{waited} | memory {record['memory_gib']:.1f} GiB"
     )

@@ -4,6 +4,7 @@ Leaves to ``flare.nope`` what a NoPE layer is, to ``flare.distributed`` and ``fl
 work.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from flare.attention import KERNELS, document_mask
 from flare.distributed import World
 from flare.loss import linear_cross_entropy_sum, score_tokens
 from flare.nope.load import empty_causal_lm, load_causal_lm
@@ -23,36 +25,58 @@ from flare.trainable import Trainable
 class TrainingModel(torch.nn.Module):
     """A causal LM whose forward pass is the summed loss of a batch of packed rows.
 
-    Attention is told document boundaries through position ids that restart; a 2-D attention mask would
-    switch transformers' detection of them off.
+    Position ids that restart tell document boundaries. Attention gets them as a mask, or as bounds where a kernel
+    takes these (see ``flare.attention``).
+
+    Args:
+        bf16: matmuls run in bf16 under autocast.
+        documents: rows may hold several documents (``document`` packing); else attention is plainly causal.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, bf16: bool = False) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, bf16: bool = False, documents: bool = True) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.bf16 = bf16
+        self.documents = documents
+        self.compiled = False
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Sum of NLLs (nats, fp32) over the targets. All arguments (B, T) int64."""
-        hidden, weight = self._final_hidden(input_ids, position_ids)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        document_bounds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum of NLLs (nats, fp32) over the targets. (B, T) int64 each; ``document_bounds`` (N + 1,) int32."""
+        hidden, weight = self._final_hidden(input_ids, position_ids, document_bounds)
         return linear_cross_entropy_sum(hidden, weight, labels.flatten())
 
     @torch.no_grad()
     def score(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        document_bounds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per target: NLL (nats) and whether it is the argmax, both (B, T)."""
-        hidden, weight = self._final_hidden(input_ids, position_ids)
+        """Per target: NLL (nats) and whether it is the argmax, both (B, T). Arguments as ``forward``."""
+        with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
+            hidden, weight = self._final_hidden(input_ids, position_ids, document_bounds)
         losses, hits = score_tokens(hidden, weight, labels.flatten())
         return losses.view_as(labels), hits.view_as(labels)
 
-    def _final_hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> tuple:
+    def _final_hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, bounds: torch.Tensor | None) -> tuple:
         """((B*T, H) hidden states in the compute dtype, (V, H) head weight as it is held)."""
         weight = self.causal_lm.get_output_embeddings().weight
         # A sharded model gathers its weights in the dtype that it computes in.
         autocast = self.bf16 and not is_sharded(self)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=autocast):
-            outputs = self.causal_lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            outputs = self.causal_lm.get_decoder()(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                use_cache=False,
+                **self._attention_arguments(position_ids, bounds),
+            )
         hidden = outputs.last_hidden_state.flatten(0, 1)
         dtype = torch.bfloat16 if self.bf16 else weight.dtype
         return hidden.to(dtype), weight
@@ -61,34 +85,64 @@ class TrainingModel(torch.nn.Module):
         """The decoder's own outputs, without the head: the way in for those who look at hidden states."""
         return self.causal_lm.get_decoder()(**inputs)
 
+    def _attention_arguments(self, position_ids: torch.Tensor, bounds: torch.Tensor | None) -> dict:
+        """What the decoder is told about documents. A dictionary of masks is used by it as it is."""
+        implementation = self.causal_lm.config._attn_implementation
+        if implementation in KERNELS.values() and bounds is not None:
+            return {"attention_mask": {"full_attention": None}, "document_bounds": bounds}
+        if implementation == "eager":
+            return {}  # it wants another kind of mask, which transformers makes
+        return {"attention_mask": {"full_attention": self._mask(position_ids)}}
+
+    def _mask(self, position_ids: torch.Tensor) -> torch.Tensor | None:
+        """None where attention is plainly causal, for which SDPA has a faster kernel."""
+        if not self.documents:
+            return None
+        may_ask = position_ids.device.type == "cpu" and not self.compiled  # elsewhere asking costs a host sync
+        if may_ask and not (position_ids[:, 1:] == 0).any():
+            return None
+        return document_mask(position_ids)
+
     def trainable_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name in the causal LM, parameter) of all that trains; a tied weight once."""
         return ((n, p) for n, p in self.causal_lm.named_parameters() if p.requires_grad)
 
 
 def load_for_training(
-    directory: Path, config: dict, trainable: Trainable, precision: str, attn_implementation: str
+    directory: Path,
+    config: dict,
+    trainable: Trainable,
+    precision: str,
+    attn_implementation: str,
+    documents: bool = True,
 ) -> TrainingModel:
     """Load a checkpoint with the NoPE layers of ``config`` and make it ready to train, on the CPU.
 
     Args:
         config: the config.json to open the weights with (see ``nope.format.with_nope``).
         precision: bf16 (frozen weights in bf16, trainable ones fp32 masters) or fp32.
+        attn_implementation: eager, or else SDPA until ``attention.use_kernel`` says otherwise.
+        documents: as ``TrainingModel``.
     """
-    attention = attention_for(attn_implementation)
-    causal_lm = load_causal_lm(directory, attn_implementation=attention, config_dict=config)
-    return _ready(causal_lm, trainable, precision)
+    causal_lm = load_causal_lm(directory, attn_implementation=attention_for(attn_implementation), config_dict=config)
+    return _ready(causal_lm, trainable, precision, documents)
 
 
 def load_sharded(
-    directory: Path, config: dict, trainable: Trainable, precision: str, attn_implementation: str, world: World
+    directory: Path,
+    config: dict,
+    trainable: Trainable,
+    precision: str,
+    attn_implementation: str,
+    world: World,
+    documents: bool = True,
 ) -> TrainingModel:
     """The same, divided among the ranks and on their devices; each rank reads its part of the files only.
 
     Raises: CheckpointError for missing or misfitting tensors.
     """
     causal_lm = empty_causal_lm(directory, config, attention_for(attn_implementation))
-    model = _ready(causal_lm, trainable, precision)
+    model = _ready(causal_lm, trainable, precision, documents)
     shard_model(model, world)
     materialise(model, world.device)
     restore_weights(causal_lm, TensorReader.of_model(directory))
@@ -96,14 +150,14 @@ def load_sharded(
 
 
 def attention_for(attn_implementation: str) -> str:
-    """What ``--attn_implementation`` means to transformers."""
-    return "sdpa" if attn_implementation == "auto" else attn_implementation
+    """What ``--attn_implementation`` means to transformers until ``attention.use_kernel`` says otherwise."""
+    return "eager" if attn_implementation == "eager" else "sdpa"
 
 
-def _ready(causal_lm: PreTrainedModel, trainable: Trainable, precision: str) -> TrainingModel:
+def _ready(causal_lm: PreTrainedModel, trainable: Trainable, precision: str, documents: bool) -> TrainingModel:
     set_trainable(causal_lm, trainable, precision)
     causal_lm.train()
-    return TrainingModel(causal_lm, bf16=precision == "bf16")
+    return TrainingModel(causal_lm, precision == "bf16", documents)
 
 
 def set_trainable(causal_lm: PreTrainedModel, trainable: Trainable, precision: str) -> None:

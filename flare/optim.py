@@ -31,6 +31,11 @@ def build_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], options: Op
     )
 
 
+def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its update obeys ``optimizer.found_inf``, a flag on the device: fused kernels do, as for GradScaler."""
+    return bool(optimizer.defaults.get("fused"))
+
+
 def build_schedule(options: Options, max_steps: int) -> Callable[[int], float]:
     """Factor on the learning rate at a step (0-based), by transformers' schedule of that name."""
     warmup = options.warmup_steps or int(options.warmup_ratio * max_steps)

@@ -108,7 +108,26 @@ class Options:
         choices=("auto", "ddp", "fsdp"),
     )
     attn_implementation: str = option(
-        TRAINING, "hardware", "attention code; auto: sdpa", "auto", choices=("auto", "sdpa", "eager")
+        TRAINING,
+        "hardware",
+        "attention code; auto: varlen (torch's flash kernel, told document bounds) on cards in bf16, else sdpa; "
+        "flash_attention_2 needs the flash-attn package",
+        "auto",
+        choices=("auto", "sdpa", "eager", "varlen", "flash_attention_2"),
+    )
+    compile: bool = option(
+        TRAINING,
+        "hardware",
+        "compile each decoder layer (torch.compile): faster steps after a first one that takes minutes",
+        False,
+        kind="bool",
+    )
+    balance: str = option(
+        TRAINING,
+        "hardware",
+        "rows of a step for each process; auto: equal on like cards, by speed (measured at the start) on unlike ones; "
+        "measure: measure like cards, too; equal; or weights by rank (3,1). Batch and order stay the same",
+        "auto",
     )
     ddp_timeout: int = option(
         TRAINING,

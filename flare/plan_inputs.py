@@ -27,6 +27,7 @@ class PlanInputs:
     optimizer: str = "adamw_torch_fused"
     attn_implementation: str = "sdpa"  # or eager
     document_mask: bool = True  # attention is told document bounds by a mask, as SDPA is for packed rows
+    balance: str = "auto"  # rows of the processes: --balance
     save_total_limit: int | None = 3  # None: every checkpoint is kept
     keeps_best: bool = False  # the best checkpoint is kept whatever its age (early stopping)
     num_saves: int | None = None  # checkpoints that the whole run writes, where known

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterator
 
+from flare.balance import plan_words
 from flare.flops import TokenFlops
 from flare.nope.layers import format_layers
 from flare.plan import Plan, checkpoints_on_disk
@@ -31,6 +32,9 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "NoPE layers", format_layers(list(inputs.nope_layers))
     yield "runs in", _runs_in_words(inputs)
     yield "batch", _batch_words(plan)
+    names = [name for name, _ in inputs.gpus]
+    if len(names) == inputs.world_size and (words := plan_words(inputs.balance, inputs.global_batch_size, names)):
+        yield "balance", words
     yield from _flops_rows(plan.flops)
     yield from _memory_rows(plan)
     yield "disk", _disk_words(plan)

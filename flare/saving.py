@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from flare import checkpoint as ckpt
+from flare.balance import Balance
 from flare.checkpoint import Checkpoint
 from flare.distributed import World, on_main
 from flare.files import write_json
@@ -18,10 +19,10 @@ from flare.nope.canary import measure_canary, write_canary
 from flare.nope.canary_file import CANARY_FILE
 from flare.nope.load import load_causal_lm
 from flare.optim import optimizer_tensors
+from flare.progress import Progress
 from flare.setup import Run
 from flare.sharding import is_sharded
 from flare.tensor_files import TensorReader, restore_weights, write_pickled, write_tensors
-from flare.trainer import Progress
 
 
 class Saver:
@@ -38,6 +39,7 @@ class Saver:
         self.data = data
         self.global_batch_size = global_batch_size
         self.rows_per_process = global_batch_size // world.size  # as the flags say, whatever a resumed run keeps
+        self.balance: Balance | None = None  # settled when the model is built
         self.max_steps = 0  # of the whole stage, settled when the global batch is
         self.model: TrainingModel | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -88,6 +90,7 @@ class Saver:
             "global_batch_size": self.global_batch_size,
             "rows_per_process": self.rows_per_process,
             "world_size": self.world.size,
+            "balance": self.balance.as_dict() if self.balance else None,
             "options": self.run.settings(),
             "progress": progress.as_dict(),
         }

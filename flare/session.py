@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from flare import checkpoint as ckpt
-from flare import distributed
+from flare import distress, distributed
+from flare.attention import KERNELS, use_kernel
 from flare.checkpoint import Checkpoint
+from flare.compiler import compile_layers
 from flare.config import REPO
 from flare.data.corpus import Corpus, what_changed
 from flare.data.packing import PackedRows
@@ -23,6 +25,7 @@ from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.gpus import peak_tflops
+from flare.last_words import out_of_memory
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
@@ -32,12 +35,16 @@ from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
+from flare.pace import multiply_as_a_layer, settle_balance
 from flare.plan_table import plan_lines
+from flare.prefetch import host_tensors, to_device
 from flare.prepare import max_steps, packed_rows, prepare_data
+from flare.progress import STOP_FILE, Progress
 from flare.saving import Saver
 from flare.setup import Run, check_identity
-from flare.tensor_files import TensorReader
-from flare.trainer import STOP_FILE, Parts, Progress, Trainer
+from flare.sharding import is_sharded
+from flare.tensor_files import TensorReader, restore_weights
+from flare.trainer import Parts, Trainer
 
 
 def run_worker(run: Run) -> int:
@@ -46,22 +53,34 @@ def run_worker(run: Run) -> int:
     rank = distributed.rank_from_environment()
     start_logging(rank, run.hardware.world_size)
     end_with_launcher()
+    world = None
     try:
         corpus = prepare_data(run)
         rows = packed_rows(run, corpus)
         world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
+        distress.listen(world)
         distributed.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
         run = open_experiment(run, world)
         try:
             Session(run, world, corpus, *rows).train()
+        except torch.OutOfMemoryError as error:
+            raise FlareError(out_of_memory(run.plan(), world.rank, device_name(world.device), error)) from error
         finally:
             rows[0].close()
             run.experiment.unlock()
         distributed.stop()
     except FlareError as error:
+        if world:
+            distress.call(world)
         log.error(f"error: {error}", extra=FILES_ONLY)
         if tell_launcher(str(error), error.exit_code):
             return error.exit_code
+        raise
+    except Exception:
+        if world and distress.heard(world):  # the rank that called says why
+            return FlareError.exit_code
+        if world:
+            distress.call(world)
         raise
     return 0
 
@@ -122,6 +141,7 @@ class Session:
             return
         self._start_rows(progress)
         self._build(resume_from)
+        self._settle_balance(resume_from)
         metrics = None
         if self.world.is_main:
             metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
@@ -249,7 +269,7 @@ class Session:
     def _build(self, resume_from: Checkpoint | None) -> None:
         """Load weights and make the optimizer; from a checkpoint, both as they were."""
         run = self.run
-        self.model = self._load_model(resume_from.path if resume_from else run.init_from)
+        self.model = self._load_model(run.init_from, resume_from)
         if run.gradient_checkpointing:
             layers = checkpoint_layers(self.model.causal_lm)
             log.info(f"gradient checkpointing on layers {format_layers(layers)}")
@@ -267,19 +287,46 @@ class Session:
         self.saver.attach(self.model, self.optimizer)
         found = verify_nope(self.model.causal_lm, list(run.nope_layers), decode=self.model.decode)
         log.info(f"NoPE layers proven from attention outputs: {format_layers(found)}")
+        if run.attention in KERNELS:
+            use_kernel(self.model.causal_lm, run.attention)
+        if self.options.compile:
+            compile_layers(self.model)
+            log.info("each decoder layer is compiled in the first step, which takes a while")
 
-    def _load_model(self, source: Path) -> TrainingModel:
-        """The model with this directory's weights, ready to train on this rank's device."""
+    def _settle_balance(self, resume_from: Checkpoint | None) -> None:
+        """Who gets how many rows of a step."""
+        size = self.saver.global_batch_size
+        first = np.arange(min(self.run.micro_batch_size, size))
+
+        def work() -> int:
+            if is_sharded(self.model):  # its passes wait for all ranks, so they cannot tell this one's speed
+                multiply_as_a_layer(self.run.config, len(first) * self.options.max_seq_length, self.world.device)
+                return len(first)
+            self.model.train()
+            self.model(**to_device(host_tensors(self.train_rows.batch(first)), self.world.device)).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            return len(first)
+
+        record = resume_from.state().get("balance") if resume_from else None
+        self.saver.balance = settle_balance(self.options.balance, size, self.world, record, work)
+        if self.world.size > 1:
+            log.info(f"rows of a step by rank: {list(self.saver.balance.rows)} ({self.saver.balance.reason})")
+
+    def _load_model(self, start: Path, resume_from: Checkpoint | None) -> TrainingModel:
+        """The model, ready to train on this rank's device, with a checkpoint's weights or those to start from."""
         run = self.run
-        how = (run.config, run.trainable, run.precision, self.options.attn_implementation)
-        if run.parallel == "ddp":
-            return load_for_training(source, *how).to(self.world.device)
-        log.info(f"FSDP2: weights, gradients and optimizer state are divided among {self.world.size} processes")
-        return load_sharded(source, *how, self.world)
+        source, documents = resume_from.path if resume_from else start, self.options.packing == "document"
+        how = (run.config, run.trainable, run.precision, run.attention)
+        if run.parallel == "fsdp":
+            log.info(f"FSDP2: weights, gradients and optimizer state are divided among {self.world.size} processes")
+            return load_sharded(source, *how, self.world, documents)
+        model = load_for_training(source, *how, documents)
+        if resume_from:  # as fp32 masters; opened as a model they are rounded to the base's dtype
+            restore_weights(model.causal_lm, TensorReader.of_model(source))
+        return model.to(self.world.device)
 
     def _parts(self) -> Parts:
-        name = device_name(self.world.device)
-        peak = peak_tflops(name) if self.world.device.type == "cuda" else None
+        flops = self.run.plan().flops
         return Parts(
             model=self.model,
             optimizer=self.optimizer,
@@ -288,9 +335,17 @@ class Session:
             eval_rows=self.eval_rows,
             max_steps=self.max_steps,
             global_batch_size=self.saver.global_batch_size,
-            flops_per_token=float(self.run.plan().flops.model),
-            peak_flops=peak * 1e12 * self.world.size if peak else None,
+            rows_by_rank=self.saver.balance.rows,
+            model_flops_per_token=float(flops.model),
+            executed_flops_per_token=float(flops.executed),
+            peak_flops=self._peak_flops(),
         )
+
+    def _peak_flops(self) -> float | None:
+        """Of all cards together, a second; None on the CPU or with a card whose peak is not known."""
+        name = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else None
+        peaks = [peak_tflops(name) if name else None for name in distributed.gather_objects(name)]
+        return None if None in peaks else sum(peaks) * 1e12
 
     def _finish(self, ended: str, progress: Progress) -> None:
         """Final model and status, or the status of a clean stop."""

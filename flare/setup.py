@@ -4,13 +4,16 @@ The launcher and every worker call ``settle`` and come to the same ``Run``. Noth
 """
 
 import hashlib
+import importlib.util
 import itertools
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from flare.balance import parse_weights
 from flare.batch import default_micro_batch, global_batch_size, micro_batch_choices
+from flare.compiler import check_compiler
 from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.experiment import Experiment, check_output_dir, existing_parent, stage_one_result
@@ -90,9 +93,10 @@ class Run:
     def common_settings(self) -> dict[str, object]:
         """What every rank must have the same, on whichever host it was started."""
         names = ("per_device_train_batch_size", "gradient_checkpointing", "parallel", "max_steps", "num_train_epochs")
+        names += ("resume", "balance", "compile")
         return (
             {"experiment": str(self.experiment.root.absolute()), "global batch size": self.global_batch_size}
-            | {f"--{name}": getattr(self.options, name) for name in (*names, "resume")}
+            | {f"--{name}": getattr(self.options, name) for name in names}
             | self.identity()
         )
 
@@ -132,8 +136,9 @@ class Run:
                 gradient_checkpointing=self.gradient_checkpointing,
                 gpus=tuple((gpu.name, gpu.memory_total_mib) for gpu in hardware.gpus),
                 optimizer=options.optim,
-                attn_implementation=options.attn_implementation,
-                document_mask=options.packing == "document",
+                balance=options.balance,
+                attn_implementation=self.attention,
+                document_mask=options.packing == "document" and self.attention == "sdpa",
                 save_total_limit=options.save_total_limit,
                 keeps_best=options.early_stopping_patience is not None,
                 num_saves=-(-options.max_steps // options.save_steps) if options.max_steps else None,
@@ -142,6 +147,11 @@ class Run:
                 processes_per_host=hardware.world_size // hardware.nodes,
             )
         )
+
+    @property
+    def attention(self) -> str:
+        """``--attn_implementation``, ``auto`` settled."""
+        return choose_attention(self.options.attn_implementation, self.hardware.use_cuda, self.precision)
 
     @property
     def model_name(self) -> str:
@@ -160,6 +170,7 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     """
     options = resolved.options
     check_output_dir(options.base_output_dir)
+    parse_weights(options.balance, hardware.world_size)
     experiment = Experiment(options.experiment_dir)
     _check_stage_order(experiment, options)
     name, reason = choose_start(resolved, experiment)
@@ -182,6 +193,9 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
         precision=choose_precision(options, hardware),
         global_batch_size=global_batch_size(options, hardware.world_size, experiment.batch_to_continue()),
     )
+    choose_attention(options.attn_implementation, hardware.use_cuda, run.precision)
+    if options.compile:
+        check_compiler(hardware.use_cuda)
     return settle_layout(run)
 
 
@@ -311,6 +325,24 @@ def choose_precision(options: Options, hardware: Hardware) -> str:
     if options.precision != "auto":
         return options.precision
     return "bf16" if hardware.use_cuda else "fp32"
+
+
+def choose_attention(asked: str, use_cuda: bool, precision: str) -> str:
+    """``auto`` is torch's flash kernel for packed rows where it runs, on cards in bf16; SDPA elsewhere.
+
+    Raises: ConfigError for a kernel that does not run here.
+    """
+    has_flash = use_cuda and precision == "bf16"
+    if asked == "auto":
+        return "varlen" if has_flash else "sdpa"
+    if asked in ("varlen", "flash_attention_2") and not has_flash:
+        raise ConfigError(f"--attn_implementation {asked} runs on cards in bf16 only; use --attn_implementation sdpa")
+    if asked == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "--attn_implementation flash_attention_2 needs the flash-attn package, which is not installed: "
+            "pip install flash-attn --no-build-isolation; or use varlen, which torch brings along"
+        )
+    return asked
 
 
 def model_fingerprint(directory: Path) -> str:

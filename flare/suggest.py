@@ -39,23 +39,27 @@ def largest_micro_batch(inputs: PlanInputs, limit_bytes: int) -> int:
     return low
 
 
-def suggest(inputs: PlanInputs) -> str:
+def suggest(inputs: PlanInputs, limit_bytes: int | None = None) -> str:
     """Flag values that would fit where ``inputs`` do not, all with the same global batch; '' if they fit.
+
+    Args:
+        limit_bytes: what a process may need; None: what its card, or its share of the RAM, has.
 
     When no choice of batch, row length and checkpointing fits, it says so, and what else would do.
     """
     known = rooms(inputs)
-    limit = min((room.usable_bytes for room in known), default=None)
+    limit = limit_bytes or min((room.usable_bytes for room in known), default=None)
     if limit is None or fits(inputs, limit):
         return ""
     checkpointed = replace(inputs, gradient_checkpointing=True)
-    ways = [_smaller_batch(inputs, limit), _fewer_processes(inputs), _sharded(inputs, limit)]
+    ways = [_smaller_batch(inputs, limit), _fewer_processes(inputs) if known else None, _sharded(inputs, limit)]
     if not inputs.gradient_checkpointing:
         ways.append(checkpointed if fits(checkpointed, limit) else _smaller_batch(checkpointed, limit))
     if not any(ways):
         ways.append(_shorter_rows(checkpointed, limit))
     texts = [_flags(inputs, way) for way in ways if way]
-    big = [room for room in known if room.usable_bytes >= memory(inputs).peak_bytes]
+    peak = memory(inputs).peak_bytes
+    big = [room for room in known if room.usable_bytes >= peak] if limit_bytes is None else []
     texts += [f"only the {' and '.join(room.label for room in big)} (--gpu_ids)"] if big else []
     return "what fits: " + "; or ".join(texts) if texts else _nothing_fits(inputs, limit)
 

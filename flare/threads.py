@@ -1,6 +1,11 @@
-"""How CPU threads wait. Standard library only: it must be settled before torch loads OpenMP."""
+"""CPU threads: how they wait, and on which processor.
+
+Standard library only: how they wait must be settled before torch loads OpenMP.
+"""
 
 import os
+import platform
+from pathlib import Path
 
 
 def wait_without_spinning() -> None:
@@ -10,3 +15,12 @@ def wait_without_spinning() -> None:
     step ran at 233 tokens/s with spinning and at 5,348 without (2 cores, docs/experiments.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def processor_name() -> str:
+    """The processor as the kernel names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

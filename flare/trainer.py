@@ -5,70 +5,29 @@ so that loss and gradients do not depend on how the rows are spread over process
 """
 
 import math
-import signal
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from flare import distributed
-from flare.data.order import equal_rounds, micro_batches, shares
+from flare.balance import equal
+from flare.data.order import portion
 from flare.data.packing import PackedRows
-from flare.data.train_rows import Batch, TrainRows
+from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import FlareError
-from flare.loss import IGNORE_INDEX
+from flare.garbage import steady_collection
 from flare.metrics import MetricsWriter, Throughput, peak_memory_gib, perplexity
 from flare.model import TrainingModel
-from flare.optim import set_learning_rate
+from flare.optim import can_skip_on_device, set_learning_rate
 from flare.options import Options
+from flare.outcomes import Outcome, Outcomes
+from flare.prefetch import StepLoader, cut, host_tensors, to_device
+from flare.progress import STOP_FILE, Progress, StopRequest
 from flare.sharding import is_sharded
-
-STOP_FILE = "STOP"
-
-
-@dataclass
-class Progress:
-    """Where a run is: all that a checkpoint must know besides weights and optimizer."""
-
-    step: int = 0
-    rows: int = 0
-    tokens: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    evaluations_without_gain: int = 0
-    history: list[dict] = field(default_factory=list)
-    data_place: dict | None = None  # of streamed rows
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-    def out_of_patience(self, options: Options) -> bool:
-        """Whether early stopping ends the run here."""
-        patience = options.early_stopping_patience
-        return patience is not None and self.evaluations_without_gain >= patience
-
-    def forget_best(self) -> None:
-        """Begin anew to look for the best evaluation."""
-        self.best_loss, self.best_step, self.evaluations_without_gain = None, None, 0
-
-
-class StopRequest:
-    """Signals that ask for a clean stop. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.signal_name == "SIGINT":
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
 
 
 @dataclass
@@ -82,8 +41,20 @@ class Parts:
     eval_rows: PackedRows
     max_steps: int
     global_batch_size: int
-    flops_per_token: float | None = None
-    peak_flops: float | None = None
+    rows_by_rank: Sequence[int] | None = None  # of a step, summing to the global batch; None: equal
+    model_flops_per_token: float | None = None
+    executed_flops_per_token: float | None = None
+    peak_flops: float | None = None  # of all cards together, per second
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step began, and the rows it took: what is said of it when it goes wrong."""
+
+    step: int
+    rows: int
+    tokens: int
+    row_indices: np.ndarray
 
 
 class Trainer:
@@ -114,14 +85,25 @@ class Trainer:
         self.metrics = metrics
         self.module = distributed.wrap_ddp(parts.model, world)
         self.parameters = [p for _, p in parts.model.trainable_parameters()]
-        self.order = parts.train_rows.order(options.seed)
-        self.counts = shares(parts.global_batch_size, [1.0] * world.size)
-        self.first_row = sum(self.counts[: world.rank])
-        self.last_row = self.first_row + self.counts[world.rank]
+        self.rows_by_rank = tuple(parts.rows_by_rank or equal(parts.global_batch_size, world.size).rows)
+        on_card, sharded = world.device.type == "cuda", is_sharded(parts.model)
+        self.loader = StepLoader(
+            parts.train_rows,
+            parts.train_rows.order(options.seed),
+            self.rows_by_rank,
+            world.rank,
+            options.per_device_train_batch_size,
+            pin=on_card,
+            in_step=sharded,
+        )
+        # Fused updates of shards take no flag of the device's.
+        lag = 1 if on_card and not sharded and can_skip_on_device(parts.optimizer) else 0
+        self.outcomes = Outcomes(world.device, lag)
         self.throughput = Throughput()
         self.stop_request = StopRequest()
         self.saved_step = progress.step
-        self.window_losses: list[float] = []
+        self.window: list[Outcome] = []
+        self.asked_to_stop = False
 
     def train(self) -> str:
         """Run to the end, an early stop or a request to stop; returns finished, early_stopped or stopped."""
@@ -131,58 +113,51 @@ class Trainer:
             self._evaluate()
         if progress.out_of_patience(options):
             return "early_stopped"
-        while progress.step < self.parts.max_steps:
+        with steady_collection() as after_step:
             self.throughput.start()
-            loss, grad_norm, stop = self._step()
-            self.throughput.stop(self.parts.global_batch_size * options.max_seq_length)
-            self._after_step(loss, grad_norm)
-            at_end = progress.step == self.parts.max_steps
-            if options.eval_steps and (at_end or progress.step % options.eval_steps == 0):
-                self._evaluate()
-            if at_end or stop or progress.step % options.save_steps == 0:
-                self._save()
-            if stop:
-                return "stopped"
-            if progress.out_of_patience(options):
-                self._save()
-                return "early_stopped"
+            while progress.step < self.parts.max_steps:
+                self._step()
+                after_step()
+                if ended := self._after_step():
+                    return ended
         return "finished"
 
     # -- one step ----------------------------------------------------------------------------------
 
-    def _step(self) -> tuple[float, float, bool]:
-        """One optimizer step; returns the global loss, the gradient norm and whether to stop after it."""
+    def _step(self) -> Outcome | None:
+        """One optimizer step; returns the newest outcome that is known: with a lag, of a step before or none."""
         parts, progress = self.parts, self.progress
-        size = parts.global_batch_size
-        rows = self.order.rows(progress.rows, progress.rows + size)
-        num_targets = parts.train_rows.num_targets(rows)
-        if num_targets == 0:
-            raise FlareError(f"step {progress.step + 1} has no target token in its {size} rows")
-        mine = rows[self.first_row : self.last_row]
+        data = self.loader.take(progress.rows)
+        place = Place(progress.step, progress.rows, progress.tokens, data.rows)
+        if data.num_targets == 0:
+            raise FlareError(f"step {progress.step + 1} has no target token in its {len(data.rows)} rows")
         self.module.train()
         self._seed()
         # DDP averages over ranks; times their number it is the sum that the loss is defined by.
-        scale = self.world.size / num_targets
+        scale = self.world.size / data.num_targets
         loss_sum = torch.zeros((), device=self.world.device)
-        pieces = rank_pieces(parts.model, mine, self.counts, self.options)
-        for index, piece in enumerate(pieces):
-            batch = self._to_device(batch_of(parts.train_rows, piece))
-            with distributed.reduce_gradients(self.module, now=index == len(pieces) - 1):
-                nll_sum = self.module(**batch)
+        for index, batch in enumerate(data.batches):
+            with distributed.reduce_gradients(self.module, now=index == len(data.batches) - 1):
+                nll_sum = self.module(**to_device(batch, self.world.device))
                 (nll_sum * scale).backward()
             loss_sum += nll_sum.detach()
         max_norm = self.options.max_grad_norm or math.inf
-        grad_norm = distributed.clip_gradients(self.parameters, max_norm).item()
-        total, stop_votes = distributed.all_sum([loss_sum.item(), float(self._wants_stop())])
-        loss = total / num_targets
-        self._refuse_nonfinite(loss, grad_norm, rows)
+        grad_norm = distributed.clip_gradients(self.parameters, max_norm)
+        self.outcomes.put(place, loss_sum.double() / data.num_targets, grad_norm, self._wants_stop())
+        if self.outcomes.lag:
+            parts.optimizer.found_inf = self.outcomes.failed
+        else:
+            self._read_outcomes()
         set_learning_rate(parts.optimizer, self._learning_rate())
         parts.optimizer.step()
         parts.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        progress.rows += size
-        progress.tokens += size * self.options.max_seq_length
-        return loss, grad_norm, stop_votes > 0
+        progress.rows += len(data.rows)
+        progress.tokens += len(data.rows) * self.options.max_seq_length
+        self.throughput.add(len(data.rows) * self.options.max_seq_length)
+        if self.outcomes.lag:
+            self._read_outcomes(keep=self.outcomes.lag)
+        return self.window[-1] if self.window else None
 
     def _seed(self) -> None:
         """Random numbers are a function of seed, step and rank, so that a checkpoint needs no generator state."""
@@ -191,51 +166,81 @@ class Trainer:
     def _learning_rate(self) -> float:
         return self.options.learning_rate * self.parts.schedule(self.progress.step)
 
-    def _to_device(self, batch: Batch) -> dict[str, torch.Tensor]:
-        arrays = {"input_ids": batch.input_ids, "labels": batch.labels, "position_ids": batch.position_ids}
-        return {k: torch.from_numpy(a).to(self.world.device, non_blocking=True) for k, a in arrays.items()}
-
     def _wants_stop(self) -> bool:
         return self.stop_request.signal_name is not None or (
             self.world.is_main and (self.stop_dir / STOP_FILE).exists()
         )
 
-    def _refuse_nonfinite(self, loss: float, grad_norm: float, rows: np.ndarray) -> None:
-        """Before the update, on all ranks alike: both numbers are the same everywhere."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
+    def _read_outcomes(self, keep: int = 0) -> None:
+        """Take in what steps came to, all but the ``keep`` newest; on all ranks alike.
+
+        Raises: FlareError for numbers that are not finite. That update was not made, nor any after it.
+        """
+        for place, outcome in self.outcomes.take(keep):
+            if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+                self._refuse_nonfinite(place, outcome)
+            self.window.append(outcome)
+            self.asked_to_stop |= outcome.stop
+            if self.metrics:
+                self.metrics.advance(outcome.loss, self._learning_rate())
+
+    def _refuse_nonfinite(self, place: Place, outcome: Outcome) -> None:
+        progress = self.progress
+        progress.step, progress.rows, progress.tokens = place.step, place.rows, place.tokens
         raise FlareError(
-            f"step {self.progress.step + 1}: loss {loss} and gradient norm {grad_norm} are not finite (rows "
-            f"{rows[:4].tolist()}...); the weights were not updated, the last checkpoint is good; lower "
+            f"step {place.step + 1}: loss {outcome.loss} and gradient norm {outcome.grad_norm} are not finite (rows "
+            f"{place.row_indices[:4].tolist()}...); the weights were not updated, the last checkpoint is good; lower "
             "--learning_rate or look at these rows"
         )
 
-    def _after_step(self, loss: float, grad_norm: float) -> None:
-        progress = self.progress
-        self.window_losses.append(loss)
-        learning_rate = self.options.learning_rate * self.parts.schedule(progress.step - 1)
-        if self.metrics:
-            self.metrics.advance(loss, learning_rate)
-        if progress.step % self.options.logging_steps and progress.step != self.parts.max_steps:
-            return
-        window, self.window_losses = self.window_losses, []
-        rate = self.throughput.take()
-        mean = math.fsum(window) / len(window)
+    # -- after a step -------------------------------------------------------------------------------
+
+    def _after_step(self) -> str | None:
+        """Log, evaluate and save where due; returns how training ends, if it does."""
+        progress, options = self.progress, self.options
+        at_end = progress.step == self.parts.max_steps
+        log_due = at_end or progress.step % options.logging_steps == 0
+        eval_due = bool(options.eval_steps) and (at_end or progress.step % options.eval_steps == 0)
+        save_due = at_end or progress.step % options.save_steps == 0
+        if log_due or eval_due or save_due or self.asked_to_stop:
+            self._read_outcomes()
+        stop = self.asked_to_stop
+        self.throughput.stop()
+        if log_due:
+            self._log()
+        if eval_due:
+            self._evaluate()
+        if save_due or stop:
+            self._save()
+        self.throughput.start()
+        if stop:
+            return "stopped"
+        if progress.out_of_patience(options):
+            self._save()
+            return "early_stopped"
+        return None
+
+    def _log(self) -> None:
+        window, self.window = self.window, []
+        seconds, rate = self.throughput.seconds, self.throughput.take()
+        mean = math.fsum(outcome.loss for outcome in window) / len(window)
         record = self._place() | {
             "loss": mean,
             "perplexity": perplexity(mean),
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "learning_rate": self.options.learning_rate * self.parts.schedule(self.progress.step - 1),
+            "grad_norm": window[-1].grad_norm,
             "tokens_per_sec": rate,
-            "mfu": self._mfu(rate),
+            "mfu": self._share_of_peak(rate, self.parts.model_flops_per_token),
+            "executed_flops_use": self._share_of_peak(rate, self.parts.executed_flops_per_token),
+            "data_wait": self.loader.take_wait() / seconds if seconds else 0.0,
             "memory_gib": distributed.all_max([peak_memory_gib(self.world.device)])[0],
         }
         self._record(record)
 
-    def _mfu(self, tokens_per_sec: float) -> float | None:
-        if not self.parts.peak_flops or not self.parts.flops_per_token:
+    def _share_of_peak(self, tokens_per_sec: float, flops_per_token: float | None) -> float | None:
+        if not self.parts.peak_flops or not flops_per_token:
             return None
-        return tokens_per_sec * self.parts.flops_per_token / self.parts.peak_flops
+        return tokens_per_sec * flops_per_token / self.parts.peak_flops
 
     def _place(self) -> dict:
         progress = self.progress
@@ -254,7 +259,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         progress, options = self.progress, self.options
-        loss, accuracy = evaluate_rows(self.parts, options, self.world)
+        loss, accuracy = evaluate_rows(self.parts, options, self.world, self.rows_by_rank)
         gain = progress.best_loss is None or loss < progress.best_loss - options.early_stopping_threshold
         if gain:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -281,35 +286,18 @@ class Trainer:
         self.saved_step = self.progress.step
 
 
-def rank_pieces(model: TrainingModel, rows: np.ndarray, counts: list[int], options: Options) -> list[np.ndarray]:
-    """A rank's rows (of ``counts`` on each) as micro-batches; as many on every rank where the model is sharded."""
-    size = options.per_device_train_batch_size
-    return equal_rounds(rows, counts, size) if is_sharded(model) else micro_batches(rows, size)
-
-
-def batch_of(source: TrainRows, rows: np.ndarray) -> Batch:
-    """These rows; for none of them any one, without a target: it adds nothing to the loss."""
-    if len(rows):
-        return source.batch(rows)
-    batch = source.batch(np.array([source.any_row()]))
-    batch.labels[:] = IGNORE_INDEX
-    return batch
-
-
-def evaluate_rows(parts: Parts, options: Options, world: World) -> tuple[float, float]:
+def evaluate_rows(parts: Parts, options: Options, world: World, rows_by_rank: Sequence[int]) -> tuple[float, float]:
     """(mean NLL in nats, share of targets that are the argmax) over the held-out rows, by all ranks together."""
     rows = np.arange(len(parts.eval_rows))[: options.max_eval_samples]
-    counts = [len(rows[rank :: world.size]) for rank in range(world.size)]
-    loss_sum = targets = hits = 0.0
+    portions = [portion(rows, rows_by_rank, rank) for rank in range(world.size)]
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # NLLs, hits, targets
     parts.model.eval()
-    for piece in rank_pieces(parts.model, rows[world.rank :: world.size], counts, options):
-        batch = batch_of(parts.eval_rows, piece)
-        tensors = [torch.from_numpy(a).to(world.device) for a in (batch.input_ids, batch.labels, batch.position_ids)]
-        losses, correct = parts.model.score(*tensors)
-        loss_sum += losses.double().sum().item()
-        hits += correct.sum().item()
-        targets += int((tensors[1] >= 0).sum())
-    loss_sum, hits, targets = distributed.all_sum([loss_sum, hits, targets])
+    micro, in_step = options.per_device_train_batch_size, is_sharded(parts.model)
+    for batch in cut(parts.eval_rows, portions[world.rank], micro, [len(p) for p in portions] if in_step else None):
+        tensors = to_device(host_tensors(batch), world.device)
+        losses, correct = parts.model.score(**tensors)
+        sums += torch.stack([losses.double().sum(), correct.sum().double(), (tensors["labels"] >= 0).sum().double()])
+    loss_sum, hits, targets = distributed.sum_in_place(sums).tolist()
     if not math.isfinite(loss_sum):
         raise FlareError("the evaluation loss is not finite; the last checkpoint is good")
     return loss_sum / targets, hits / targets

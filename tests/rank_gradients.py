@@ -1,6 +1,6 @@
 """Run under torchrun: take one training step of a tiny model and write the gradients that AdamW saw.
 
-usage: rank_gradients.py BASE CORPUS CACHE OUT MICRO GLOBAL ddp|fsdp
+usage: rank_gradients.py BASE CORPUS CACHE OUT MICRO GLOBAL ddp|fsdp [ROWS,ROWS,...]
 """
 
 import sys
@@ -25,35 +25,55 @@ from flare.trainable import Trainable
 from flare.trainer import Parts, Progress, Trainer
 
 
-def main() -> None:
-    base, corpus, cache_dir, out, micro, size, parallel = sys.argv[1:]
+def make_trainer(
+    base: Path, corpus: str, cache_dir: Path, scratch: Path, parallel: str = "ddp", **changes: object
+) -> Trainer:
+    """A trainer of a tiny model on this rank of the run that torchrun started."""
     world = distributed.start(use_cuda=False, timeout_sec=60)
-    how = (with_nope(read_model_config(Path(base)), [1, 3], None, base), Trainable(True), "fp32", "auto")
-    model = load_sharded(Path(base), *how, world) if parallel == "fsdp" else load_for_training(Path(base), *how)
-    source = open_source(SourceSpec(corpus), Path(cache_dir))
-    cache = build_token_cache(source, load_tokenizer(Path(base)), Path(cache_dir), TokenSettings())
-    rows = PackedRows(cache, split_documents(cache.hashes, 10)[0], 32, "document")
-    options = Options(
-        learning_rate=1e-3, per_device_train_batch_size=int(micro), max_steps=1, max_seq_length=32, max_grad_norm=0.0
+    how = (with_nope(read_model_config(base), [1, 3], None, str(base)), Trainable(True), "fp32", "auto")
+    model = load_sharded(base, *how, world) if parallel == "fsdp" else load_for_training(base, *how)
+    cache = build_token_cache(
+        open_source(SourceSpec(corpus), cache_dir), load_tokenizer(base), cache_dir, TokenSettings()
     )
+    rows = PackedRows(cache, split_documents(cache.hashes, 10)[0], 32, "document")
+    size, rows_by_rank = changes.pop("global_batch_size"), changes.pop("rows_by_rank", None)
+    options = Options(**({"learning_rate": 1e-3, "max_seq_length": 32, "max_grad_norm": 0.0} | changes))
     parts = Parts(
         model=model,
         optimizer=build_optimizer(model.trainable_parameters(), options),
-        schedule=build_schedule(options, 1),
+        schedule=build_schedule(options, options.max_steps),
         train_rows=rows,
         eval_rows=rows,
-        max_steps=1,
-        global_batch_size=int(size),
+        max_steps=options.max_steps,
+        global_batch_size=size,
+        rows_by_rank=rows_by_rank,
     )
-    runner = Trainer(parts, options, world, Progress(), lambda progress: None, Path(out).parent)
+    return Trainer(parts, options, world, Progress(), lambda progress: None, scratch)
+
+
+def leave() -> None:
+    """End the process group.
+
+    A gloo thread may still have to drop the last reduced tensor, for which it needs the interpreter's lock; DDP's
+    destructor, the last to hold the group, would wait for that thread with the lock held. So all meet once more.
+    """
+    distributed.barrier()
+    distributed.stop()
+
+
+def main() -> None:
+    base, corpus, cache_dir, out, micro, size, parallel, *shares = sys.argv[1:]
+    batch = {"per_device_train_batch_size": int(micro), "global_batch_size": int(size)}
+    batch |= {"rows_by_rank": [int(rows) for rows in shares[0].split(",")]} if shares else {}
+    runner = make_trainer(Path(base), corpus, Path(cache_dir), Path(out).parent, parallel, max_steps=1, **batch)
     caught = {}
-    parts.optimizer.register_step_pre_hook(
-        lambda *_: caught.update({n: whole(p.grad).clone() for n, p in model.trainable_parameters()})
+    runner.parts.optimizer.register_step_pre_hook(
+        lambda *_: caught.update({n: whole(p.grad).clone() for n, p in runner.parts.model.trainable_parameters()})
     )
     loss, _, _ = runner._step()
-    if world.is_main:
+    if runner.world.is_main:
         torch.save({"loss": loss, "gradients": caught}, out)
-    distributed.stop()
+    leave()
 
 
 if __name__ == "__main__":

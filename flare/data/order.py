@@ -6,6 +6,8 @@ position says all there is to know about progress, and neither the number of pro
 changes what is learned from.
 """
 
+import heapq
+
 import numpy as np
 
 
@@ -51,19 +53,29 @@ class RowOrder:
 
 
 def shares(num_rows: int, weights: list[float]) -> list[int]:
-    """Rows for each rank in proportion to its weight, at least one each, summing to ``num_rows``.
+    """Rows for each rank so that the slowest is done as early as can be, at least one each, summing to ``num_rows``.
 
-    Largest remainders get what rounding leaves over. Raises ValueError for fewer rows than ranks.
+    ``weights`` are speeds: n rows take a rank n / weight. Each next row goes where it is finished first (D'Hondt's
+    rule), which gives the least possible maximum; where proportional shares are whole numbers, they are the result.
+
+    Raises: ValueError for fewer rows than ranks.
     """
     if num_rows < len(weights):
         raise ValueError(f"{num_rows} rows cannot be shared among {len(weights)} ranks")
-    spare = num_rows - len(weights)
-    ideal = [spare * w / sum(weights) for w in weights]
-    counts = [int(x) for x in ideal]
-    by_remainder = sorted(range(len(weights)), key=lambda r: (counts[r] - ideal[r], r))
-    for rank in by_remainder[: spare - sum(counts)]:
+    counts = [1] * len(weights)
+    queue = [(2 / weight, rank) for rank, weight in enumerate(weights)]
+    heapq.heapify(queue)
+    for _ in range(num_rows - len(weights)):
+        _, rank = queue[0]
         counts[rank] += 1
-    return [1 + c for c in counts]
+        heapq.heapreplace(queue, ((counts[rank] + 1) / weights[rank], rank))
+    return counts
+
+
+def portion(rows: np.ndarray, counts: list[int], rank: int) -> np.ndarray:
+    """A rank's part of any rows, contiguous and as large as its part of ``counts``; may be empty."""
+    bounds = np.rint(np.cumsum([0, *counts]) / sum(counts) * len(rows)).astype(int)
+    return rows[bounds[rank] : bounds[rank + 1]]
 
 
 def equal_rounds(rows: np.ndarray, counts: list[int], size: int) -> list[np.ndarray]:

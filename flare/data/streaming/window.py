@@ -119,13 +119,17 @@ class Making:
         self.child.tell(block)
 
     def close(self) -> None:
-        """End the producer, which ends its workers, and remove the window."""
-        self.child.pipe.close()
+        """End the producer, which ends its workers, and remove the window.
+
+        It is told: a pipe is not closed for the other end while a thread of ours, that reads ahead, waits on it.
+        """
+        self.child.tell(None)
         try:
             self.child.process.wait(END_SEC)
         except subprocess.TimeoutExpired:
             self.child.process.kill()
             self.child.process.wait()
+        self.child.pipe.close()
         self.window.close()
 
 
@@ -133,13 +137,15 @@ class Waiting:
     """Another rank of the host: it looks whether blocks are there."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory, self.is_closed = directory, False
 
     def wait_for(self, block: int) -> None:
         """Raises: EnvError when the window is gone."""
         path = self.directory / f"{block:08d}"
         gone_since = None
         while not path.exists():
+            if self.is_closed:
+                raise EnvError("no row is read any more")
             if self.directory.exists():
                 gone_since = None
             else:
@@ -152,4 +158,5 @@ class Waiting:
         """Not this rank's business."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End a wait of the thread that reads ahead."""
+        self.is_closed = True

@@ -1,0 +1,119 @@
+"""What a rank of ``benchmarks.balance`` does; rank 1 is slowed to half speed.
+
+usage (under torchrun): balance_ranks.py OUT ROUNDS STEPS ROWS
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from benchmarks.train_cpu import SHAPE, SMALL_VOCABULARY
+from benchmarks.workload import RandomRows, Workload, random_model
+from flare import distributed
+from flare.balance import equal
+from flare.distributed import World
+from flare.model import TrainingModel
+from flare.optim import build_optimizer, build_schedule
+from flare.options import Options
+from flare.pace import seconds_per_row, settle_balance
+from flare.prefetch import host_tensors
+from flare.progress import Progress
+from flare.trainer import Parts, Trainer
+
+SEQ_LEN = 256
+SLOW_RANK = 1
+
+
+class Slowed(torch.nn.Module):
+    """A training model whose forward pass sleeps ``seconds`` for each row."""
+
+    def __init__(self, model: TrainingModel, seconds: float) -> None:
+        super().__init__()
+        self.model, self.seconds = model, seconds
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds * len(batch["input_ids"]))
+        return self.model(**batch)
+
+    def trainable_parameters(self):
+        return self.model.trainable_parameters()
+
+
+def main() -> None:
+    out, rounds, steps, size = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    torch.set_num_threads(1)
+    world = distributed.start(use_cuda=False, timeout_sec=600)
+    shape = {**SHAPE, "vocab_size": SMALL_VOCABULARY, "num_hidden_layers": 4}
+    workload = Workload("flare", shape, 2, [1, 3], batch_size=1, seq_len=SEQ_LEN, steps=steps)
+    rows = RandomRows(steps * size, SEQ_LEN, SMALL_VOCABULARY)
+    alone = max(distributed.gather_objects(pace(Slowed(model_of(workload), 0.0), rows, world)))
+    slowed = Slowed(model_of(workload), alone if world.rank == SLOW_RANK else 0.0)
+    paces = distributed.gather_objects(pace(slowed, rows, world))
+    decided = settle_balance("measure", size, world, None, one_pass(slowed, rows))
+    shares = {"equal": equal(size, world.size).rows, "balanced": decided.rows}
+    rates: dict[str, list[float]] = {name: [] for name in shares}
+    for _ in range(rounds):
+        for name, counts in shares.items():
+            model = Slowed(model_of(workload), slowed.seconds)
+            rates[name].append(train(model, workload, rows, counts, world))
+    if world.is_main:
+        found = {name: median(values) for name, values in rates.items()} | {"rounds": rates}
+        found |= {"ideal": SEQ_LEN * sum(1 / p for p in paces), "seconds_per_row": paces}
+        out.write_text(json.dumps(found | {"rows": {name: list(counts) for name, counts in shares.items()}}))
+    distributed.barrier()
+    distributed.stop()
+
+
+def model_of(workload: Workload) -> TrainingModel:
+    return TrainingModel(random_model(workload), documents=False)
+
+
+def one_pass(model: Slowed, rows: RandomRows):
+    """The work that is timed: a row forward and backward."""
+    batch = host_tensors(rows.batch(np.arange(1)))
+
+    def work() -> int:
+        model(**batch).backward()
+        model.zero_grad()
+        return 1
+
+    return work
+
+
+def pace(model: Slowed, rows: RandomRows, world: World) -> float:
+    """Seconds of a row; both ranks measure at the same time."""
+    distributed.barrier()
+    return seconds_per_row(one_pass(model, rows), world.device)
+
+
+def train(model: Slowed, workload: Workload, rows: RandomRows, counts: tuple[int, ...], world: World) -> float:
+    """Tokens per second over the steps after the first."""
+    options = Options(
+        stage=2, learning_rate=1e-5, per_device_train_batch_size=workload.batch_size, max_steps=workload.steps,
+        max_seq_length=workload.seq_len, lr_scheduler_type="constant", logging_steps=1, eval_steps=None,
+        save_steps=10**9,
+    )  # fmt: skip
+    parts = Parts(
+        model=model,
+        optimizer=build_optimizer(model.trainable_parameters(), options),
+        schedule=build_schedule(options, workload.steps),
+        train_rows=rows,
+        eval_rows=rows,
+        max_steps=workload.steps,
+        global_batch_size=sum(counts),
+        rows_by_rank=counts,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        progress = Progress()
+        Trainer(parts, options, world, progress, lambda _: None, Path(scratch)).train()
+    return median(entry["tokens_per_sec"] for entry in progress.history[1:])
+
+
+if __name__ == "__main__":
+    main()

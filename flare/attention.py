@@ -1,0 +1,107 @@
+"""Attention that stops at document boundaries: as a mask for SDPA, as sequence bounds for flash kernels.
+
+The decoder gets masks and bounds ready made. transformers would derive them from the position ids in every forward
+pass, which asks the device whether a row has several documents: a host sync, and now and then another graph.
+
+The kernels are registered with transformers under names of ours. Without bounds (the NoPE probe, generation) they
+are SDPA.
+"""
+
+import inspect
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+KERNELS = {"varlen": "flare_varlen", "flash_attention_2": "flare_flash_attention_2"}
+"""``--attn_implementation`` to the name that transformers knows our function by."""
+
+TOKENS_PER_DOCUMENT = 64
+"""Bounds are padded to one document for so many tokens, so that their shape stays; more documents double it."""
+
+
+def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """What each query may see: earlier tokens of its own document, and itself. (B, T) -> (B, 1, T, T) bool."""
+    documents = (position_ids == 0).cumsum(-1)
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    length = position_ids.shape[-1]
+    return same & torch.ones(length, length, dtype=torch.bool, device=position_ids.device).tril()
+
+
+def document_bounds(position_ids: np.ndarray) -> np.ndarray:
+    """Where documents begin and end when the rows of a batch are laid end to end: (N + 1,) int32, from 0 to B*T.
+
+    A row's first token begins a document, wherever the row begins in it. Padded with empty documents at the end, to a
+    length that depends on B*T alone unless documents are shorter than ``TOKENS_PER_DOCUMENT`` on average.
+    """
+    starts = position_ids == 0
+    starts[:, 0] = True
+    bounds = np.append(np.flatnonzero(starts), position_ids.size)
+    room = max(position_ids.size // TOKENS_PER_DOCUMENT, len(position_ids)) + 1
+    while room < len(bounds):
+        room = 2 * room - 1
+    return np.pad(bounds, (0, room - len(bounds)), constant_values=position_ids.size).astype(np.int32)
+
+
+def use_kernel(causal_lm: torch.nn.Module, implementation: str) -> None:
+    """Let a loaded model attend by ``implementation`` (a key of ``KERNELS``) wherever it is told document bounds."""
+    attend = {"varlen": _varlen, "flash_attention_2": _flash_attention_2}[implementation]
+    AttentionInterface.register(KERNELS[implementation], attend)
+    causal_lm.config._attn_implementation = KERNELS[implementation]
+
+
+def _varlen(module, query, key, value, attention_mask, **kwargs):
+    """torch's own flash kernel. query (B, heads, T, D), key and value (B, kv heads, T, D) -> (B, T, heads, D)."""
+    return _attend(_torch_varlen, module, query, key, value, attention_mask, **kwargs)
+
+
+def _flash_attention_2(module, query, key, value, attention_mask, **kwargs):
+    """The flash-attn package's kernel; shapes as ``_varlen``."""
+    return _attend(_flash_attn_varlen, module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend(kernel, module, query, key, value, attention_mask, document_bounds=None, **kwargs):
+    if document_bounds is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    batch, heads, length, width = query.shape
+    # Under autocast v comes out of its projection in the compute dtype; RoPE may have turned q and k into fp32.
+    packed = [x.transpose(1, 2).reshape(batch * length, -1, width).to(value.dtype) for x in (query, key, value)]
+    output = kernel(*packed, document_bounds, length, kwargs.get("scaling"))
+    return output.view(batch, length, heads, width), None
+
+
+def _torch_varlen(query, key, value, bounds, longest, scale):
+    """(B*T, heads, D) each. ``longest`` is the row's length, not the longest document's: a constant."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = {}
+    if query.shape[1] != key.shape[1]:
+        if TAKES_GROUPED_HEADS:
+            grouped["enable_gqa"] = True
+        else:  # torch 2.11
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    return varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **grouped
+    )
+
+
+def _flash_attn_varlen(query, key, value, bounds, longest, scale):
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
+    )
+
+
+def _takes_grouped_heads() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+TAKES_GROUPED_HEADS = _takes_grouped_heads()
+"""Whether this torch's kernel shares key-value heads itself (2.12 on; settled here, for a compiler cannot ask)."""

@@ -1,0 +1,50 @@
+"""Where a run is, and who asked it to stop."""
+
+import signal
+from dataclasses import asdict, dataclass, field
+
+from flare.options import Options
+
+STOP_FILE = "STOP"
+
+
+@dataclass
+class Progress:
+    """Where a run is: all that a checkpoint must know besides weights and optimizer."""
+
+    step: int = 0
+    rows: int = 0
+    tokens: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    history: list[dict] = field(default_factory=list)
+    data_place: dict | None = None  # of streamed rows
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def out_of_patience(self, options: Options) -> bool:
+        """Whether early stopping ends the run here."""
+        patience = options.early_stopping_patience
+        return patience is not None and self.evaluations_without_gain >= patience
+
+    def forget_best(self) -> None:
+        """Begin anew to look for the best evaluation."""
+        self.best_loss, self.best_step, self.evaluations_without_gain = None, None, 0
+
+
+class StopRequest:
+    """Signals that ask for a clean stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.signal_name == "SIGINT":
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name

@@ -1,0 +1,36 @@
+"""Run under torchrun: settle the balance of 12 rows when rank 1 does every pass four times; write what each decided.
+
+usage: slow_rank.py OUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from flare import distributed
+from flare.pace import settle_balance
+
+SIZE, ROWS, SLOWDOWN = 400, 2, 4
+
+
+def main() -> None:
+    world = distributed.start(use_cuda=False, timeout_sec=60)
+    matrix = torch.randn(SIZE, SIZE)
+
+    def work() -> int:
+        for _ in range(SLOWDOWN if world.rank == 1 else 1):
+            for _ in range(20):
+                matrix @ matrix
+        return ROWS
+
+    decided = settle_balance("measure", 12, world, None, work)
+    everyone = distributed.gather_objects(decided.as_dict())
+    if world.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(everyone))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
