@@ -81,7 +81,7 @@ def cut(data: TrainRows, rows: np.ndarray, micro: int, counts: list[int] | None)
 
     Args:
         counts: the rows of each rank, where every rank must have as many micro-batches. One that has run out of rows
-            gets any row, without targets, which adds nothing to the loss.
+            gets some row without targets, which adds nothing to the loss.
     """
     for piece in equal_rounds(rows, counts, micro) if counts else micro_batches(rows, micro):
         batch = data.batch(piece if len(piece) else np.array([data.any_row()]))

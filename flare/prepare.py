@@ -11,7 +11,7 @@ from flare.data.mixture import MixedRows
 from flare.data.packing import PackedRows
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
-from flare.data.streaming.rows import StreamedRows, StreamSettings
+from flare.data.streaming.rows import KEPT_STEPS, StreamedRows, StreamSettings
 from flare.data.streaming.survey import StreamedCorpus, open_streamed
 from flare.data.tokens import TokenSettings, default_cache_dir
 from flare.data.train_rows import TrainRows
@@ -83,13 +83,14 @@ def packed_rows(run: Run, corpus: Corpus | StreamedCorpus) -> tuple[TrainRows, P
 def streamed_rows(run: Run, corpus: StreamedCorpus) -> tuple[StreamedRows, PackedRows]:
     """(training rows, held-out rows) of a corpus that is not tokenised beforehand.
 
-    Raises: ConfigError for fewer rows shuffled together than a step has.
+    Raises: ConfigError for fewer rows shuffled together than some steps have.
     """
     options = run.options
-    if options.streaming_buffer_rows < run.global_batch_size:
+    least = (KEPT_STEPS + 1) * run.global_batch_size
+    if options.streaming_buffer_rows < least:
         raise ConfigError(
-            f"--streaming_buffer_rows {options.streaming_buffer_rows} must be at least the {run.global_batch_size} "
-            "rows of a step"
+            f"--streaming_buffer_rows {options.streaming_buffer_rows} must be at least {least}, the rows of "
+            f"{KEPT_STEPS + 1} steps"
         )
     settings = StreamSettings(
         seq_len=options.max_seq_length,

@@ -1,7 +1,7 @@
 """train_qwen_multi_gpu.py as it is, writing down the rows that every rank reads: RECORD FLAGS...
 
-Run it as one process, or under torchrun. A line is added to RECORD.<process id> for each micro-batch, before it is
-trained on: step, row indices, and a hash of each row's inputs, labels and positions.
+Run it as one process, or under torchrun. A line is added to RECORD.<process id> for each step, before it is trained
+on: its number, row indices, and a hash of each row's inputs, labels and positions.
 """
 
 import hashlib
@@ -10,42 +10,34 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
+import torch
 
 import train_qwen_multi_gpu as script
-from flare.data.train_rows import Batch
 from flare.errors import run_script
-from flare.trainer import Trainer
+from flare.prefetch import StepLoader, StepRows
 
 
-def digests(batch: Batch) -> list[str]:
-    """A hash of each row."""
-    whole = np.stack([batch.input_ids, batch.labels, batch.position_ids], axis=1)
-    return [hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=8).hexdigest() for row in whole]
+def digests(step: StepRows) -> list[str]:
+    """A hash of each of this rank's rows."""
+    found = []
+    for batch in step.batches:
+        whole = torch.stack([batch["input_ids"], batch["labels"], batch["position_ids"]], dim=1).numpy()
+        found += [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in whole]
+    return found
 
 
 def record(file: Path) -> None:
-    """Wrap the trainer's rows, so that what it asks of them is written down."""
-    step = Trainer._step
+    """Wrap what the trainer takes its rows from, so that they are written down."""
+    take = StepLoader.take
 
-    def recorded_step(self: Trainer) -> tuple:
-        rows, number = self.parts.train_rows, self.progress.step
-        batch_of = type(rows).batch
+    def recorded_take(self: StepLoader, position: int) -> StepRows:
+        step = take(self, position)
+        line = {"step": position // self.step_rows, "first": self.mine.start, "rows": step.rows[self.mine].tolist()}
+        with open(f"{file}.{os.getpid()}", "a") as out:
+            out.write(json.dumps(line | {"digests": digests(step)}) + "\n")
+        return step
 
-        def batch(indices: np.ndarray) -> Batch:
-            found = batch_of(rows, indices)
-            line = {"step": number, "rank": self.world.rank, "rows": indices.tolist(), "digests": digests(found)}
-            with open(f"{file}.{os.getpid()}", "a") as out:
-                out.write(json.dumps(line) + "\n")
-            return found
-
-        rows.batch = batch
-        try:
-            return step(self)
-        finally:
-            del rows.batch
-
-    Trainer._step = recorded_step
+    StepLoader.take = recorded_take
 
 
 def main() -> int:

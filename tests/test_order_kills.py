@@ -20,7 +20,7 @@ from tests.test_stream import children, wait_for_end
 
 STEPS, ROWS = 26, 12
 """Steps of a run and rows of each."""
-STREAMING = ["--streaming", "--streaming_buffer_rows", "25"]
+STREAMING = ["--streaming", "--streaming_buffer_rows", "60"]
 Reading = dict[int, list[tuple[int, str]]]
 """Step -> (row, hash of its tokens), by position."""
 
@@ -88,13 +88,13 @@ class Runs:
                     with contextlib.suppress(ValueError):  # cut off by the kill
                         entry = json.loads(line)
                         pairs = list(zip(entry["rows"], entry["digests"], strict=True))
-                        by_step.setdefault(entry["step"], []).append((entry["rank"], pairs))
+                        by_step.setdefault(entry["step"], []).append((entry["first"], pairs))
             found |= {step: in_order(parts) for step, parts in by_step.items()}
         return found
 
 
 def in_order(parts: list[tuple[int, list]]) -> list[tuple[int, str]]:
-    """A step's rows by position: ranks one after the other, the micro-batches of each as they came."""
+    """A step's rows by position, put together from what each rank has read."""
     return [pair for _, pairs in sorted(parts, key=lambda part: part[0]) for pair in pairs]
 
 

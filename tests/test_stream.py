@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 import torch
 
+from flare.config import resolve
 from flare.data.packing import PackedRows, split_documents
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
-from flare.data.streaming.messages import WINDOW_BLOCKS
 from flare.data.streaming.rows import StreamedRows, StreamSettings
 from flare.data.streaming.survey import StreamedCorpus, open_streamed
 from flare.data.tokens import TokenSettings
 from flare.distributed import World
-from flare.errors import DataError, EnvError
+from flare.errors import ConfigError, DataError, EnvError
 from flare.nope.load import load_tokenizer
-from tests.conftest import REPO, script_environment, write_corpus
+from tests.conftest import REPO, script_environment, train, write_corpus
 from tests.test_token_cache import cache_of, is_alive
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
-BLOCK_ROWS = 20
+BLOCK_ROWS, STEP_ROWS = 60, 12
 SEQ_LEN = 32
 
 
@@ -57,7 +57,7 @@ def rows_of(corpus: StreamedCorpus, cache_dir: Path, **changes: object) -> Strea
 @pytest.fixture
 def started(folder: Path, base: Path, tmp_path: Path) -> Iterator[StreamedRows]:
     rows = rows_of(stream_of(folder, base, tmp_path), tmp_path)
-    rows.start(ALONE, None, 4)
+    rows.start(ALONE, None, STEP_ROWS)
     yield rows
     rows.close()
 
@@ -85,7 +85,7 @@ def test_one_piece_gives_the_rows_of_its_token_cache(base: Path, tmp_path: Path)
     assert len(corpus.pieces) == 1
     assert corpus.held_out.hashes.tolist() == cache.hashes[held_out].tolist()
     rows = rows_of(corpus, tmp_path / "streamed", block_rows=len(expected))
-    rows.start(ALONE, None, 4)
+    rows.start(ALONE, None, STEP_ROWS)
     order = rows.rows(0, len(expected))
     found = rows.batch(order)
     rows.close()
@@ -101,7 +101,7 @@ def test_dataset_size_streams_the_first_documents_only(folder: Path, base: Path,
     corpus = stream_of(folder, base, tmp_path, dataset_size=70)
     assert sum(corpus.limits) == 70
     rows = rows_of(corpus, tmp_path, block_rows=10_000)
-    rows.start(ALONE, None, 4)
+    rows.start(ALONE, None, STEP_ROWS)
     rows.rows(0, 1)
     block = rows.blocks[0].block
     rows.close()
@@ -117,7 +117,7 @@ def test_rows_do_not_depend_on_the_number_of_workers(
     started: StreamedRows, folder: Path, base: Path, tmp_path: Path, workers: int
 ) -> None:
     other = rows_of(stream_of(folder, base, tmp_path), tmp_path, num_workers=workers)
-    other.start(ALONE, None, 4)
+    other.start(ALONE, None, STEP_ROWS)
     for ours, theirs in zip(read(started, 0, 120, 6), read(other, 0, 120, 6), strict=True):
         assert np.array_equal(ours, theirs)
     other.close()
@@ -135,7 +135,7 @@ def test_reading_goes_on_from_any_position(started: StreamedRows, folder: Path, 
     corpus = stream_of(folder, base, tmp_path)
     for start in (1, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 333, turn - 1, turn, turn + 1):
         rows = rows_of(corpus, tmp_path)
-        rows.start(ALONE, places[start], 4)
+        rows.start(ALONE, places[start], STEP_ROWS)
         assert np.array_equal(
             np.concatenate(read(rows, start, start + 60, 5)), np.concatenate(whole[start : start + 60])
         )
@@ -154,7 +154,7 @@ def test_a_streamed_set_of_datasets_gives_its_shards(base: Path, tmp_path: Path)
     assert len(corpus.pieces) == 3
     before = corpus.fingerprint
     rows = rows_of(corpus, tmp_path / "cache", block_rows=1000)
-    rows.start(ALONE, None, 4)
+    rows.start(ALONE, None, STEP_ROWS)
     rows.rows(0, 1)
     made = rows.blocks[0].block
     rows.close()
@@ -171,9 +171,9 @@ def test_a_streamed_set_of_datasets_gives_its_shards(base: Path, tmp_path: Path)
 
 
 def test_the_window_is_bounded_and_goes_away(folder: Path, base: Path, tmp_path: Path) -> None:
-    """At no step, over twelve epochs of a corpus of many blocks, more tokens on disk than the window may hold."""
+    """At no step, over twelve epochs of a corpus of many blocks, more tokens on disk than three blocks have."""
     rows = rows_of(stream_of(folder, base, tmp_path), tmp_path)
-    rows.start(ALONE, None, 4)
+    rows.start(ALONE, None, STEP_ROWS)
     directory = rows.source.directory
     most = seen = 0
     for position in range(0, 6000, 10):
@@ -182,8 +182,8 @@ def test_the_window_is_bounded_and_goes_away(folder: Path, base: Path, tmp_path:
         sizes = [size_of(file) for file in directory.glob("*/tokens.bin")]  # hidden ones, too
         most = max(most, sum(sizes))
     itemsize = rows.corpus.encoder.dtype.itemsize
-    assert seen > 100
-    assert 0 < most <= WINDOW_BLOCKS * (BLOCK_ROWS * SEQ_LEN + 1) * itemsize
+    assert seen > 60
+    assert 0 < most <= 3 * (BLOCK_ROWS * SEQ_LEN + 1) * itemsize
     rows.close()
     assert list((tmp_path / "streaming").glob("*/")) == []
 
@@ -234,7 +234,7 @@ from pathlib import Path
 from tests import test_stream as t
 folder, base, cache = map(Path, sys.argv[1:])
 rows = t.rows_of(t.stream_of(folder, base, cache), cache)
-rows.start(t.ALONE, None, 4)
+rows.start(t.ALONE, None, t.STEP_ROWS)
 rows.rows(0, 4)
 print(rows.source.child.process.pid, rows.source.directory, flush=True)
 sys.stdin.read()
@@ -260,14 +260,14 @@ def test_nothing_of_a_killed_reader_is_left(folder: Path, base: Path, tmp_path: 
         wait_for_end([producer])
         assert Path(directory).exists() == also_producer
     rows = rows_of(stream_of(folder, base, tmp_path), tmp_path)
-    rows.start(ALONE, None, 4)
+    rows.start(ALONE, None, STEP_ROWS)
     assert not Path(directory).exists()
     rows.close()
 
 
 def test_a_window_in_use_is_left_alone(started: StreamedRows, folder: Path, base: Path, tmp_path: Path) -> None:
     other = rows_of(stream_of(folder, base, tmp_path), tmp_path)
-    other.start(ALONE, None, 4)
+    other.start(ALONE, None, STEP_ROWS)
     assert np.array_equal(read(other, 0, 40, 4), read(started, 0, 40, 4))
     other.close()
 
@@ -285,7 +285,7 @@ def test_bad_rows_are_counted_in_the_log_or_are_an_error(
     with pytest.raises(DataError, match=r"2 of 62 rows .*c.jsonl:\d+ \(counted .*\) is null.*--max_bad"):
         stream_of(tmp_path / "c.jsonl", base, tmp_path / "a")
     rows = rows_of(stream_of(tmp_path / "c.jsonl", base, tmp_path / "b", max_bad_rows=0.1), tmp_path / "b")
-    rows.start(ALONE, None, 4)
+    rows.start(ALONE, None, STEP_ROWS)
     with caplog.at_level("WARNING", logger="flare"):
         read(rows, 0, 800, 4)
     rows.close()
@@ -300,10 +300,38 @@ def test_an_error_of_a_reader_reaches_the_rank(folder: Path, base: Path, tmp_pat
     corpus = stream_of(file.parent, base, tmp_path)
     file.unlink()
     rows = rows_of(corpus, tmp_path)
-    rows.start(ALONE, None, 4)
+    rows.start(ALONE, None, STEP_ROWS)
     with pytest.raises(EnvError, match=r"the data cannot be read: .*No such file.*0.jsonl"):
         rows.rows(0, 4)
     rows.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--streaming", "--num_train_epochs", "2"], "--streaming never knows; give --max_steps"),
+        (["--streaming", "--prepare_only"], "--prepare_only makes a token cache, and --streaming uses none"),
+        (["--streaming", "--dataset_weights", "0.5,0.5"], "--streaming takes one"),
+        (["--streaming_buffer_rows", "64"], "--streaming_buffer_rows is for --streaming"),
+    ],
+)
+def test_flags_that_do_not_go_with_streaming_are_refused(flags: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        resolve(flags)
+
+
+def test_what_cannot_be_streamed_ends_before_a_model_is_loaded(train_flags: list[str], tmp_path: Path) -> None:
+    """In one line each, with nothing left behind: too few tokens for a step, fewer rows shuffled than a step has."""
+    write_corpus(tmp_path / "few.jsonl", 3)
+    flags = [*train_flags, "--streaming", "--cache_dir", tmp_path / "cache"]
+    few = train(*flags, "--dataset_name", tmp_path / "few.jsonl", "--per_device_train_batch_size", 64)
+    assert few.returncode == 3, few.stderr
+    assert re.search(r"error: the data gives \d+ training tokens in an epoch, one step needs 2,049", few.stderr)
+    assert " trainable, " not in few.stderr  # the line that counts the parameters of the model
+    assert list((tmp_path / "cache" / "streaming").glob("*/")) == []
+    small = train(*flags, "--streaming_buffer_rows", 1)
+    assert small.returncode == 2, small.stderr
+    assert "--streaming_buffer_rows 1 must be at least 10, the rows of 5 steps" in small.stderr
 
 
 def test_a_corpus_of_one_document_is_refused(base: Path, tmp_path: Path) -> None:

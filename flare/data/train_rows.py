@@ -25,7 +25,7 @@ class Positions(Protocol):
     """Which rows lie at which positions of a run: what ``TrainRows.order`` gives."""
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Row indices at positions [first, last). Every rank has read what is a step and more below."""
+        """Row indices at positions [first, last)."""
 
 
 class TrainRows:

@@ -10,9 +10,9 @@ from flare.data.documents import BadRows
 from flare.data.rows import Piece
 from flare.data.streaming.place import Place
 
-WINDOW_BLOCKS = 4
-"""Full blocks on disk at most, one that is being made among them: the rows of two steps, that in work and the next
-one, which is read ahead, may take two blocks and the end of a third."""
+WINDOW_BLOCKS = 3
+"""Full blocks on disk at most, one that is being made among them: a step's rows may lie in three (the end of one, a
+short one at the end of an epoch, the beginning of a third)."""
 
 
 @dataclass(frozen=True)

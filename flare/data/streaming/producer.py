@@ -20,8 +20,9 @@ from flare.data.streaming.messages import WINDOW_BLOCKS, Job, Order, Segment
 from flare.data.streaming.place import Cursor, Place
 from flare.errors import DataError, EnvError, FlareError
 
-MOST_BLOCKS = 4
-"""Blocks on disk at most when they are short: a small corpus is not tokenised far ahead for nothing."""
+MOST_BLOCKS = 8
+"""Blocks on disk at most when they are short: a small corpus is not tokenised far ahead for nothing. The rows of the
+steps that are kept may lie in seven."""
 PARENT_CHECK_SEC = 5.0
 JUDGED_AFTER_ROWS = 100_000
 """Rows after which too large a share of bad ones ends the run before the epoch does."""
@@ -231,7 +232,9 @@ class Producer:
                 soonest = min(wanting, key=lambda ln: (len(ln.queue), (ln.number - self.merge.turn) % behind))
                 worker.ask(soonest.question())
 
-    def _discard_below(self, block: int) -> None:
+    def _discard_below(self, block: int | None) -> None:
+        if block is None:  # the training has ended
+            raise EOFError
         for number in range(self.oldest, block):
             shutil.rmtree(self.order.directory / f"{number:08d}", ignore_errors=True)
             self.sizes.pop(number, None)

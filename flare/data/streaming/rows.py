@@ -22,6 +22,10 @@ from flare.data.streaming.window import Making, Waiting, Window
 from flare.data.train_rows import Batch, TrainRows
 from flare.distributed import World
 
+KEPT_STEPS = 4
+"""Steps behind the one that is read whose rows stay: a rank reads one step ahead, and a card's host may be two steps
+ahead of another rank's. So a block must have the rows of five steps, or the window could fill up with what is kept."""
+
 
 @dataclass(frozen=True)
 class StreamSettings:
@@ -52,15 +56,14 @@ class OpenBlock:
 class StreamedRows(TrainRows):
     """Rows of the run by index, without end. ``start`` comes before everything else.
 
-    Rows are deleted a step late: while the next step is read ahead, other ranks may still read this one, and a
-    checkpoint asks where it ended. Positions may only grow.
+    Rows that later steps do not need are deleted: positions may only grow. One thread reads; ``place_at`` and
+    ``epochs`` may be asked by another one.
     """
 
     def __init__(self, corpus: StreamedCorpus, settings: StreamSettings) -> None:
         self.corpus, self.settings = corpus, settings
         self.blocks: list[OpenBlock] = []
-        self.next_block = 0
-        self.behind = 0
+        self.next_block = self.step_rows = 0
         self.source: Making | Waiting | None = None
 
     def start(self, world: World, recorded: dict | None, step_rows: int) -> None:
@@ -70,9 +73,8 @@ class StreamedRows(TrainRows):
             recorded: what ``place_at`` gave for the position to go on from; None at the beginning.
             step_rows: rows of an optimizer step.
         """
-        self.behind = step_rows
         place = Place.from_json(recorded) if recorded else Place.start(len(self.corpus.pieces))
-        self.next_block = place.block
+        self.next_block, self.step_rows = place.block, step_rows
         window = Window(self.settings.cache_dir) if world.local_rank == 0 else None
         if window:
             self.source = Making(self._order(place, window, step_rows), window)
@@ -109,9 +111,9 @@ class StreamedRows(TrainRows):
         return self
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Row indices at positions [first, last), at most a block's rows; what is more than a step below is gone."""
+        """Row indices at positions [first, last), at most a block's. Those ``KEPT_STEPS`` before them may be gone."""
         assert last - first <= self.settings.block_rows  # more may not fit into the window
-        self._forget_below(first - self.behind)
+        self._forget_below(first - KEPT_STEPS * self.step_rows)
         while not self.blocks or self.blocks[-1].block.last_row < last:
             self._open_next()
         found = []

@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -18,15 +19,25 @@ from flare.logs import log
 POLL_SEC = 0.01
 GONE_SEC = 60.0
 """How long a rank waits on when the window is gone: the rank that started the producer tells why, and ends all."""
+END_SEC = 30.0
+"""For the producer to end when it is told to; then it is killed."""
 SLOW_SEC = 10.0
 """A wait for rows that is worth a line in the log."""
 
 
 class Window:
-    """A fresh directory under ``--cache_dir``, this process's own until it ends."""
+    """A fresh directory under ``--cache_dir``, this process's own until it ends.
+
+    Raises: EnvError when it cannot be made.
+    """
 
     def __init__(self, cache_dir: Path) -> None:
-        root = cache_dir / "streaming"
+        try:
+            self._make(cache_dir / "streaming")
+        except OSError as error:
+            raise EnvError(f"cannot write to --cache_dir {cache_dir}: {error.strerror or error}") from error
+
+    def _make(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         host = socket.gethostname()
         with open(root / ".lock", "w") as lock:
@@ -108,9 +119,17 @@ class Making:
         self.child.tell(block)
 
     def close(self) -> None:
-        """End the producer, which ends its workers, and remove the window."""
+        """End the producer, which ends its workers, and remove the window.
+
+        It is told: a pipe is not closed for the other end while a thread of ours, that reads ahead, waits on it.
+        """
+        self.child.tell(None)
+        try:
+            self.child.process.wait(END_SEC)
+        except subprocess.TimeoutExpired:
+            self.child.process.kill()
+            self.child.process.wait()
         self.child.pipe.close()
-        self.child.process.wait()
         self.window.close()
 
 
@@ -118,13 +137,15 @@ class Waiting:
     """Another rank of the host: it looks whether blocks are there."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory, self.is_closed = directory, False
 
     def wait_for(self, block: int) -> None:
         """Raises: EnvError when the window is gone."""
         path = self.directory / f"{block:08d}"
         gone_since = None
         while not path.exists():
+            if self.is_closed:
+                raise EnvError("no row is read any more")
             if self.directory.exists():
                 gone_since = None
             else:
@@ -137,4 +158,5 @@ class Waiting:
         """Not this rank's business."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End a wait of the thread that reads ahead."""
+        self.is_closed = True
