@@ -104,7 +104,7 @@ def test_a_kernel_gets_what_it_needs_to_equal_the_mask(
 
 
 def test_torchs_kernel_is_called_from_inside_a_compiled_layer(base: Path) -> None:
-    """As far as a CPU shows it: the layer is one graph with the kernel in it, and only the kernel itself is missing."""
+    """As far as a CPU shows it: a layer is one graph with the kernel in it, and only the kernel itself is missing."""
     model = load(base, [1, 3], Trainable(True), precision="bf16").train()
     use_kernel(model.causal_lm, "varlen")
     kernels: list[int] = []
@@ -117,7 +117,7 @@ def test_torchs_kernel_is_called_from_inside_a_compiled_layer(base: Path) -> Non
     compile_layers(model, look)
     positions = np.tile(np.arange(32), (2, 1))
     ids = torch.zeros(2, 32, dtype=torch.int64)
-    with pytest.raises(NotImplementedError, match="_flash_attention_forward.*'CPU' backend"):
+    with pytest.raises(NotImplementedError, match=r"_flash_attention_forward.*'CPU' backend"):
         model(ids, ids, torch.from_numpy(positions), torch.from_numpy(document_bounds(positions)))
     assert kernels == [1]
 
