@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flare.data.rows import SourceSpec
 from flare.errors import ConfigError
 from flare.evaluation.datasets import held_out, join_pages, parse_name
 from tests.conftest import run_script, write_base, write_corpus
@@ -95,6 +96,8 @@ def test_hub_names_carry_config_split_and_column() -> None:
     assert (spec.dataset_name, spec.dataset_config, spec.dataset_split, spec.text_column) == (
         "owner/set", "en", "validation", "body",
     )  # fmt: skip
+    for local in ("corpus/*.txt", "corpus/x.jsonl.gz", "a[bc].csv"):
+        assert parse_name(local, None) == SourceSpec(local)
     with pytest.raises(ConfigError, match="known sets: wikitext2"):
         parse_name("wikitext3", None)
 

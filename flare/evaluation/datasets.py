@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from flare.data.documents import BadRows, text_hash, usable_texts
-from flare.data.file_formats import KINDS
+from flare.data.file_formats import kind_of
+from flare.data.files import is_glob
 from flare.data.packing import split_documents
 from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
+from flare.data.sources import open_source, path_of
 from flare.data.tokens import default_cache_dir
 from flare.errors import ConfigError, DataError
 
@@ -64,7 +65,7 @@ def parse_name(name: str, cache_dir: str | None) -> SourceSpec:
             cache_dir,
             known.streaming,
         )
-    if name == "embedded" or Path(name).exists() or Path(name).suffix in KINDS:
+    if name == "embedded" or path_of(name) or is_glob(name) or kind_of(Path(name)):
         return SourceSpec(name, cache_dir=cache_dir)
     hub_name, *rest = name.split(":")
     if "/" not in hub_name:
