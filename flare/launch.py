@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flare.config import Resolved
 from flare.errors import ConfigError, EnvError
@@ -30,6 +31,9 @@ from flare.options import Options
 from flare.parent import end_with_parent
 from flare.rooms import MIB, usable_bytes
 from flare.setup import Hardware, Run
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 SHUTDOWN_TIMEOUT_SEC = 600
 """What torchrun's agent grants workers after a signal: a large model's last checkpoint takes minutes."""
@@ -129,25 +133,28 @@ def start_workers(script: Path, run: Run) -> int:
 
     Raises: EnvError when this host does not meet the others.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     experiment, stage = run.experiment, run.options.stage
+    logs = DefaultLogsSpecs()
     try:
-        run_agent(script, run.resolved.argv, run.hardware.world_size // num_nodes())
+        run_agent(script, run.resolved.argv, run.hardware.world_size // num_nodes(), logs)
     except SignalException as error:
         if _ended_cleanly(experiment, stage):
             return 0
         _record_failure(experiment, stage, f"ended by signal {error.sigval.name}")
         return 128 + error.sigval
     except ChildFailedError as error:
-        return _report_failure(error, experiment, stage)
+        return _report_failure(error, Path(logs.root_log_dir), experiment, stage)
     return 0
 
 
-def run_agent(script: Path, argv: list[str], local_world_size: int) -> None:
+def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "DefaultLogsSpecs | None" = None) -> None:
     """Run a script once a rank through torchrun's agent, to its end.
 
+    Args:
+        logs: where workers leave their errors; a new place by default.
     Raises: SignalException, ChildFailedError of torchrun; EnvError when this host does not meet the others.
     """
     from torch.distributed import DistError
@@ -158,7 +165,7 @@ def run_agent(script: Path, argv: list[str], local_world_size: int) -> None:
     config = LaunchConfig(
         nproc_per_node=local_world_size,
         max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
+        logs_specs=logs or DefaultLogsSpecs(),
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT,SIGUSR1",
         shutdown_timeout=SHUTDOWN_TIMEOUT_SEC,
         **rendezvous(),
@@ -201,9 +208,9 @@ def _ended_cleanly(experiment: Experiment, stage: int) -> bool:
         time.sleep(0.2)
 
 
-def _report_failure(error: object, experiment: Experiment, stage: int) -> int:
+def _report_failure(error: object, workers_files: Path, experiment: Experiment, stage: int) -> int:
     """Print the first worker's error once, record it, and return its exit code."""
-    failure = first_failure(error, experiment.logs)
+    failure = first_failure(error, experiment.logs, workers_files)
     message = failure.message
     print(f"error: {message}", file=sys.stderr, flush=True)
     if not failure.told:
@@ -223,14 +230,15 @@ class Failure:
     told: bool
 
 
-def first_failure(error: object, logs: Path | str) -> Failure:
+def first_failure(error: object, logs: Path | str, workers_files: Path | None = None) -> Failure:
     """What to say of workers that failed.
 
     Args:
         error: torchrun's ChildFailedError. logs: where a worker that could not tell has written more.
+        workers_files: where others may have told, in place of one that could not.
     """
     rank, failure = error.get_first_failure()
-    told = _told_error(failure.error_file)
+    told = _told_error(failure.error_file) or (_told_by_any(workers_files) if workers_files else None)
     if told:
         return Failure(rank, told["message"], told["exit_code"], True)
     if failure.exitcode < 0:
@@ -271,6 +279,11 @@ def tell_launcher(message: str, exit_code: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _told_by_any(workers_files: Path) -> dict | None:
+    """What another worker of this host told: the one that ended a rank that hung."""
+    return next((told for file in workers_files.rglob("error.json") if (told := _told_error(str(file)))), None)
 
 
 def _told_error(path: str | None) -> dict | None:

@@ -3,6 +3,7 @@
 Rank 0 writes; on other ranks every method does nothing.
 """
 
+import contextlib
 import json
 import math
 import resource
@@ -133,8 +134,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close all files."""
         self.bar.close()
-        self.board.close()
-        self.jsonl.close()
+        for file in (self.board, self.jsonl):
+            with contextlib.suppress(OSError):  # a log that cannot be written hides no other error
+                file.close()
 
 
 def format_record(record: dict, max_steps: int) -> str:

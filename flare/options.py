@@ -137,6 +137,15 @@ class Options:
         kind="int",
         low=1,
     )
+    step_timeout: float = option(
+        TRAINING,
+        "hardware",
+        "seconds a step may take, after the first two, before the run is called hung and ended with the stacks of "
+        "all ranks in logs/; ten times the longest step so far if that is more, never over --ddp_timeout",
+        600.0,
+        kind="float",
+        above=0,
+    )
 
     # -- model --------------------------------------------------------------------------------------
     model_name_or_path: str = option(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed import PrefixStore
 
 from flare import checkpoint as ckpt
 from flare import distress, distributed
@@ -31,7 +32,7 @@ from flare.last_words import out_of_memory
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
-from flare.metrics_file import enter_stage
+from flare.metrics_file import enter_stage, record_status
 from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
 from flare.nope.format import nope_layers_of
 from flare.nope.layers import format_layers
@@ -48,6 +49,7 @@ from flare.setup import Run, check_identity
 from flare.sharding import is_sharded
 from flare.tensor_files import TensorReader, restore_weights
 from flare.trainer import Parts, Trainer
+from flare.watchdog import Limits, Watchdog
 
 
 def run_worker(run: Run) -> int:
@@ -153,7 +155,9 @@ class Session:
         )
         self.saver.record("running", progress, settings=self.run.settings())
         try:
-            ended = trainer.train()
+            with self._watchdog() as watchdog:
+                trainer.step_watch = watchdog.step
+                ended = trainer.train()
             self._finish(ended, progress)
         except BaseException as error:
             self.saver.record("failed", progress, error=str(error) or type(error).__name__)
@@ -161,6 +165,17 @@ class Session:
         finally:
             if metrics:
                 metrics.close()
+
+    def _watchdog(self) -> Watchdog:
+        limits = Limits.of(self.options.step_timeout, self.options.ddp_timeout)
+        store = self.world.store and PrefixStore("watchdog", self.world.store.clone())  # a thread's own connection
+        return Watchdog(self.world.rank, self.world.size, store, limits, self.experiment.logs, self._tell_hang)
+
+    def _tell_hang(self, message: str) -> None:
+        """From the watchdog of one rank, not always the first: the main thread will never tell."""
+        told = tell_launcher(message, FlareError.exit_code)
+        log.error(f"error: {message}", extra=FILES_ONLY if told else {})
+        record_status(self.experiment, self.options.stage, "failed", error=message)
 
     # -- start -------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ so that loss and gradients do not depend on how the rows are spread over process
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +108,8 @@ class Trainer:
         self.saved_step = progress.step
         self.window: list[Outcome] = []
         self.asked_to_stop = False
+        self.step_watch: Callable[[int], AbstractContextManager] = nullcontext
+        """Entered with a step's number around it: the session's watchdog."""
 
     def train(self) -> str:
         """Run to the end, an early stop or a request to stop; returns finished, early_stopped or stopped."""
@@ -119,7 +122,8 @@ class Trainer:
         with steady_collection() as after_step:
             self.throughput.start()
             while progress.step < self.parts.max_steps:
-                self._step()
+                with self.step_watch(progress.step + 1):
+                    self._step()
                 after_step()
                 if ended := self._after_step():
                     return ended
@@ -206,7 +210,8 @@ class Trainer:
         eval_due = bool(options.eval_steps) and (at_end or progress.step % options.eval_steps == 0)
         save_due = at_end or progress.step % options.save_steps == 0
         if log_due or eval_due or save_due or self.asked_to_stop:
-            self._read_outcomes()
+            with self.step_watch(progress.step):
+                self._read_outcomes()
         stop = self.asked_to_stop
         self.throughput.stop()
         if log_due:

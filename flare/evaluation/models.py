@@ -8,10 +8,14 @@ from pathlib import Path
 
 import torch
 
+from flare.distributed import raise_first, rank_from_environment
+from flare.errors import FlareError
 from flare.evaluation.options import EvaluationSettings
 from flare.experiment import Experiment
 from flare.hub import read_model_config
 from flare.logs import log
+from flare.nope.canary import hold_to_canary
+from flare.nope.canary_file import CANARY_FILE, check_recorded_layers
 from flare.nope.format import nope_layers_of
 from flare.nope.load import load_causal_lm, load_tokenizer
 from flare.nope.probe import input_device, probe_nope_layers
@@ -76,6 +80,8 @@ def loaded(directory: Path, settings: EvaluationSettings, device: torch.device |
     Args:
         device: None spreads the model over all cards and the CPU (accelerate's device_map).
     """
+    check_recorded_layers(directory, nope_layers_of(read_model_config(directory)))
+    hold_stored_model_to_canary(directory)
     model = load_causal_lm(
         directory,
         DTYPES[settings.precision],
@@ -89,6 +95,20 @@ def loaded(directory: Path, settings: EvaluationSettings, device: torch.device |
     finally:
         del model
         gc.collect()
+
+
+def hold_stored_model_to_canary(directory: Path) -> None:
+    """Refuse a model that its nope_canary.json does not know. As it is stored: rounded weights are another model.
+
+    A collective: rank 0 looks, all raise alike.
+    """
+    failure = None
+    if rank_from_environment() == 0 and (directory / CANARY_FILE).is_file():
+        try:
+            hold_to_canary(load_causal_lm(directory), directory)
+        except FlareError as error:
+            failure = error
+    raise_first(failure)
 
 
 def probe(model: torch.nn.Module) -> list[int] | None:

@@ -5,6 +5,7 @@ here both are errors.
 """
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,7 +109,11 @@ def _load_weights(
             model, info = architecture.from_pretrained(
                 directory, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **extra
             )
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{directory} has a .bin file that holds more than plain tensors, which could run code: it is not opened"
+        ) from error
+    except (ValueError, OSError, RuntimeError, EOFError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{directory} cannot be loaded: {reason}") from error
     problems = []
