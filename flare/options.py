@@ -137,6 +137,15 @@ class Options:
         kind="int",
         low=1,
     )
+    step_timeout: float = option(
+        TRAINING,
+        "hardware",
+        "seconds a step may take, after the first two, before the run is called hung and ended with the stacks of "
+        "all ranks in logs/; ten times the longest step so far if that is more, never over --ddp_timeout",
+        600.0,
+        kind="float",
+        above=0,
+    )
 
     # -- model --------------------------------------------------------------------------------------
     model_name_or_path: str = option(
@@ -352,6 +361,14 @@ class Options:
         None,
         kind="int",
         low=1,
+    )
+    eval_context_lengths: list | None = option(
+        TRAINING,
+        "logging",
+        "also evaluate the last tokens of long held-out documents with so much context (512,1024,4096); default off",
+        None,
+        kind="lengths",
+        many=True,
     )
     save_steps: int = option(TRAINING, "logging", "steps between checkpoints", 500, kind="int", low=1)
     save_total_limit: int | None = option(
