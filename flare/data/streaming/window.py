@@ -123,6 +123,8 @@ class Making:
 
         It is told: a pipe is not closed for the other end while a thread of ours, that reads ahead, waits on it.
         """
+        if self.child.pipe.closed:
+            return
         self.child.tell(None)
         try:
             self.child.process.wait(END_SEC)
