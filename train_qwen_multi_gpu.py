@@ -7,7 +7,7 @@ Started plainly it chooses the cards and starts its own workers; under torchrun 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from flare.config import Resolved, resolve
 from flare.errors import run_script
@@ -81,14 +81,15 @@ def launch_run(run: "Run", selection: "Selection | None") -> int:
     return launch.start_workers(SCRIPT, run)
 
 
-def join(resolved: Resolved) -> int:
+def join(resolved: Resolved) -> NoReturn:
     """Be one of torchrun's workers."""
+    from flare.distributed import end_process
     from flare.handoff import told_options, worker_hardware
     from flare.session import run_worker
     from flare.setup import settle
 
     resolved = told_options(resolved)
-    return run_worker(settle(resolved, worker_hardware(resolved.options)))
+    end_process(run_worker(settle(resolved, worker_hardware(resolved.options))))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ Ranks come from torchrun's environment. CPU runs use gloo, CUDA runs nccl.
 
 import contextlib
 import functools
+import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -112,10 +114,23 @@ def check_agreement(world: World, settings: dict[str, object]) -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, when all ranks have come to the end."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
         _waiting_group.cache_clear()
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End a worker that has closed its files, without the interpreter's own shutdown.
+
+    A thread of gloo's may still have a reduced tensor to drop, for which it needs the interpreter; one that is
+    shutting down ends the thread in a way that C++ answers with SIGABRT (seen with FSDP2 on two busy cores).
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _device() -> torch.device:

@@ -115,6 +115,7 @@ class Run:
             "seed": options.seed,
             "validation_split_percentage": options.validation_split_percentage,
             "precision": self.precision,
+            "streaming_buffer_rows": options.streaming_buffer_rows if options.streaming else None,
         }
 
     def plan(self) -> Plan:

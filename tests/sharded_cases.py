@@ -121,6 +121,7 @@ def main() -> None:
     if world.is_main:
         out.write_text(json.dumps(found))
     distributed.stop()
+    distributed.end_process(0)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def main() -> None:
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(found))
     distributed.stop()
+    distributed.end_process(0)
 
 
 if __name__ == "__main__":

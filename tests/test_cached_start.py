@@ -61,7 +61,7 @@ def test_a_note_holds_only_for_the_very_file(tmp_path: Path, monkeypatch: pytest
     expected = [read_facts(file) for file in files]
     assert expected[0].cuts
     assert facts_of(files, tmp_path) == expected
-    (memo,) = tmp_path.glob("facts-*.json")
+    (memo,) = tmp_path.glob(".facts-*.json")
     assert facts_of(files, tmp_path) == expected
     stat, content = files[0].stat(), files[0].read_bytes()
     files[0].write_bytes(content.replace(b" the ", b" teh ", 1))  # the same size
@@ -77,7 +77,7 @@ def test_a_note_holds_only_for_the_very_file(tmp_path: Path, monkeypatch: pytest
 def test_a_file_that_was_just_written_is_not_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_facts, "SETTLED_SEC", 1e9)
     facts_of([write_corpus(tmp_path / "x.jsonl", 5)], tmp_path)
-    assert not list(tmp_path.glob("facts-*.json"))
+    assert not list(tmp_path.glob(".facts-*.json"))
 
 
 # -- progress --------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from flare.hub import read_model_config
 from flare.model import TrainingModel, checkpoint_layers, load_for_training
 from flare.nope.format import with_nope
 from flare.trainable import Trainable
+from tests.conftest import train
+from tests.test_runs import losses
 
 LENGTH = 24
 
@@ -80,6 +82,16 @@ def test_no_graph_is_made_after_the_first_step(
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_code_gives_the_loss_and_gradients_of_eager(base: Path, checkpointing: bool) -> None:
     assert run_steps(base, Trainable(False, (1, 3)), checkpointing, "inductor") == [4] * 4
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_an_eager_one(train_flags: list[str], tmp_path: Path) -> None:
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        result = train(*train_flags, "--experiment_name", name, *flags, timeout=600)
+        assert result.returncode == 0, result.stderr
+    out = tmp_path / "out"
+    assert losses(out / "compiled") == pytest.approx(losses(out / "eager"), rel=1e-5)
+    assert "each decoder layer is compiled" in (out / "compiled" / "training.log").read_text()
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

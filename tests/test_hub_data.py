@@ -194,3 +194,5 @@ def test_what_hf_download_put_into_the_hubs_cache_is_found_by_its_name_offline(t
     result = read(tmp_path, "http://127.0.0.1:9", "lab/news", offline=True, dataset_config="en")
     assert answer(result)[1] == ["one", "two"]
     assert "read from its snapshot" in result.stderr
+    streamed = read(tmp_path, "http://127.0.0.1:9", "lab/news", offline=True, dataset_config="de", streaming=True)
+    assert answer(streamed)[1] == ["eins"]

@@ -9,6 +9,7 @@ from transformers.masking_utils import create_causal_mask
 
 from flare import attention
 from flare.attention import TOKENS_PER_DOCUMENT, document_bounds, document_mask, use_kernel
+from flare.compiler import compile_layers
 from flare.errors import ConfigError
 from flare.setup import choose_attention
 from flare.trainable import Trainable
@@ -100,6 +101,25 @@ def test_a_kernel_gets_what_it_needs_to_equal_the_mask(
     floor = 1e-3 * torch.stack([g.norm() for g in expected]).norm()
     for a, b in zip(expected, found, strict=True):
         assert (a - b).norm() / max(a.norm(), floor) < 1e-5
+
+
+def test_torchs_kernel_is_called_from_inside_a_compiled_layer(base: Path) -> None:
+    """As far as a CPU shows it: a layer is one graph with the kernel in it, and only the kernel itself is missing."""
+    model = load(base, [1, 3], Trainable(True), precision="bf16").train()
+    use_kernel(model.causal_lm, "varlen")
+    kernels: list[int] = []
+
+    def look(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        kernels.append(sum("_varlen_attn" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    compile_layers(model, look)
+    positions = np.tile(np.arange(32), (2, 1))
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    with pytest.raises(NotImplementedError, match=r"_flash_attention_forward.*'CPU' backend"):
+        model(ids, ids, torch.from_numpy(positions), torch.from_numpy(document_bounds(positions)))
+    assert kernels == [1]
 
 
 @pytest.mark.gpu

@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from flare.checkpoint import list_checkpoints, set_aside_newer
 from flare.data.tokens import TokenCache
 from flare.experiment import Experiment
 from flare.metrics_file import enter_stage, record_status
+from flare.nope.load import load_causal_lm
 from tests.conftest import train
 
 
@@ -33,6 +36,27 @@ def test_stage_one_trains_and_resumes_in_bf16_below_frozen_layers(
     second = train(*flags, "--max_steps", 4)
     assert second.returncode == 0, second.stderr
     assert "resumes from checkpoint-2" in second.stderr
+
+
+@pytest.mark.parametrize(
+    "layout", [(), pytest.param(("--nproc_per_node", 2, "--parallel", "fsdp"), marks=pytest.mark.slow)]
+)
+def test_fp32_masters_of_a_bf16_model_come_back_as_they_were(
+    train_flags: list[str], base: Path, tmp_path: Path, layout: tuple
+) -> None:
+    """A checkpoint opens as a bf16 model, too, but a run that goes on must not be rounded to that."""
+    stored = shutil.copytree(base, tmp_path / "bf16")
+    load_causal_lm(base, torch.bfloat16).save_pretrained(stored)
+    flags = [*train_flags, "--stage", 2, "--precision", "bf16", "--model_name_or_path", stored, *layout]
+    flags += ["--lr_scheduler_type", "constant"]
+    for name, steps in (("run", 2), ("run", 4), ("unbroken", 4)):
+        result = train(*flags, "--max_steps", steps, "--experiment_name", name)
+        assert result.returncode == 0, result.stderr
+    ends = [
+        tmp_path / "out" / name / "checkpoints" / "checkpoint-4" / "model.safetensors" for name in ("run", "unbroken")
+    ]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+    assert load_file(ends[0])["model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
 
 
 def test_a_start_of_stage_two_that_died_leaves_stage_one_as_it_was(train_flags: list[str], run: Path) -> None:

@@ -13,7 +13,9 @@ from flare.data import rows as rows_module
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
 from flare.errors import ConfigError, DataError
+from tests.conftest import write_corpus
 from tests.test_data import TEXTS, read, write_files
+from tests.test_token_cache import cache_of
 
 
 def compress(file: Path, suffix: str) -> Path:
@@ -90,6 +92,15 @@ def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
     for name in ("a.txt", ".hidden.txt", ".ipynb_checkpoints/a.txt"):
         (tmp_path / name).write_text(name)
     assert read(tmp_path, tmp_path) == ["a.txt"]
+
+
+def test_a_cache_directory_inside_the_data_is_no_data(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_corpus(tmp_path / "data" / "a.jsonl", 20)
+    first = cache_of(tmp_path / "data", base, tmp_path / "data" / "cache")
+    again = cache_of(tmp_path / "data", base, tmp_path / "data" / "cache")
+    assert again.directory == first.directory
+    assert first.meta["num_documents"] == 20
 
 
 # -- save_to_disk ---------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ def facts_of(files: list[Path], memo_dir: Path | None) -> list[FileFacts]:
     if memo_dir is None:
         return [read_facts(file) for file in files]
     names = "\0".join(str(file.absolute()) for file in files)
-    memo = memo_dir / f"facts-{hashlib.sha256(names.encode()).hexdigest()[:32]}.json"
-    with _locked(memo_dir / f".{memo.stem}.lock"):  # of several ranks one reads, the others find its notes
+    memo = memo_dir / f".facts-{hashlib.sha256(names.encode()).hexdigest()[:32]}.json"
+    with _locked(memo.with_suffix(".lock")):  # of several ranks one reads, the others find its notes
         known, notes, facts = _read_memo(memo), {}, []
         for file in files:
             note = known.get(str(file.absolute()))

@@ -15,7 +15,7 @@ from flare.data.file_formats import (
     kind_of,
 )
 from flare.data.rows import PIECE_BYTES, Piece, Source, gather, missing_column
-from flare.errors import ConfigError, DataError
+from flare.errors import ConfigError, DataError, first_line
 
 BATCH_BYTES = 8 * 2**20
 """Text of a parquet file that is decoded at once."""
@@ -23,8 +23,8 @@ MAX_LISTED_FILES = 1000
 """Files that are told apart when data has changed; of a larger corpus, folders are."""
 
 
-def find_files(path: Path) -> list[Path]:
-    """The file itself, or all files of a known kind in a folder, by name.
+def find_files(path: Path, without: Path | None = None) -> list[Path]:
+    """The file itself, or all files of a known kind in a folder, by name; none of those in the folder ``without``.
 
     Raises: ConfigError for a file of no known kind; DataError for a folder without any.
     """
@@ -32,7 +32,8 @@ def find_files(path: Path) -> list[Path]:
         if kind_of(path) is None:
             raise ConfigError(f"--dataset_name {path}: cannot read {path.name!r}; known: {known_kinds()}")
         return [path]
-    files = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file() and not is_hidden(p.relative_to(path)))
+    found = (p for p in path.rglob("*") if kind_of(p) and p.is_file() and not is_hidden(p.relative_to(path)))
+    files = sorted(p for p in found if without is None or without.resolve() not in p.resolve().parents)
     if not files:
         raise DataError(f"--dataset_name {path}: the folder holds none of {known_kinds()}")
     return files
@@ -161,7 +162,7 @@ def row_groups(file: Path, column: str) -> list[tuple[Piece, int]]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file} is no parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{file} is no parquet file: {first_line(error)}") from error
     with table:
         names = table.schema_arrow.names
         if column not in names:

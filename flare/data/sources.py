@@ -58,7 +58,8 @@ def open_path(path: Path, spec: SourceSpec, token_dir: Path) -> Source:
         return SavedSource(path, spec, token_dir)
     if is_snapshot(path):
         return FileSource(snapshot_files(path, spec), spec.text_column, path, token_dir)
-    return FileSource(find_files(path), spec.text_column, path, token_dir)
+    is_inside = path.resolve() in token_dir.resolve().parents  # a cache that lies in the data is no data
+    return FileSource(find_files(path, token_dir if is_inside else None), spec.text_column, path, token_dir)
 
 
 def open_hub_set(spec: SourceSpec, token_dir: Path) -> Source:
@@ -66,7 +67,7 @@ def open_hub_set(spec: SourceSpec, token_dir: Path) -> Source:
     try:
         return HubSource(spec)
     except EnvError:
-        snapshot = None if spec.streaming else cached_snapshot(spec)
+        snapshot = cached_snapshot(spec)
         if snapshot is None:
             raise
     log.warning(f"data set {spec.dataset_name} cannot be loaded from the hub; read from its snapshot {snapshot}")
