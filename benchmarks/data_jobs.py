@@ -146,6 +146,35 @@ def run_clm(corpus: Path, tokenizer: Path, work: Path) -> dict:
     return {"tokens": sum(map(len, tokenized.with_format("arrow")["input_ids"].combine_chunks())), "seconds": seconds}
 
 
+def streaming(corpus: Path, tokenizer: Path, work: Path) -> dict:
+    """From the file to packed rows that are read, without a token cache: one epoch, all cores, blocks of 1,024 rows.
+
+    ``window_bytes``: tokens that lay on disk at most, looked at once a step.
+    """
+    import torch
+
+    from flare.data.rows import SourceSpec
+    from flare.data.sources import open_source
+    from flare.data.streaming.rows import StreamedRows, StreamSettings
+    from flare.data.streaming.survey import open_streamed
+    from flare.data.tokens import TokenSettings
+    from flare.distributed import World
+
+    loaded, step, window = fast_tokenizer(tokenizer), 32, 0
+    settings = StreamSettings(4096, "document", 0, 1024, work, len(os.sched_getaffinity(0)))
+    t0 = time.perf_counter()
+    found = open_streamed(open_source(SourceSpec(str(corpus)), work), loaded, work, TokenSettings(), 0.1)
+    rows, position = StreamedRows(found, settings), 0
+    rows.start(World(0, 0, 1, torch.device("cpu")), None, step)
+    while rows.rows(position, position + 1) is not None and rows.blocks[0].block.place.epoch == 0:
+        rows.batch(rows.rows(position, position + step))
+        position += step
+        window = max(window, sum(file.stat().st_size for file in rows.source.directory.glob("*/tokens.bin")))
+    seconds = time.perf_counter() - t0
+    rows.close()
+    return {"tokens": position * settings.seq_len, "seconds": seconds, "window_bytes": window}
+
+
 def cached_start(corpus: Path, tokenizer: Path, work: Path) -> dict:
     """Seconds from a corpus whose token cache is there to rows: fingerprint, open, split, pack."""
     cache, seconds = open_rows(corpus, tokenizer, work)
@@ -169,7 +198,7 @@ def read_rows(corpus: Path, tokenizer: Path, work: Path) -> dict:
     return {"rows": position, "tokens": position * seq_len, "seconds": seconds}
 
 
-JOBS = {job.__name__: job for job in (encode_batch, flare, run_clm, cached_start, read_rows)}
+JOBS = {job.__name__: job for job in (encode_batch, flare, streaming, run_clm, cached_start, read_rows)}
 
 
 def main(argv: list[str] | None = None) -> int:

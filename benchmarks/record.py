@@ -79,3 +79,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["-" * width for width in widths], *rows]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def ratio_table(ratios: dict[str, float], targets: dict[str, tuple[float, str]]) -> str:
+    """A line a ratio: what was measured, and whether its target ("at least" or "at most" so much) was met."""
+    rows = []
+    for name, value in ratios.items():
+        target, sense = targets[name]
+        met = value >= target if sense == "at least" else value <= target
+        rows.append([name, f"{value:.2f}", f"{sense} {target}", "met" if met else "MISSED"])
+    return table(["ratio", "measured", "target", ""], rows)

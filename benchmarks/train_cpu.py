@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     best = {name: summary(measured) for name, measured in runs.items()}
     print("\n" + record.table(["run", "tokens/s", "peak GiB", "above idle GiB"], [row(n, s) for n, s in best.items()]))
     ratios = ratios_of(best)
-    print("\n" + record.table(["ratio", "measured", "target", ""], [ratio_row(n, v) for n, v in ratios.items()]))
+    print("\n" + record.ratio_table(ratios, TARGETS))
     path = record.write("train_cpu", {"shape": SHAPE, "runs": best, "ratios": ratios})
     print(f"\n{path}")
     return 0
@@ -98,12 +98,6 @@ def ratios_of(best: dict[str, dict]) -> dict[str, float]:
         of("flare, small vocabulary", "HF Trainer, small vocabulary"),
     )
     return dict(zip(TARGETS, values, strict=True))
-
-
-def ratio_row(name: str, value: float) -> list[str]:
-    target, sense = TARGETS[name]
-    met = value >= target if sense == "at least" else value <= target
-    return [name, f"{value:.2f}", f"{sense} {target}", "met" if met else "MISSED"]
 
 
 if __name__ == "__main__":

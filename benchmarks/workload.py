@@ -21,7 +21,7 @@ import numpy as np
 
 from flare.config import REPO
 from flare.data.order import RowOrder
-from flare.data.packing import Batch
+from flare.data.train_rows import Batch, TrainRows
 from flare.shapes import ModelShape
 
 
@@ -61,8 +61,8 @@ class Measured:
         return self.tokens_per_step / median(self.step_seconds)
 
 
-class RandomRows:
-    """Rows of random tokens with the interface of ``flare.data.packing.PackedRows``."""
+class RandomRows(TrainRows):
+    """Rows of random tokens."""
 
     def __init__(self, num_rows: int, seq_len: int, vocab_size: int) -> None:
         generator = np.random.default_rng(0)

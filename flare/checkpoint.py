@@ -267,3 +267,12 @@ def _replace(part: Path, target: Path, files: dict[str, Callable[[Path], None]])
         os.rename(target, old)
     os.rename(part, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+if __name__ == "__main__":  # python -m flare.checkpoint list|verify DIR
+    import sys
+
+    from flare.checkpoint_cli import main
+    from flare.errors import run_script
+
+    sys.exit(run_script(main))

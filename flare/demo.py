@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -31,6 +32,8 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 BASE_STEPS = 850
+CONTEXT_LENGTHS = "64,128,256,512,1024"
+"""Up to four times the rows that the stages train on (examples/demo.json)."""
 NOPE_LAYERS = "every:3"
 """Layers 2 and 5. In such a small model a single layer learns to look at the previous token, another one for each
 seed; these two cost something whatever the seed (docs/experiments.md)."""
@@ -125,6 +128,7 @@ class Demo:
         self.python(
             "evaluate_model_enhanced.py", "--model_path", str(self.demo.final_model), "--datasets", "embedded",
             "--max_length", "256", "--batch_size", "8", "--device", "cpu",
+            "--context_lengths", CONTEXT_LENGTHS, "--generate_tokens", "48",
             "--compare_to", str(self.base.final_model), str(self.patched), str(self.stage1_model),
         )  # fmt: skip
 
@@ -148,6 +152,7 @@ class Demo:
 
         results = json.loads(self.results.read_text(encoding="utf-8"))
         print("\n" + milestones_table(results, "embedded"))
+        print("\n" + textwrap.fill(results["verdict"], 100))
         print(f"\nreport:       {self.results.with_name('evaluation_report.md')}")
         print(f"TensorBoard:  tensorboard --logdir={shlex.quote(str(self.demo.tensorboard))}")
         print(f"final model:  {self.demo.final_model}")

@@ -87,8 +87,11 @@ class Experiment:
 
     def batch_to_continue(self) -> int | None:
         """Rows of an optimizer step of the run that lies here, as its newest checkpoint says; None without one."""
-        states = self.checkpoints.glob("checkpoint-*/trainer_state.json")
-        for path in sorted(states, key=lambda p: int(p.parent.name.rpartition("-")[2]), reverse=True):
+        states = [
+            (p.parent.name.partition("-")[2], p) for p in self.checkpoints.glob("checkpoint-*/trainer_state.json")
+        ]
+        numbered = [(int(step), path) for step, path in states if step.isdecimal()]  # not checkpoint-2-KEEP
+        for _, path in sorted(numbered, reverse=True):
             try:
                 return int(json.loads(path.read_text(encoding="utf-8"))["global_batch_size"])
             except (OSError, ValueError, KeyError, TypeError):

@@ -88,12 +88,15 @@ def cached_data_sets(cache_dir: str | None = None) -> list[str]:
 def read_model_config(directory: Path) -> dict:
     """config.json as a dict.
 
-    Raises: CheckpointError when it is missing or not JSON.
+    Raises: CheckpointError when it is missing or no JSON object.
     """
     path = directory / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} holds no config.json; it is no model directory") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no JSON object, so it is no model's configuration")
+    return config

@@ -15,8 +15,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flare.config import Resolved
 from flare.errors import ConfigError, EnvError
@@ -30,6 +31,9 @@ from flare.options import Options
 from flare.parent import end_with_parent
 from flare.rooms import MIB, usable_bytes
 from flare.setup import Hardware, Run
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 SHUTDOWN_TIMEOUT_SEC = 600
 """What torchrun's agent grants workers after a signal: a large model's last checkpoint takes minutes."""
@@ -123,45 +127,58 @@ def claimed_name(resolved: Resolved) -> Iterator[Resolved]:
 
 
 def start_workers(script: Path, run: Run) -> int:
-    """Run the script once a rank through torchrun's agent; returns the exit code.
+    """Train in one process a rank through torchrun's agent; returns the exit code.
 
     0 also for a clean stop on a signal, which torchrun itself would call a failure.
 
     Raises: EnvError when this host does not meet the others.
     """
-    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     experiment, stage = run.experiment, run.options.stage
-    local_world_size = run.hardware.world_size // num_nodes()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_world_size)))
-    config = LaunchConfig(
-        nproc_per_node=local_world_size,
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT,SIGUSR1",
-        shutdown_timeout=SHUTDOWN_TIMEOUT_SEC,
-        **rendezvous(),
-    )
-    signal.signal(signal.SIGINT, _on_interrupt)
+    logs = DefaultLogsSpecs()
     try:
-        elastic_launch(config, sys.executable)("-u", str(script), *run.resolved.argv)
+        run_agent(script, run.resolved.argv, run.hardware.world_size // num_nodes(), logs)
     except SignalException as error:
         if _ended_cleanly(experiment, stage):
             return 0
         _record_failure(experiment, stage, f"ended by signal {error.sigval.name}")
         return 128 + error.sigval
     except ChildFailedError as error:
-        return _report_failure(error, experiment, stage)
+        return _report_failure(error, Path(logs.root_log_dir), experiment, stage)
+    return 0
+
+
+def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "DefaultLogsSpecs | None" = None) -> None:
+    """Run a script once a rank through torchrun's agent, to its end.
+
+    Args:
+        logs: where workers leave their errors; a new place by default.
+    Raises: SignalException, ChildFailedError of torchrun; EnvError when this host does not meet the others.
+    """
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_world_size)))
+    config = LaunchConfig(
+        nproc_per_node=local_world_size,
+        max_restarts=0,
+        logs_specs=logs or DefaultLogsSpecs(),
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT,SIGUSR1",
+        shutdown_timeout=SHUTDOWN_TIMEOUT_SEC,
+        **rendezvous(),
+    )
+    signal.signal(signal.SIGINT, _on_interrupt)
+    try:
+        elastic_launch(config, sys.executable)("-u", str(script), *argv)
     except DistError as error:
         (address, port), reason = master(), str(error).splitlines()[0][:200]
         raise EnvError(
             f"the {num_nodes()} hosts of this run do not meet at {address}:{port}: {reason}; "
             "see NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT (another one if it is in use)"
         ) from error
-    return 0
 
 
 def _on_interrupt(number: int, _frame: object) -> None:
@@ -191,22 +208,42 @@ def _ended_cleanly(experiment: Experiment, stage: int) -> bool:
         time.sleep(0.2)
 
 
-def _report_failure(error: object, experiment: Experiment, stage: int) -> int:
+def _report_failure(error: object, workers_files: Path, experiment: Experiment, stage: int) -> int:
     """Print the first worker's error once, record it, and return its exit code."""
-    rank, failure = error.get_first_failure()
-    told = _told_error(failure.error_file)
-    if told:
-        message, code = told["message"], told["exit_code"]
-    elif failure.exitcode < 0:
-        message, code = f"rank {rank} was ended by {failure.signal_name()} (pid {failure.pid})", 5
-    else:
-        message, code = f"rank {rank} failed with exit code {failure.exitcode}; see {experiment.logs}", 5
+    failure = first_failure(error, experiment.logs, workers_files)
+    message = failure.message
     print(f"error: {message}", file=sys.stderr, flush=True)
-    if not told:
+    if not failure.told:
         _record_failure(experiment, stage, message)
-    elif rank > 0 and node_rank() == 0:  # rank 0 may have recorded only that the others were gone
+    elif failure.rank > 0 and node_rank() == 0:  # rank 0 may have recorded only that the others were gone
         record_status(experiment, stage, "failed", error=message)
-    return code
+    return failure.exit_code
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How the worker that failed first did, and whether it told so itself."""
+
+    rank: int
+    message: str
+    exit_code: int
+    told: bool
+
+
+def first_failure(error: object, logs: Path | str, workers_files: Path | None = None) -> Failure:
+    """What to say of workers that failed.
+
+    Args:
+        error: torchrun's ChildFailedError. logs: where a worker that could not tell has written more.
+        workers_files: where others may have told, in place of one that could not.
+    """
+    rank, failure = error.get_first_failure()
+    told = _told_error(failure.error_file) or (_told_by_any(workers_files) if workers_files else None)
+    if told:
+        return Failure(rank, told["message"], told["exit_code"], True)
+    if failure.exitcode < 0:
+        return Failure(rank, f"rank {rank} was ended by {failure.signal_name()} (pid {failure.pid})", 5, False)
+    return Failure(rank, f"rank {rank} failed with exit code {failure.exitcode}; see {logs}", 5, False)
 
 
 def _record_failure(experiment: Experiment, stage: int, message: str) -> None:
@@ -242,6 +279,11 @@ def tell_launcher(message: str, exit_code: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _told_by_any(workers_files: Path) -> dict | None:
+    """What another worker of this host told: the one that ended a rank that hung."""
+    return next((told for file in workers_files.rglob("error.json") if (told := _told_error(str(file)))), None)
 
 
 def _told_error(path: str | None) -> dict | None:

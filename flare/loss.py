@@ -102,9 +102,32 @@ def score_tokens(
     """
     chunk_rows = chunk_rows or loss_chunk_rows(len(weight), hidden.is_cuda)
     weight = weight.to(hidden.dtype)
+    score = _score_rows if hidden.is_cuda else _score_rows_in_place
+    # A CPU takes longer to get fresh memory than to compute: all chunks' logits are written to the same.
+    place = None if hidden.is_cuda else hidden.new_empty(min(chunk_rows, len(hidden)), len(weight))
     losses, hits = [], []
     for rows, targets in zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True):
-        logits = F.linear(rows, weight).float()
-        losses.append(F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX))
-        hits.append(logits.argmax(-1) == targets)
+        logits = torch.mm(rows, weight.T, out=None if place is None else place[: len(rows)])
+        nll, hit = score(logits.float(), targets)
+        losses.append(nll)
+        hits.append(hit)
     return torch.cat(losses), torch.cat(hits)
+
+
+def _score_rows(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(NLL, hits) of a chunk, (C,) each."""
+    losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX)
+    return losses, logits.argmax(-1) == targets
+
+
+def _score_rows_in_place(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, overwriting ``logits``. A row's argmax is looked for only where its target is as high as any: on a
+    CPU argmax takes as long as the exponentials."""
+    wanted = targets != IGNORE_INDEX
+    safe = torch.where(wanted, targets, 0)
+    at_target, largest = logits.gather(1, safe[:, None])[:, 0], logits.amax(1)
+    hits = wanted & (at_target == largest)
+    highest = hits.nonzero()[:, 0]
+    hits[highest] = logits[highest].argmax(1) == safe[highest]  # of several highest the first one counts
+    nll = logits.sub_(largest[:, None]).exp_().sum(1).log_() + largest - at_target
+    return torch.where(wanted, nll, 0), hits

@@ -3,6 +3,7 @@
 Rank 0 writes; on other ranks every method does nothing.
 """
 
+import contextlib
 import json
 import math
 import resource
@@ -119,6 +120,8 @@ class MetricsWriter:
             for name, tag in TENSORBOARD_NAMES.items():
                 if record.get(name) is not None:
                     self.board.add_scalar(tag, record[name], record["step"])
+            for row in record.get("eval_context_lengths", ()):
+                self.board.add_scalar(f"eval/loss_at_{row['context_length']}", row["loss"], record["step"])
         except OSError as error:  # logs are worth less than the run
             log.warning(f"cannot write metrics: {error}")
         log.info(format_record(record, self.max_steps))
@@ -131,8 +134,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close all files."""
         self.bar.close()
-        self.board.close()
-        self.jsonl.close()
+        for file in (self.board, self.jsonl):
+            with contextlib.suppress(OSError):  # a log that cannot be written hides no other error
+                file.close()
 
 
 def format_record(record: dict, max_steps: int) -> str:
@@ -140,6 +144,8 @@ def format_record(record: dict, max_steps: int) -> str:
     where = f"step {record['step']}/{max_steps}"
     if "eval_loss" in record:
         best = " | best so far" if record.get("is_best") else ""
+        curve = record.get("eval_context_lengths", ())
+        best += "".join(f" | at {row['context_length']}: {row['loss']:.4f}" for row in curve)
         return (
             f"{where} | epoch {record['epoch']:.2f} | eval loss {record['eval_loss']:.4f} | perplexity "
             f"{record['eval_perplexity']:.4g} | token accuracy {record['eval_token_accuracy']:.2%}{best}"

@@ -14,8 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flare.attention import KERNELS, document_mask
 from flare.compiler import uncompiled
-from flare.distributed import World
+from flare.distributed import World, on_main
 from flare.loss import linear_cross_entropy_sum, score_tokens
+from flare.nope.canary import hold_to_canary
+from flare.nope.canary_file import CANARY_FILE
 from flare.nope.load import empty_causal_lm, load_causal_lm
 from flare.sharding import is_sharded, materialise, shard_model
 from flare.tensor_files import TensorReader, restore_weights
@@ -123,8 +125,10 @@ def load_for_training(
         precision: bf16 (frozen weights in bf16, trainable ones fp32 masters) or fp32.
         attn_implementation: eager, or else SDPA until ``attention.use_kernel`` says otherwise.
         documents: as ``TrainingModel``.
+    Raises: CheckpointError for damaged weights, or a model that is not the one of its canary.
     """
     causal_lm = load_causal_lm(directory, attn_implementation=attention_for(attn_implementation), config_dict=config)
+    hold_to_canary(causal_lm, directory)  # in the stored dtype; below, frozen weights may be rounded
     return _ready(causal_lm, trainable, precision, documents)
 
 
@@ -139,8 +143,10 @@ def load_sharded(
 ) -> TrainingModel:
     """The same, divided among the ranks and on their devices; each rank reads its part of the files only.
 
-    Raises: CheckpointError for missing or misfitting tensors.
+    Raises: CheckpointError for missing or misfitting tensors, or a model that is not the one of its canary.
     """
+    if (directory / CANARY_FILE).is_file():  # no rank has the whole model later
+        on_main(world, lambda: hold_to_canary(load_causal_lm(directory), directory))
     causal_lm = empty_causal_lm(directory, config, attention_for(attn_implementation))
     model = _ready(causal_lm, trainable, precision, documents)
     shard_model(model, world)

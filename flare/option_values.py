@@ -38,6 +38,8 @@ def check_value(name: str, value: Any, from_text: bool = False) -> Any:
         return parse_gpu_ids(value)
     if kind == "layers":
         return _layer_words(value)
+    if kind == "lengths":
+        return parse_lengths(value)
     if kind == "weights":
         return _weights(value)
     if kind in AUTO_KINDS:  # auto is settled when model and cards are known (flare.setup)
@@ -65,6 +67,19 @@ def _layer_words(value: Any) -> list[str]:
         # Syntax only: the real depth is known when the model's configuration is read.
         parse_layers(plain, 10_000, "").copy()
     return words
+
+
+def parse_lengths(value: Any) -> list[int]:
+    """Token counts, ascending, none twice: ``"512,1024"``, words of such, or a list of numbers.
+
+    Raises: ConfigError that begins where the option's name ends.
+    """
+    values = value if isinstance(value, list) else [value]
+    words = [word for item in values for word in str(item).replace(",", " ").split()]
+    bad = [word for word in words if not word.isdecimal() or int(word) < 2]
+    if bad or not words:
+        raise ConfigError(f"must be token counts of 2 or more, as in 512,1024; got {(bad or [''])[0]!r}")
+    return sorted({int(word) for word in words})
 
 
 def _weights(value: Any) -> list[float]:

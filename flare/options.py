@@ -137,6 +137,15 @@ class Options:
         kind="int",
         low=1,
     )
+    step_timeout: float = option(
+        TRAINING,
+        "hardware",
+        "seconds a step may take, after the first two, before the run is called hung and ended with the stacks of "
+        "all ranks in logs/; ten times the longest step so far if that is more, never over --ddp_timeout",
+        600.0,
+        kind="float",
+        above=0,
+    )
 
     # -- model --------------------------------------------------------------------------------------
     model_name_or_path: str = option(
@@ -211,6 +220,21 @@ class Options:
         kind="float",
         above=0,
         below=100,
+    )
+    streaming: bool = option(
+        DATA,
+        "data",
+        "tokenise ahead while training, for data larger than the disk; needs --max_steps",
+        False,
+        kind="bool",
+    )
+    streaming_buffer_rows: int = option(
+        DATA,
+        "data",
+        "rows that are shuffled together with --streaming; three times as many lie on disk at most",
+        16384,
+        kind="int",
+        low=1,
     )
     max_seq_length: int = option(DATA, "data", "tokens of a packed row", 4096, kind="int", low=8)
     packing: str = option(
@@ -337,6 +361,14 @@ class Options:
         None,
         kind="int",
         low=1,
+    )
+    eval_context_lengths: list | None = option(
+        TRAINING,
+        "logging",
+        "also evaluate the last tokens of long held-out documents with so much context (512,1024,4096); default off",
+        None,
+        kind="lengths",
+        many=True,
     )
     save_steps: int = option(TRAINING, "logging", "steps between checkpoints", 500, kind="int", low=1)
     save_total_limit: int | None = option(

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from flare.attention import document_bounds
-from flare.data.order import RowOrder, equal_rounds, micro_batches
-from flare.data.packing import Batch, PackedRows
+from flare.data.order import equal_rounds, micro_batches
+from flare.data.train_rows import Batch, Positions, TrainRows
 from flare.loss import IGNORE_INDEX
 
 
@@ -37,8 +37,8 @@ class StepLoader:
 
     def __init__(
         self,
-        data: PackedRows,
-        order: RowOrder,
+        data: TrainRows,
+        order: Positions,
         rows_by_rank: Sequence[int],
         rank: int,
         micro: int,
@@ -76,15 +76,15 @@ class StepLoader:
         return StepRows(rows, self.data.num_targets(rows), batches)
 
 
-def cut(data: PackedRows, rows: np.ndarray, micro: int, counts: list[int] | None) -> Iterator[Batch]:
+def cut(data: TrainRows, rows: np.ndarray, micro: int, counts: list[int] | None) -> Iterator[Batch]:
     """A rank's rows in micro-batches of at most ``micro``.
 
     Args:
         counts: the rows of each rank, where every rank must have as many micro-batches. One that has run out of rows
-            gets the first row without targets, which adds nothing to the loss.
+            gets some row without targets, which adds nothing to the loss.
     """
     for piece in equal_rounds(rows, counts, micro) if counts else micro_batches(rows, micro):
-        batch = data.batch(piece if len(piece) else np.arange(1))
+        batch = data.batch(piece if len(piece) else np.array([data.any_row()]))
         if not len(piece):
             batch.labels[:] = IGNORE_INDEX
         yield batch

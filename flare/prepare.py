@@ -1,6 +1,7 @@
 """The data of a run: from its options to training rows and held-out rows, before any process group."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,23 +10,28 @@ from flare.data.corpus import Corpus, open_corpus, split_specs
 from flare.data.mixture import MixedRows
 from flare.data.packing import PackedRows
 from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
+from flare.data.streaming.rows import KEPT_STEPS, StreamedRows, StreamSettings
+from flare.data.streaming.survey import StreamedCorpus, open_streamed
 from flare.data.tokens import TokenSettings, default_cache_dir
+from flare.data.train_rows import TrainRows
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from flare.options import Options
 from flare.setup import Run
 
 
-def prepare_data(run: Run) -> Corpus:
+def prepare_data(run: Run) -> Corpus | StreamedCorpus:
     """The tokenised data of this run; built when missing, by one process while the others wait on its lock.
+    With ``--streaming`` the corpus after a look at its first rows, in its place.
 
     Call before the process group starts: a long build would run into its timeout.
     """
     return tokenised_corpus(run.options, run.init_from, run.config)
 
 
-def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> Corpus:
-    """The data that the options name, as tokens of a model.
+def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> Corpus | StreamedCorpus:
+    """The data that the options name, as tokens of a model; with ``--streaming`` not tokenised yet.
 
     Raises: ConfigError for a tokenizer that does not belong to the model's ``config``.
     """
@@ -35,7 +41,8 @@ def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> Corpus:
         options.dataset_config,
         options.dataset_split,
         options.cache_dir,
-        dataset_revision=options.dataset_revision,
+        options.streaming,
+        options.dataset_revision,
     )
     tokenizer = load_tokenizer(model_dir)
     rows = int(config["vocab_size"])
@@ -46,27 +53,71 @@ def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> Corpus:
         )
     settings = TokenSettings(options.dataset_size, options.max_bad_rows, options.preprocessing_num_workers)
     cache_dir = default_cache_dir(options.cache_dir)
-    return open_corpus(split_specs(spec), options.dataset_weights, tokenizer, cache_dir, settings)
+    specs = split_specs(spec)
+    if not options.streaming:
+        return open_corpus(specs, options.dataset_weights, tokenizer, cache_dir, settings)
+    if len(specs) > 1:
+        raise ConfigError(f"--streaming takes one data set, --dataset_name names {len(specs)}; leave --streaming out")
+    percentage = options.validation_split_percentage
+    return open_streamed(open_source(spec, cache_dir), tokenizer, cache_dir, settings, percentage)
 
 
-def packed_rows(run: Run, corpus: Corpus) -> tuple[PackedRows | MixedRows, PackedRows | MixedRows]:
+def packed_rows(run: Run, corpus: Corpus | StreamedCorpus) -> tuple[TrainRows, PackedRows | MixedRows]:
     """(training rows, held-out rows).
 
     Raises: DataError when the data gives fewer tokens than one step.
     """
     options = run.options
+    if isinstance(corpus, StreamedCorpus):
+        return streamed_rows(run, corpus)
     train_rows, eval_rows = corpus.rows(options.validation_split_percentage, options.max_seq_length, options.packing)
     if len(train_rows) < run.global_batch_size:
         raise DataError(
             f"the data gives {train_rows.num_tokens:,} training tokens, one step needs "
             f"{run.global_batch_size * options.max_seq_length + 1:,}; lower --max_seq_length or the batch size"
         )
-    if eval_rows.num_targets(np.arange(len(eval_rows))) == 0:
-        raise DataError("the held-out documents are single tokens: nothing can be evaluated; give longer documents")
+    check_can_evaluate(eval_rows)
     return train_rows, eval_rows
 
 
-def max_steps(run: Run, train_rows: PackedRows | MixedRows, global_batch_size: int) -> int:
+def streamed_rows(run: Run, corpus: StreamedCorpus) -> tuple[StreamedRows, PackedRows]:
+    """(training rows, held-out rows) of a corpus that is not tokenised beforehand.
+
+    Raises: ConfigError for fewer rows shuffled together than some steps have.
+    """
+    options = run.options
+    least = (KEPT_STEPS + 1) * run.global_batch_size
+    if options.streaming_buffer_rows < least:
+        raise ConfigError(
+            f"--streaming_buffer_rows {options.streaming_buffer_rows} must be at least {least}, the rows of "
+            f"{KEPT_STEPS + 1} steps"
+        )
+    settings = StreamSettings(
+        seq_len=options.max_seq_length,
+        packing=options.packing,
+        seed=options.seed,
+        block_rows=options.streaming_buffer_rows,
+        cache_dir=default_cache_dir(options.cache_dir),
+        num_workers=options.preprocessing_num_workers or spare_cores(),
+    )
+    held_out = np.arange(corpus.held_out.meta["num_documents"])
+    eval_rows = PackedRows(corpus.held_out, held_out, options.max_seq_length, options.packing, keep_last=True)
+    check_can_evaluate(eval_rows)
+    return StreamedRows(corpus, settings), eval_rows
+
+
+def spare_cores() -> int:
+    """Cores of this host that its training processes leave over, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) - int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def check_can_evaluate(eval_rows: PackedRows) -> None:
+    """Raises: DataError when the held-out documents have no target."""
+    if eval_rows.num_targets(np.arange(len(eval_rows))) == 0:
+        raise DataError("the held-out documents are single tokens: nothing can be evaluated; give longer documents")
+
+
+def max_steps(run: Run, train_rows: TrainRows, global_batch_size: int) -> int:
     """Steps of the run: ``--max_steps``, or what ``--num_train_epochs`` comes to."""
     options = run.options
     if options.num_train_epochs is not None:

@@ -19,6 +19,7 @@ class Progress:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     history: list[dict] = field(default_factory=list)
+    data_place: dict | None = None  # of streamed rows
 
     def as_dict(self) -> dict:
         return asdict(self)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed import PrefixStore
 
 from flare import checkpoint as ckpt
 from flare import distress, distributed
@@ -20,15 +21,20 @@ from flare.config import REPO
 from flare.data.corpus import Corpus, what_changed
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines
+from flare.data.streaming.survey import StreamedCorpus
+from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import CheckpointError, ConfigError, FlareError
+from flare.evaluation.during_training import LengthCurve, MoreEvaluation
 from flare.gpus import peak_tflops
+from flare.hub import read_model_config
 from flare.last_words import out_of_memory
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics import MetricsWriter
-from flare.metrics_file import enter_stage
+from flare.metrics_file import enter_stage, record_status
 from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
+from flare.nope.format import nope_layers_of
 from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
@@ -43,6 +49,7 @@ from flare.setup import Run, check_identity
 from flare.sharding import is_sharded
 from flare.tensor_files import TensorReader, restore_weights
 from flare.trainer import Parts, Trainer
+from flare.watchdog import Limits, Watchdog
 
 
 def run_worker(run: Run) -> int:
@@ -64,6 +71,7 @@ def run_worker(run: Run) -> int:
         except torch.OutOfMemoryError as error:
             raise FlareError(out_of_memory(run.plan(), world.rank, device_name(world.device), error)) from error
         finally:
+            rows[0].close()
             run.experiment.unlock()
         distributed.stop()
     except FlareError as error:
@@ -114,7 +122,9 @@ def _prepare_directory(run: Run) -> None:
 class Session:
     """Model, optimizer and progress of one stage, put together and run."""
 
-    def __init__(self, run: Run, world: World, corpus: Corpus, train_rows: PackedRows, eval_rows: PackedRows) -> None:
+    def __init__(
+        self, run: Run, world: World, corpus: Corpus | StreamedCorpus, train_rows: TrainRows, eval_rows: PackedRows
+    ) -> None:
         self.run, self.world, self.corpus = run, world, corpus
         self.train_rows, self.eval_rows = train_rows, eval_rows
         self.options, self.experiment = run.options, run.experiment
@@ -134,8 +144,9 @@ class Session:
             )
             self.saver.record("finished", progress)
             return
+        self._start_rows(progress)
         self._build(resume_from)
-        self._settle_balance(resume_from)
+        self._settle_balance(resume_from, progress.rows)
         metrics = None
         if self.world.is_main:
             metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
@@ -144,7 +155,9 @@ class Session:
         )
         self.saver.record("running", progress, settings=self.run.settings())
         try:
-            ended = trainer.train()
+            with self._watchdog() as watchdog:
+                trainer.step_watch = watchdog.step
+                ended = trainer.train()
             self._finish(ended, progress)
         except BaseException as error:
             self.saver.record("failed", progress, error=str(error) or type(error).__name__)
@@ -152,6 +165,17 @@ class Session:
         finally:
             if metrics:
                 metrics.close()
+
+    def _watchdog(self) -> Watchdog:
+        limits = Limits.of(self.options.step_timeout, self.options.ddp_timeout)
+        store = self.world.store and PrefixStore("watchdog", self.world.store.clone())  # a thread's own connection
+        return Watchdog(self.world.rank, self.world.size, store, limits, self.experiment.logs, self._tell_hang)
+
+    def _tell_hang(self, message: str) -> None:
+        """From the watchdog of one rank, not always the first: the main thread will never tell."""
+        told = tell_launcher(message, FlareError.exit_code)
+        log.error(f"error: {message}", extra=FILES_ONLY if told else {})
+        record_status(self.experiment, self.options.stage, "failed", error=message)
 
     # -- start -------------------------------------------------------------------------------------
 
@@ -168,9 +192,15 @@ class Session:
         log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
         log.info(f"train: {self.train_rows.describe()}")
         log.info(f"held out: {self.eval_rows.describe()}")
+
+    def _start_rows(self, progress: Progress) -> None:
+        """Get the training rows ready, and show a first one of them."""
+        rows = self.train_rows
+        rows.start(self.world, progress.data_place, self.saver.global_batch_size)
         if self.world.is_main:
-            first = self.train_rows.batch(np.arange(1)).input_ids[0]
-            for line in row_lines(first, self.corpus.end_of_text_id, load_tokenizer(run.init_from)):
+            rows.order(self.options.seed).rows(progress.rows, progress.rows + 1)  # waits until there are streamed ones
+            first = rows.batch(np.array([rows.any_row()])).input_ids[0]
+            for line in row_lines(first, self.corpus.end_of_text_id, load_tokenizer(self.run.init_from)):
                 log.info(line)
 
     def _settle_length(self) -> None:
@@ -281,10 +311,11 @@ class Session:
             compile_layers(self.model)
             log.info("each decoder layer is compiled in the first step, which takes a while")
 
-    def _settle_balance(self, resume_from: Checkpoint | None) -> None:
+    def _settle_balance(self, resume_from: Checkpoint | None, position: int) -> None:
         """Who gets how many rows of a step."""
         size = self.saver.global_batch_size
-        first = np.arange(min(self.run.micro_batch_size, size))
+        micro = min(self.run.micro_batch_size, size)
+        first = self.train_rows.order(self.options.seed).rows(position, position + micro)
 
         def work() -> int:
             if is_sharded(self.model):  # its passes wait for all ranks, so they cannot tell this one's speed
@@ -327,6 +358,7 @@ class Session:
             model_flops_per_token=float(flops.model),
             executed_flops_per_token=float(flops.executed),
             peak_flops=self._peak_flops(),
+            more_evaluation=self._more_evaluation(),
         )
 
     def _peak_flops(self) -> float | None:
@@ -334,6 +366,18 @@ class Session:
         name = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else None
         peaks = [peak_tflops(name) if name else None for name in distributed.gather_objects(name)]
         return None if None in peaks else sum(peaks) * 1e12
+
+    def _more_evaluation(self) -> MoreEvaluation:
+        """The length curve, if asked for; and of a model that nothing has trained yet, what the base's loss is."""
+        run, options, model, world = self.run, self.options, self.model, self.world
+        curve = None
+        if options.eval_context_lengths:
+            tokens = options.per_device_train_batch_size * options.max_seq_length
+            lengths = options.eval_context_lengths
+            curve = LengthCurve(model, self.eval_rows, lengths, tokens, world)
+        raw = read_model_config(run.init_from)
+        changed = raw.get("nope_temperature") or (nope_layers_of(raw) and "flare" in raw)
+        return MoreEvaluation(model.causal_lm, curve, from_base=bool(run.nope_layers) and not changed)
 
     def _finish(self, ended: str, progress: Progress) -> None:
         """Final model and status, or the status of a clean stop."""

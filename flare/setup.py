@@ -18,6 +18,7 @@ from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.experiment import Experiment, check_output_dir, existing_parent, stage_one_result
 from flare.hub import local_model_dir, read_hub_config, read_model_config
+from flare.nope.canary_file import check_recorded_layers
 from flare.nope.format import nope_layers_of, theta_of, weight_files, with_nope
 from flare.nope.layers import format_layers, parse_layers
 from flare.nvidia_smi import Gpu
@@ -114,6 +115,7 @@ class Run:
             "seed": options.seed,
             "validation_split_percentage": options.validation_split_percentage,
             "precision": self.precision,
+            "streaming_buffer_rows": options.streaming_buffer_rows if options.streaming else None,
         }
 
     def plan(self) -> Plan:
@@ -247,6 +249,7 @@ def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
     raw = read_model_config(directory)
     ModelShape.from_config(raw, str(directory))  # refuses another family, and sizes that are missing
     weight_files(directory)
+    check_recorded_layers(directory, nope_layers_of(raw))
     return directory, raw
 
 

@@ -4,8 +4,10 @@ The loss of a step is the sum of token losses over the whole global batch divide
 so that loss and gradients do not depend on how the rows are spread over processes and micro-batches.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from flare import distributed
 from flare.balance import equal
 from flare.data.order import portion
 from flare.data.packing import PackedRows
+from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import FlareError
 from flare.garbage import steady_collection
@@ -36,7 +39,7 @@ class Parts:
     model: TrainingModel
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]
-    train_rows: PackedRows
+    train_rows: TrainRows
     eval_rows: PackedRows
     max_steps: int
     global_batch_size: int
@@ -44,6 +47,8 @@ class Parts:
     model_flops_per_token: float | None = None
     executed_flops_per_token: float | None = None
     peak_flops: float | None = None  # of all cards together, per second
+    more_evaluation: Callable[[int, Callable[[], float]], dict] | None = None
+    """What an evaluation records besides the loss, given the step and the way to get the loss. A collective."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,8 @@ class Trainer:
         self.saved_step = progress.step
         self.window: list[Outcome] = []
         self.asked_to_stop = False
+        self.step_watch: Callable[[int], AbstractContextManager] = nullcontext
+        """Entered with a step's number around it: the session's watchdog."""
 
     def train(self) -> str:
         """Run to the end, an early stop or a request to stop; returns finished, early_stopped or stopped."""
@@ -115,7 +122,8 @@ class Trainer:
         with steady_collection() as after_step:
             self.throughput.start()
             while progress.step < self.parts.max_steps:
-                self._step()
+                with self.step_watch(progress.step + 1):
+                    self._step()
                 after_step()
                 if ended := self._after_step():
                     return ended
@@ -202,7 +210,8 @@ class Trainer:
         eval_due = bool(options.eval_steps) and (at_end or progress.step % options.eval_steps == 0)
         save_due = at_end or progress.step % options.save_steps == 0
         if log_due or eval_due or save_due or self.asked_to_stop:
-            self._read_outcomes()
+            with self.step_watch(progress.step):
+                self._read_outcomes()
         stop = self.asked_to_stop
         self.throughput.stop()
         if log_due:
@@ -258,7 +267,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         progress, options = self.progress, self.options
-        loss, accuracy = evaluate_rows(self.parts, options, self.world, self.rows_by_rank)
+        score = functools.partial(evaluate_rows, self.parts, options, self.world, self.rows_by_rank)
+        loss, accuracy = score()
+        more = self.parts.more_evaluation(progress.step, lambda: score()[0]) if self.parts.more_evaluation else {}
         gain = progress.best_loss is None or loss < progress.best_loss - options.early_stopping_threshold
         if gain:
             progress.best_loss, progress.best_step = loss, progress.step
@@ -273,6 +284,7 @@ class Trainer:
                 "eval_token_accuracy": accuracy,
                 "is_best": gain,
             }
+            | more
         )
         if gain and options.early_stopping_patience:
             self._save()  # the best weights must be there when patience runs out
@@ -280,6 +292,7 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_step == self.progress.step and self.progress.step > 0:
             return
+        self.progress.data_place = self.parts.train_rows.place_at(self.progress.rows)
         self.save(self.progress)
         self.saved_step = self.progress.step
 

@@ -19,16 +19,20 @@ WORDS = "the of layer head token model rope attention value query key and a to i
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the rows marked slow, too")
+    parser.addoption("--faults", action="store_true", help="run all rows of the fault matrix")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
     slow = pytest.mark.skip(reason="slow: ./run_tests.sh --slow")
+    faults = pytest.mark.skip(reason="the rest of the fault matrix: ./run_tests.sh --faults")
     no_gpu = pytest.mark.skip(reason="needs a CUDA card")
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(slow)
+        if item.get_closest_marker("faults") and not config.getoption("--faults"):
+            item.add_marker(faults)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
 

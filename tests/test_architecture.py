@@ -12,7 +12,7 @@ LAYERS = [
     ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "sharding", "compiler", "distributed", "distress"],
     ["data.order"],
-    ["experiment", "hub", "logs", "metrics_file", "nope.modeling_nope", "balance", "pace"],
+    ["experiment", "hub", "logs", "metrics_file", "watchdog", "nope.modeling_nope", "balance", "pace"],
     ["nope.flags", "nope.tensors", "nope.temperature", "nope.staging", "nope.format", "nope.shards"],
     ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "tensor_files", "optim"],
     ["nope.canary_file", "nope.canary", "nope.endpoint"],
@@ -21,7 +21,7 @@ LAYERS = [
     ["plan_inputs", "gathered", "memory", "rooms", "suggest", "plan", "plan_table", "last_words"],
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
     ["data"],
-    ["setup", "handoff", "launch", "model", "checkpoint", "metrics"],
+    ["setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "metrics"],
     ["garbage", "outcomes", "prefetch", "progress"],
     ["trainer", "evaluation"],
     ["prepare", "prepare_only", "saving", "session", "demo"],
@@ -87,4 +87,10 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(tree), f"{path} has no docstring"
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and path.parent.name == "flare":
-            assert node.func.id != "print" or path.name in ("errors.py", "launch.py", "demo.py", "gpus_cli.py")
+            assert node.func.id != "print" or path.name in (
+                "errors.py",
+                "launch.py",
+                "demo.py",
+                "gpus_cli.py",
+                "checkpoint_cli.py",
+            )

@@ -88,16 +88,16 @@ def test_wikitext_lines_are_joined_to_pages() -> None:
     first = [" = First = \n", " \n", " text . \n", " = = Section = = \n", " more . \n"]
     lines = [" \n", *first, " = Second = \n", " x \n"]
     pages = list(join_pages(iter(lines)))
-    assert pages == [" \n", "".join(lines[1:6]), "".join(lines[6:])]
+    assert pages == ["".join(lines[1:6]), "".join(lines[6:])]
 
 
 def test_hub_names_carry_config_split_and_column() -> None:
-    spec = parse_name("owner/set:en:validation:body", None)
+    spec = parse_name("owner/set:en:validation:body", None).spec
     assert (spec.dataset_name, spec.dataset_config, spec.dataset_split, spec.text_column) == (
         "owner/set", "en", "validation", "body",
     )  # fmt: skip
     for local in ("corpus/*.txt", "corpus/x.jsonl.gz", "a[bc].csv"):
-        assert parse_name(local, None) == SourceSpec(local)
+        assert parse_name(local, None).spec == SourceSpec(local)
     with pytest.raises(ConfigError, match="known sets: wikitext2"):
         parse_name("wikitext3", None)
 

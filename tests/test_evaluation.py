@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from flare.errors import ConfigError, DataError, FlareError
 from flare.evaluation import results as results_module
-from flare.evaluation.perplexity import position_edges, score_documents, tokenize_documents
+from flare.evaluation.corpus import tokenize_documents
+from flare.evaluation.perplexity import position_edges, score_documents
 from flare.evaluation.scorer import TokenScorer
 from flare.evaluation.windows import document_windows
+from flare.loss import score_tokens
+from tests.evaluation_models import PROSE, bpe_tokenizer, byte_level, bytes_tokenizer, lookup_model, tiny
 
-PROSE = (
-    "Where a layer has no rotary embedding, attention sees a bag of keys; order comes from the layers below. "
-    "The quick brown fox jumps over the lazy dog, and nobody has ever asked it why it does so every day.\n"
-)
 MAX_LENGTH = 16
 RELATIVE = 1e-6
 SCHEMA_FIELDS = [
@@ -30,49 +29,14 @@ SCHEMA_FIELDS = [
 ]  # fmt: skip
 
 
-def byte_level(backend: Tokenizer, **kwargs) -> PreTrainedTokenizerFast:
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", **kwargs)
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with some merges, eos and no bos, as Qwen's."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([PROSE], trainer)
-    return byte_level(backend)
+    return bpe_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte."""
-    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    return byte_level(Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, [])))
-
-
-def tiny(model_type: str = "qwen2", **overrides):
-    """A random causal LM of transformers whose loss is far from flat."""
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 330, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
-        "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0,
-    }  # fmt: skip
-    config = transformers.AutoConfig.for_model(model_type, **(sizes | overrides))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
-    return model
+@pytest.fixture(scope="module", name="bytes_tokenizer")
+def bytes_tokenizer_fixture() -> PreTrainedTokenizerFast:
+    return bytes_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -241,25 +205,6 @@ def test_a_bos_that_the_tokenizer_adds_is_context_and_not_text(model, bytes_toke
 # -- against a table ----------------------------------------------------------------------------------
 
 
-def lookup_model(tokenizer, followers: dict[str, str], logit: float):
-    """A Qwen2 that is a table: after a token of ``followers`` its follower has ``logit``, all else is 0.
-
-    One-hot embeddings, attention and MLP that add nothing, a norm undone by the head.
-    """
-    size = len(tokenizer)
-    heads = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    model = tiny(vocab_size=size, hidden_size=size, head_dim=8, rms_norm_eps=0.0, **heads)
-    index = tokenizer.convert_tokens_to_ids
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(torch.eye(size))
-        model.model.layers[0].self_attn.o_proj.weight.zero_()
-        model.model.layers[0].mlp.down_proj.weight.zero_()
-        model.lm_head.weight.zero_()
-        for token, follower in followers.items():
-            model.lm_head.weight[index(follower), index(token)] = logit / math.sqrt(size)
-    return model
-
-
 def test_accuracy_loss_and_positions_of_a_table(bytes_tokenizer):
     size = len(bytes_tokenizer)
     model = lookup_model(bytes_tokenizer, {"a": "b", "b": "c", "c": "a", "<|endoftext|>": "a"}, logit=2.0)
@@ -284,6 +229,21 @@ def test_weighted_mean_of_the_buckets_is_the_loss(model, tokenizer):
     assert sum(counts) == result.num_tokens == sum(result.document_tokens)
     assert np.average(losses, weights=counts) == pytest.approx(result.loss, rel=1e-12)
     assert len(set(losses)) == len(losses)
+
+
+def test_scores_of_a_head_with_many_equal_logits_are_torchs_own():
+    """Whole numbers give ties: of several highest logits, argmax takes the first."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(200, 16).round(), torch.randn(50, 16).round()
+    labels = torch.randint(0, 50, (200,))
+    labels[::7] = -100
+    logits = hidden @ weight.T
+    losses, hits = score_tokens(hidden, weight, labels, chunk_rows=64)
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    torch.testing.assert_close(losses, expected.float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(hits, logits.argmax(1) == labels)
+    at_target = logits.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    assert hits.sum() < ((logits.amax(1) == at_target) & (labels >= 0)).sum()
 
 
 # -- counts and what is refused -----------------------------------------------------------------------
@@ -354,7 +314,7 @@ def test_a_loss_that_is_not_finite_names_the_document(bytes_tokenizer):
     with torch.no_grad():
         model.model.embed_tokens.weight[bytes_tokenizer.convert_tokens_to_ids("Z")] = math.nan
     texts = ["a fine document " * 4, "another", "a Zebra"]
-    with pytest.raises(FlareError, match=r"document 2 \('a Zebra'"):
+    with pytest.raises(FlareError, match="document 2 is nan"):
         score(model, bytes_tokenizer, texts)
 
 

@@ -83,6 +83,17 @@ def test_patching_twice_and_other_families_are_refused(base: Path) -> None:
         patch_qwen_rope(Qwen2ForCausalLM.from_pretrained(base), [4])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_patched_instance_saves_itself_with_its_code(tmp_path: Path, family: str) -> None:
+    model = FAMILIES[family][0].from_pretrained(write_base(tmp_path / "base", family))
+    patch_qwen_rope(model, [1, 3]).save_pretrained(tmp_path / "saved")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert type(opened).__module__.startswith("transformers_modules.")
+    with torch.no_grad():
+        assert torch.equal(opened(tokens()).logits, model.eval()(tokens()).logits)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["nope_layers"] == [1, 3]
+
+
 # -- on disk ---------------------------------------------------------------------------------------------------
 
 

@@ -182,6 +182,25 @@ def test_layer_types_with_sliding_windows_are_refused(base: Path, tmp_path: Path
         patch_checkpoint(tmp_path / "copy", tmp_path / "out", [1])
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1]", "holds no JSON object"),
+        ("{", "cannot be read"),
+        ('{"model_type": "qwen2"}', "num_hidden_layers must be a whole number above 0, config.json has None"),
+        ('{"model_type": "qwen2", "num_hidden_layers": "4"}', "config.json has '4'"),
+        ('{"model_type": "qwen2_nope", "num_hidden_layers": 4, "nope_layers": "1,3"}', "must be a list of layer"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["patch", "inspect", "verify"])
+def test_a_config_that_is_none_is_named(base: Path, tmp_path: Path, mode: str, text: str, words: str) -> None:
+    shutil.copytree(base, tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_text(text)
+    patch = ("--model_name_or_path", tmp_path / "copy", "--output_dir", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=words):
+        run(*(patch if mode == "patch" else (f"--{mode}", tmp_path / "copy")))
+
+
 # -- other weights -----------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flare.evaluation.figures import Plot
 from flare.evaluation.plots import (
     count_label,
     plot_loss_by_position,
@@ -148,9 +149,9 @@ def test_numbers_stay_readable():
 # -- report -------------------------------------------------------------------------------------------
 
 
-def report(tmp_path: Path, results: dict, plots=(), rows=None, verdict=None) -> str:
+def report(tmp_path: Path, results: dict, plots=(), rows=None, **more) -> str:
     path = tmp_path / "evaluation_report.md"
-    write_report(results, path, list(plots), rows, verdict)
+    write_report(results, path, list(plots), rows, **more)
     return path.read_text(encoding="utf-8")
 
 
@@ -159,13 +160,12 @@ def test_first_three_lines_say_what_verdict_and_number(tmp_path):
     assert lines[0] == "# Evaluation of my run/final_model (qwen2_nope, NoPE layers: 4-6) on embedded"
     assert lines[1].startswith("**Verdict:** It worked: stage 2 is 3.0 % above base")
     assert lines[2] == "**The number:** perplexity 7.61 on embedded, +3.0 % against base."
-    assert report(tmp_path, hand_made(), verdict="As you say.").splitlines()[1].startswith("**Verdict:** As you say.")
 
 
 def test_tables_hold_the_numbers_and_have_equal_columns(tmp_path):
     text = report(tmp_path, hand_made(), rows=four_rows())
-    assert "| patched | 3.0000 | 20.09 | 1.5000 | +171.8 % |" in text
-    assert "| base | 2.0000 | 7.39 | 1.0000 | – |" in text
+    assert "| patched | 3.0000 | 20.09 | 1.5000 | +171.8 % | – |" in text
+    assert "| base | 2.0000 | 7.39 | 1.0000 | – | – |" in text
     assert "| embedded | 7.61 | 2.0300 | 0.8123 | – | 1.7561 | 43.21 % | 12 | 3,456 | 0 |" in text
     assert "| peak memory | 1.00 GiB |" in text
     for table in re.findall(r"(?:^\|.*\n?)+", text, flags=re.M):
@@ -177,14 +177,14 @@ def test_tables_hold_the_numbers_and_have_equal_columns(tmp_path):
 def test_another_tokenizer_is_marked_and_compared_in_bits_per_byte(tmp_path):
     rows = [row("base", "base", 2.0, bits=1.0), row("other", "trained", 1.0, tokenizer="t2", bits=1.1)]
     text = report(tmp_path, hand_made(), rows=rows)
-    assert "| other | 1.0000 \\* | 2.72 \\* | 1.1000 | +10.0 % \\* |" in text
+    assert "| other | 1.0000 \\* | 2.72 \\* | 1.1000 | +10.0 % \\* | – |" in text
     assert "may not be compared" in text
     assert text.splitlines()[2] == "**The number:** 0.8123 bits per byte on embedded, +10.0 % against base."
     assert "may not be compared" not in report(tmp_path, hand_made(), rows=four_rows())
 
 
 def test_plots_are_linked_relative_to_the_report_and_come_with_their_sentence(tmp_path):
-    plots = [(tmp_path / "plots" / "loss by position.png", "Lower is better.")]
+    plots = [Plot(tmp_path / "plots" / "loss by position.png", "plots/x", "Lower is better.")]
     assert "(plots/loss%20by%20position.png)\n\nLower is better." in report(tmp_path, hand_made(), plots)
 
 
@@ -240,7 +240,7 @@ def test_tensorboard_holds_scalars_the_curve_and_the_plots(tmp_path):
     results = hand_made()
     add_failure(results, "missing", "no file")
     picture = plot_loss_by_position({"a": results["datasets"]["embedded"]["loss_by_position"]}, tmp_path / "p.png")
-    write_tensorboard(results, tmp_path / "tb", {"plots/loss_by_position": picture})
+    write_tensorboard(results, tmp_path / "tb", [Plot(picture, "plots/loss_by_position", "")])
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     assert scalars["eval/embedded/perplexity"][0].value == pytest.approx(math.exp(STAGE2), rel=1e-6)

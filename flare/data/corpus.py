@@ -77,24 +77,28 @@ class Corpus:
         Raises: DataError for a set that gives no row to train on.
         """
         hashes = [data.cache.hashes for data in self.sets]
-        if len(hashes) == 1:
-            train, held_out = split_documents(hashes[0], percentage)
-            cache = self.sets[0].cache
-            held_out_rows = PackedRows(cache, held_out, seq_len, packing, keep_last=True)
-            return PackedRows(cache, train, seq_len, packing), held_out_rows
+        train, held_out = split_documents(hashes[0] if len(hashes) == 1 else np.concatenate(hashes), percentage)
         bounds = np.cumsum([0, *map(len, hashes)])
-        train, held_out = (by_set(side, bounds) for side in split_documents(np.concatenate(hashes), percentage))
-        names, caches = [data.name for data in self.sets], [data.cache for data in self.sets]
-        parts = [PackedRows(cache, side, seq_len, packing) for cache, side in zip(caches, train, strict=True)]
-        for name, part in zip(names, parts, strict=True):
+        train_parts = self._packed(by_set(train, bounds), seq_len, packing)
+        held_out_parts = self._packed(by_set(held_out, bounds), seq_len, packing, keep_last=True)
+        if len(self.sets) == 1:
+            return train_parts[0], held_out_parts[0]
+        names = [data.name for data in self.sets]
+        for name, part in zip(names, train_parts, strict=True):
             if len(part) == 0:
                 raise DataError(
                     f"data set {name} gives {part.num_tokens:,} training tokens, not one row of {seq_len}; leave it "
                     "out or lower --max_seq_length"
                 )
         counts = block_counts(list(self.weights)) if self.weights else None
-        held_out = [PackedRows(c, side, seq_len, packing, True) for c, side in zip(caches, held_out, strict=True)]
-        return MixedRows(names, parts, counts), MixedRows(names, held_out, spread=True)
+        return MixedRows(names, train_parts, counts), MixedRows(names, held_out_parts, spread=True)
+
+    def _packed(
+        self, documents: list[np.ndarray], seq_len: int, packing: str, keep_last: bool = False
+    ) -> list[PackedRows]:
+        """Rows of these documents of each set."""
+        caches = [data.cache for data in self.sets]
+        return [PackedRows(c, d, seq_len, packing, keep_last) for c, d in zip(caches, documents, strict=True)]
 
 
 def by_set(documents: np.ndarray, bounds: np.ndarray) -> list[np.ndarray]:

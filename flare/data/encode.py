@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -49,7 +50,12 @@ class Encoder:
             ids = (encoding.ids for encoding in encodings)
         else:
             ids = self.backend(texts, add_special_tokens=False)["input_ids"]
-        return [np.array([*document, self.end_id], dtype=self.dtype) for document in ids]
+        return [self._as_array(document) for document in ids]
+
+    def _as_array(self, ids: list[int]) -> np.ndarray:
+        """Through ``array``, which takes a list of ints three times as fast as numpy (docs/experiments.md)."""
+        ids.append(self.end_id)
+        return np.frombuffer(array("H" if self.dtype.itemsize == 2 else "I", ids), self.dtype)
 
     def to_message(self) -> dict:
         """What a worker process needs to make the same encoder."""

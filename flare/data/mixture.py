@@ -11,7 +11,8 @@ from math import gcd, lcm
 import numpy as np
 
 from flare.data.order import RowOrder
-from flare.data.packing import Batch, PackedRows
+from flare.data.packing import PackedRows
+from flare.data.train_rows import Batch, TrainRows
 from flare.errors import ConfigError
 
 MAX_BLOCK_ROWS = 10_000
@@ -82,7 +83,7 @@ class MixedOrder:
         return rows
 
 
-class MixedRows:
+class MixedRows(TrainRows):
     """The rows of several data sets, one set after the other by index.
 
     Args:

@@ -5,27 +5,13 @@ the tokens one further on as labels, so that every token is a target once. With 
 and positions restart at each document, and no document's first token is a target: the model cannot know it.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from flare.data.order import RowOrder
 from flare.data.tokens import TokenCache
+from flare.data.train_rows import Batch, TrainRows
 from flare.errors import DataError
 from flare.loss import IGNORE_INDEX
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Arrays of int64 (B, T)."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids.size
 
 
 def split_documents(hashes: np.ndarray, percentage: float) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +31,7 @@ def split_documents(hashes: np.ndarray, percentage: float) -> tuple[np.ndarray, 
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-class PackedRows:
+class PackedRows(TrainRows):
     """Rows of one side of the split, by index.
 
     Args:

@@ -1,22 +1,15 @@
 """Worker processes that turn pieces into parts, several at once; their death is an error, never a hang."""
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from flare.data.child import Child
 from flare.data.encode import Encoder
 from flare.data.parts import write_part
 from flare.data.rows import Piece
 from flare.errors import EnvError
-
-PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -59,35 +52,22 @@ def run_tasks(
             yield from pool.answers(report)
 
 
-class Worker:
-    """A worker process, the pipe to it and the task that it has."""
+class Worker(Child):
+    """A worker process and the task that it has."""
 
     def __init__(self, encoder: Encoder, threads: int) -> None:
-        self.pipe, theirs = multiprocessing.Pipe()
-        with theirs:
-            command = [sys.executable, "-P", "-m", "flare.data.worker", str(theirs.fileno()), str(os.getpid())]
-            self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=worker_environment(threads)
-            )
+        super().__init__("flare.data.worker", encoder.to_message(), threads)
         self.task: Task | None = None
-        self.encoder = encoder
 
     def give(self, task: Task) -> None:
-        """Send a task; before the first one, the tokenizer."""
-        with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed where answers are read
-            if self.encoder:
-                self.pipe.send(self.encoder.to_message())
-                self.encoder = None
-            self.pipe.send((task.index, task.piece, str(task.directory), task.limit))
+        """Send a task."""
+        self.tell((task.index, task.piece, str(task.directory), task.limit))
         self.task = task
 
     def death(self) -> EnvError:
         """How it died, for people."""
-        code = self.process.wait()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         return EnvError(
-            f"a tokenising worker (pid {self.process.pid}) {how}{hint}; finished parts are kept, the same command "
+            f"a tokenising worker {self.how_it_ended()}; finished parts are kept, the same command "
             "goes on from there; --preprocessing_num_workers N takes fewer workers"
         )
 
@@ -142,14 +122,3 @@ class WorkerPool:
             return pipe.recv()
         except (EOFError, OSError):
             raise worker.death() from None
-
-
-def worker_environment(threads: int) -> dict[str, str]:
-    """This environment with the package importable, and threads so that all workers together fill the cores."""
-    paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "RAYON_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
-        "OPENBLAS_NUM_THREADS": "1",
-    }

@@ -66,18 +66,17 @@ def csv_values(text: TextIO, file: Path, column: str) -> Iterator[tuple[int, obj
         raise missing_column(column, file, header)
     place = header.index(column)
     lines.clear()
-    begin, last = reader.line_num + 1, None
+    begin, held, held_lines = reader.line_num + 1, None, []  # a row is held back till it is known to be the last
     for fields in reader:
-        if last is not None:
-            yield last
-        last = None
-        if fields:
-            is_whole = len(fields) == len(header)
-            last = begin, fields[place] if is_whole else BadRow(f"has {len(fields)} fields, the header {len(header)}")
-        begin, cut = reader.line_num + 1, lines.copy() if last else []
+        if held is not None:
+            yield held
+        is_whole = len(fields) == len(header)
+        value = fields[place] if is_whole else BadRow(f"has {len(fields)} fields, the header {len(header)}")
+        held, held_lines = ((begin, value), lines.copy()) if fields else (None, [])
+        begin = reader.line_num + 1
         lines.clear()
-    if last is not None:
-        yield (last[0], BadRow("is cut off (a quote is not closed)")) if _is_cut(cut) else last
+    if held is not None:
+        yield (held[0], BadRow("is cut off (a quote is not closed)")) if _is_cut(held_lines) else held
 
 
 def _remembered(text: TextIO, lines: list[str]) -> Iterator[str]:

@@ -91,13 +91,13 @@ class Several(Piece):
             yield from part.rows()
 
 
-def gather(parts: list[tuple[Piece, int]]) -> list[Piece]:
-    """Pieces of at most ``PIECE_BYTES`` where that is possible, from ``(piece, bytes)`` in order."""
+def gather(parts: list[tuple[Piece, int]], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+    """Pieces of at most ``piece_bytes`` where that is possible, from ``(piece, bytes)`` in order."""
     pieces: list[Piece] = []
     group: list[Piece] = []
     size = 0
-    for part, part_bytes in [*parts, (None, PIECE_BYTES)]:
-        if group and size + part_bytes > PIECE_BYTES:
+    for part, part_bytes in [*parts, (None, piece_bytes)]:
+        if group and size + part_bytes > piece_bytes:
             pieces.append(group[0] if len(group) == 1 else Several(tuple(group)))
             group, size = [], 0
         group.append(part)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import numpy as np
 from flare.data.documents import BadRows, text_hash, usable_texts
 from flare.data.file_formats import kind_of
 from flare.data.files import is_glob
+from flare.data.hub_sets import HubSource
 from flare.data.packing import split_documents
-from flare.data.rows import SourceSpec
+from flare.data.rows import Source, SourceSpec
 from flare.data.sources import open_source, path_of
 from flare.data.tokens import default_cache_dir
 from flare.errors import ConfigError, DataError
 
-DEFAULT_DATASETS = ("wikitext2", "c4", "lambada", "pg19")
 KNOWN = {
     "wikitext2": SourceSpec("Salesforce/wikitext", "text", "wikitext-2-raw-v1", "test"),
     "c4": SourceSpec("allenai/c4", "text", "en", "validation", streaming=True),
@@ -31,56 +32,80 @@ more (the demo does) has not seen these documents."""
 WIKITEXT_TITLE = re.compile(r"^ = [^=].* = \n$")
 
 
-def load_texts(name: str, max_samples: int | None, cache_dir: str | None = None) -> list[str]:
+@dataclass(frozen=True)
+class DatasetRequest:
+    """What ``--datasets WORD`` stands for.
+
+    ``kind`` decides how rows become documents: a known set's name, or "" for rows that are documents.
+    """
+
+    name: str
+    kind: str
+    spec: SourceSpec
+
+    @property
+    def is_lambada(self) -> bool:
+        """Whether the last words are asked for, too."""
+        return self.kind == "lambada"
+
+
+def load_texts(request: DatasetRequest, max_samples: int | None, mirror: str | None = None) -> list[str]:
     """Documents of a data set, at most ``max_samples``, those without text left out.
 
     Args:
-        name: wikitext2, c4, lambada, pg19, embedded, a local file or folder, or
-            ``owner/name[:config[:split[:column]]]`` of the hub.
+        mirror: a directory in which hub sets lie as ``owner/name``, with the hub's files; one that is not there is
+            asked of the hub.
+
     Raises: ConfigError for a name that means nothing, DataError / EnvError for a set that cannot be had.
     """
-    spec = parse_name(name, cache_dir)
-    source = open_source(spec, default_cache_dir(cache_dir))
-    texts: Iterator[str] = usable_texts(source.rows(), BadRows())
-    if name == "wikitext2":
-        texts = join_pages(row.value for row in source.rows())
-    if name == "embedded":
+    source = _open(request.spec, mirror)
+    if request.kind == "wikitext2":
+        texts: Iterator[str] = join_pages(str(row.value) for row in source.rows())
+    else:
+        texts = usable_texts(source.rows(), BadRows())
+    if request.name == "embedded":
         texts = iter(held_out(list(texts)))
-    limit = max_samples if max_samples is not None else STREAMED_DOCUMENTS if spec.streaming else None
+    limit = max_samples if max_samples is not None else STREAMED_DOCUMENTS if request.spec.streaming else None
     documents = list(islice(texts, limit))
     if not documents:
-        raise DataError(f"data set {name!r} holds no document")
+        raise DataError(f"data set {request.name!r} holds no document")
     return documents
 
 
-def parse_name(name: str, cache_dir: str | None) -> SourceSpec:
-    """What ``--datasets NAME`` stands for."""
-    if name in KNOWN:
-        known = KNOWN[name]
-        return SourceSpec(
-            known.dataset_name,
-            known.text_column,
-            known.dataset_config,
-            known.dataset_split,
-            cache_dir,
-            known.streaming,
-        )
-    if name == "embedded" or path_of(name) or is_glob(name) or kind_of(Path(name)):
-        return SourceSpec(name, cache_dir=cache_dir)
-    hub_name, *rest = name.split(":")
+def _open(spec: SourceSpec, mirror: str | None) -> Source:
+    local = Path(mirror) / spec.dataset_name if mirror else None
+    if local is not None and local.is_dir():
+        return HubSource(replace(spec, dataset_name=str(local)))
+    return open_source(spec, default_cache_dir(spec.cache_dir))
+
+
+def parse_name(word: str, cache_dir: str | None) -> DatasetRequest:
+    """What ``--datasets WORD`` stands for.
+
+    Raises: ConfigError for a name that means nothing.
+    """
+    kind, equals, file = word.partition("=")
+    if equals and kind in KNOWN:
+        return DatasetRequest(kind, kind, SourceSpec(file, KNOWN[kind].text_column, cache_dir=cache_dir))
+    if word in KNOWN:
+        return DatasetRequest(word, word, replace(KNOWN[word], cache_dir=cache_dir))
+    if word == "embedded" or path_of(word) or is_glob(word) or kind_of(Path(word)):
+        return DatasetRequest(word, "", SourceSpec(word, cache_dir=cache_dir))
+    hub_name, *rest = word.split(":")
     if "/" not in hub_name:
         known = ", ".join([*KNOWN, "embedded"])
-        raise ConfigError(f"--datasets {name}: no file of that name; known sets: {known}; hub sets: owner/name")
+        raise ConfigError(f"--datasets {word}: no file of that name; known sets: {known}; hub sets: owner/name")
     config, split, column = (part or None for part in (*rest, None, None, None)[:3])
-    return SourceSpec(hub_name, column or "text", config, split or "test", cache_dir)
+    return DatasetRequest(word, "", SourceSpec(hub_name, column or "text", config, split or "test", cache_dir))
 
 
 def join_pages(lines: Iterator[str]) -> Iterator[str]:
     """WikiText's lines joined to its pages; a page begins with a line ``= Title =``."""
     page: list[str] = []
     for line in lines:
-        if WIKITEXT_TITLE.match(line) and page:
-            yield "".join(page)
+        if WIKITEXT_TITLE.match(line):
+            if "".join(page).strip():
+                yield "".join(page)
             page = []
         page.append(line)
     if "".join(page).strip():

@@ -1,26 +1,23 @@
-"""Perplexity and its relatives of a list of documents, by protocol ``document``.
+"""Perplexity and its relatives of a list of documents.
 
 Logits are fp32; NLLs (nats) and counts are summed in float64, and only sums are ever added: over windows,
-documents and, where there are several processes, ranks. Every token of a document is scored exactly once.
+documents and ranks. Every token of a document is scored exactly once.
 """
 
 import math
-import re
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from torch import nn
 
-from flare.errors import ConfigError, DataError, FlareError
+from flare import distributed
+from flare.distributed import World
+from flare.errors import DataError
+from flare.evaluation.batches import ALONE, Engine, Progress, Scored
+from flare.evaluation.corpus import Corpus, Protocol, make_corpus, resolve_prefix
 from flare.evaluation.scorer import TokenScorer, check_length, check_vocabulary
-from flare.evaluation.windows import Window, document_windows
-from flare.loss import IGNORE_INDEX
-
-TOKENIZE_CHUNK = 256
-"""Documents that go to the tokenizer at once: enough for its threads, few enough to stay small."""
+from flare.evaluation.windows import document_windows
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class DatasetScore:
     num_tokens: int
     num_bytes: int
     num_words: int
-    truncated_documents: int  # this protocol reads every document to its end: 0
+    truncated_documents: int  # every protocol reads every document to its end: 0
     loss: float
     perplexity: float | None
     bits_per_byte: float
@@ -54,6 +51,7 @@ class DatasetScore:
     # Per document, float64 and int64 (num_documents,): what a bootstrap over documents resamples.
     document_nll: np.ndarray = field(repr=False, metadata={"json": False})
     document_tokens: np.ndarray = field(repr=False, metadata={"json": False})
+    document_bytes: np.ndarray = field(repr=False, metadata={"json": False})
     # Throughput: the first batch is warm-up and not in it, unless it is the only one.
     timed_tokens: int = field(repr=False, metadata={"json": False})
     timed_sec: float = field(repr=False, metadata={"json": False})
@@ -62,6 +60,17 @@ class DatasetScore:
         """The entry of this data set in evaluation_results.json."""
         kept = (f.name for f in fields(self) if f.metadata.get("json", True))
         return {"status": "ok"} | {name: getattr(self, name) for name in kept}
+
+    def to_dict(self) -> dict:
+        """All of it as plain JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "DatasetScore":
+        """The score that ``to_dict`` was called on."""
+        types = {"document_nll": np.float64, "document_tokens": np.int64, "document_bytes": np.int64}
+        return cls(**values | {name: np.array(values[name], dtype=dtype) for name, dtype in types.items()})
 
 
 def score_documents(
@@ -72,11 +81,14 @@ def score_documents(
     max_length: int,
     batch_size: int,
     device: torch.device | str,
+    stride: int | None = None,
+    protocol: Protocol = "document",
     prefix_token_id: int | None = None,
     min_tokens: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    world: World = ALONE,
+    progress: Progress | None = None,
 ) -> DatasetScore:
-    """Score every token of every document, each document alone.
+    """Score every token of every document.
 
     Args:
         model: causal LM of transformers on its device; ``device`` is where its input ids belong.
@@ -84,79 +96,37 @@ def score_documents(
             each, unscored. (lm-eval does the same under ``add_bos_token=False``; its default scores
             Llama's bos as if it were text.)
         texts: the documents; empty ones hold nothing to score and are not counted.
-        max_length: tokens that the model sees at most. batch_size: windows a forward pass.
+        max_length: tokens that the model sees at most. stride, protocol: see ``windows``, ``corpus``.
+        batch_size: full windows a forward pass; shorter ones as many as hold the same tokens.
         prefix_token_id: what the first token is conditioned on; default bos, else eos.
         min_tokens: fewer than these is an error, not a number with no meaning.
-        progress: called with (tokens scored, tokens in all) after every batch.
+        world: several ranks share the windows out and all return the same score (a collective).
 
     Raises:
         DataError: no document, no token, fewer than ``min_tokens``, text that is not Unicode.
         ConfigError: the tokenizer is not the model's, or no prefix, or windows that the model can't take.
         FlareError: a loss that is not finite, with the document's number.
     """
-    prefix = resolve_prefix(tokenizer, prefix_token_id)
-    sequences = tokenize_documents(tokenizer, texts, prefix)
-    tally = _Tally(len(texts), max_length)
-    _count_text(tally, texts, sequences)
-    if tally.num_tokens < max(min_tokens, 1):
+    corpus = make_corpus(tokenizer, texts, resolve_prefix(tokenizer, prefix_token_id), protocol)
+    if corpus.total_tokens < max(min_tokens, 1):
         raise DataError(
-            f"{len(texts)} documents with {tally.num_tokens} tokens; at least {max(min_tokens, 1)} are needed"
+            f"{len(texts)} documents with {corpus.total_tokens} tokens; at least {max(min_tokens, 1)} are needed"
         )
-    check_vocabulary(model, max(max(sequence) for sequence in sequences))
-    check_length(model, min(max_length, max(len(sequence) for sequence in sequences) - 1))
-    scorer = TokenScorer(model, device, max(sequences, key=len))
-    windows = [w for i, s in enumerate(sequences) for w in document_windows(i, len(s) - 1, max_length)]
-    for batch in length_sorted_batches(windows, batch_size):
-        t0 = time.perf_counter()
-        losses, hits = scorer.score(*pad_batch(batch, sequences, prefix))
-        seconds = time.perf_counter() - t0
-        _check_finite(losses, batch, texts)
-        tally.add(batch, losses.double().numpy(), hits.numpy(), seconds)
-        if progress is not None:
-            progress(tally.scored_tokens, tally.num_tokens)
-    return tally.score()
+    check_vocabulary(model, max(max(sequence) for sequence in corpus.sequences))
+    check_length(model, min(max_length, len(corpus.longest) - 1))
+    windows = [w for i, s in enumerate(corpus.sequences) for w in document_windows(i, len(s) - 1, max_length, stride)]
 
+    def my_share() -> _Tally:
+        engine = Engine(TokenScorer(model, device, corpus.longest), batch_size * max_length, world)
+        tally = _Tally(corpus, max_length)
+        for scored in engine.score(windows, corpus.sequences, progress):
+            tally.add(scored, corpus)
+        return tally
 
-def resolve_prefix(tokenizer, prefix_token_id: int | None = None) -> int:
-    """The token in front of every document: as given, else bos, else eos.
-
-    Raises: ConfigError when the tokenizer has neither.
-    """
-    for token_id in (prefix_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    raise ConfigError("the tokenizer has neither a bos nor an eos token; give --prefix_token_id")
-
-
-def tokenize_documents(tokenizer, texts: list[str], prefix: int) -> list[list[int]]:
-    """``[prefix, tokens...]`` per document. A document longer than the model's context is no mistake here."""
-    sequences: list[list[int]] = []
-    for first in range(0, len(texts), TOKENIZE_CHUNK):
-        chunk = texts[first : first + TOKENIZE_CHUNK]
-        for offset, text in enumerate(chunk):
-            _check_text(text, first + offset)
-        encoded = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-        sequences.extend([prefix, *ids] for ids in encoded)
-    return sequences
-
-
-def length_sorted_batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Batches of like lengths, longest first: little padding, and memory runs out at once or never."""
-    ordered = sorted(windows, key=lambda w: -w.input_length)
-    for first in range(0, len(ordered), batch_size):
-        yield ordered[first : first + batch_size]
-
-
-def pad_batch(batch: list[Window], sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and shifted labels, padded on the right: (B, T) int64 each. Padding asks for nothing."""
-    longest = max(window.input_length for window in batch)
-    input_ids = torch.full((len(batch), longest), pad_id, dtype=torch.long)
-    labels = torch.full((len(batch), longest), IGNORE_INDEX, dtype=torch.long)
-    for row, window in enumerate(batch):
-        sequence = sequences[window.document]
-        input_ids[row, : window.input_length] = torch.tensor(window.inputs(sequence))
-        labels[row, : window.input_length] = torch.tensor(window.labels(sequence, IGNORE_INDEX))
-    return input_ids, labels
+    first, *others = distributed.together(world, my_share)
+    for other in others:
+        first.merge(other)
+    return first.score(corpus)
 
 
 def position_edges(max_length: int) -> list[int]:
@@ -177,53 +147,71 @@ def finite_exp(exponent: float) -> float | None:
 
 
 class _Tally:
-    """Running float64 sums of one data set."""
+    """Running float64 sums of one data set on one rank."""
 
-    def __init__(self, num_texts: int, max_length: int) -> None:
-        self.num_bytes = self.num_words = self.num_tokens = self.scored_tokens = self.hits = 0
-        self.counted = np.zeros(num_texts, dtype=bool)
-        self.document_nll = np.zeros(num_texts, dtype=np.float64)
-        self.document_tokens = np.zeros(num_texts, dtype=np.int64)
+    def __init__(self, corpus: Corpus, max_length: int) -> None:
+        self.hits = 0
+        self.document_nll = np.zeros(corpus.num_documents, dtype=np.float64)
+        self.document_tokens = np.zeros(corpus.num_documents, dtype=np.int64)
         self.edges = np.array(position_edges(max_length))
         self.bucket_nll = np.zeros(len(self.edges) - 1, dtype=np.float64)
         self.bucket_tokens = np.zeros(len(self.edges) - 1, dtype=np.int64)
-        self.batches: list[tuple[int, float]] = []
+        self.timed_tokens, self.timed_sec, self.warm_up = 0, 0.0, None
 
-    def add(self, batch: list[Window], losses: np.ndarray, hits: np.ndarray, seconds: float) -> None:
-        """Add the targets of a batch: (n,) float64 NLLs and (n,) hits in the order of its windows."""
-        documents = np.concatenate([np.full(w.stop - w.first_target, w.document) for w in batch])
+    def add(self, scored: Scored, corpus: Corpus) -> None:
+        """Add the targets of a batch; those that belong to no document do not count."""
+        windows = scored.windows
+        documents = np.concatenate([corpus.owners[w.document][w.first_target : w.stop] for w in windows])
         # The target s[i] is predicted from the input s[i - 1]; position ids count from the window's start.
-        positions = np.concatenate([np.arange(w.first_target, w.stop) - 1 - w.start for w in batch])
+        positions = np.concatenate([np.arange(w.first_target, w.stop) - 1 - w.start for w in windows])
         buckets = np.searchsorted(self.edges, positions, side="right") - 1
+        wanted = documents >= 0
+        documents, buckets, losses = documents[wanted], buckets[wanted], scored.losses[wanted]
         np.add.at(self.document_nll, documents, losses)
         np.add.at(self.document_tokens, documents, 1)
         np.add.at(self.bucket_nll, buckets, losses)
         np.add.at(self.bucket_tokens, buckets, 1)
-        self.hits += int(hits.sum())
-        self.scored_tokens += len(losses)
-        self.batches.append((len(losses), seconds))
+        self.hits += int(scored.hits[wanted].sum())
+        self._time(len(losses), scored.seconds)
 
-    def score(self) -> DatasetScore:
+    def _time(self, tokens: int, seconds: float) -> None:
+        """The first batch is warm-up."""
+        if self.warm_up is None:
+            self.warm_up = (tokens, seconds)
+        else:
+            self.timed_tokens += tokens
+            self.timed_sec += seconds
+
+    def merge(self, other: "_Tally") -> None:
+        """Add another rank's sums; ranks work at the same time, so the slowest one's time counts."""
+        for name in ("hits", "document_nll", "document_tokens", "bucket_nll", "bucket_tokens", "timed_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.timed_sec = max(self.timed_sec, other.timed_sec)
+
+    def score(self, corpus: Corpus) -> DatasetScore:
         """The metrics of what was added."""
-        nll, tokens = float(self.document_nll.sum()), self.scored_tokens
-        timed = self.batches[1:] or self.batches
+        counted = corpus.tokens > 0
+        nll, tokens = float(self.document_nll.sum()), int(self.document_tokens.sum())
+        num_bytes, num_words = int(corpus.num_bytes.sum()), int(corpus.num_words.sum())
+        timed = (self.timed_tokens, self.timed_sec) if self.timed_sec else self.warm_up
         return DatasetScore(
-            num_documents=int(self.counted.sum()),
+            num_documents=int(counted.sum()),
             num_tokens=tokens,
-            num_bytes=self.num_bytes,
-            num_words=self.num_words,
+            num_bytes=num_bytes,
+            num_words=num_words,
             truncated_documents=0,
             loss=nll / tokens,
             perplexity=finite_exp(nll / tokens),
-            bits_per_byte=nll / (math.log(2) * self.num_bytes),
-            word_perplexity=finite_exp(nll / self.num_words),
-            byte_perplexity=finite_exp(nll / self.num_bytes),
+            bits_per_byte=nll / (math.log(2) * num_bytes),
+            word_perplexity=finite_exp(nll / num_words),
+            byte_perplexity=finite_exp(nll / num_bytes),
             token_accuracy=100.0 * self.hits / tokens,
             loss_by_position=self._buckets(),
-            document_nll=self.document_nll[self.counted],
-            document_tokens=self.document_tokens[self.counted],
-            timed_tokens=sum(count for count, _ in timed),
-            timed_sec=sum(seconds for _, seconds in timed),
+            document_nll=self.document_nll[counted],
+            document_tokens=self.document_tokens[counted],
+            document_bytes=corpus.num_bytes[counted],
+            timed_tokens=timed[0] if timed else 0,
+            timed_sec=timed[1] if timed else 0.0,
         )
 
     def _buckets(self) -> list[dict]:
@@ -233,36 +221,3 @@ class _Tally:
             for low, high, nll, count in rows
             if count
         ]
-
-
-def _count_text(tally: _Tally, texts: list[str], sequences: list[list[int]]) -> None:
-    """Bytes, words and tokens of the documents that have a token to score."""
-    for i, (text, sequence) in enumerate(zip(texts, sequences, strict=True)):
-        if len(sequence) > 1:
-            tally.counted[i] = True
-            tally.num_tokens += len(sequence) - 1
-            tally.num_bytes += len(text.encode("utf-8"))
-            tally.num_words += len(re.split(r"\s+", text))
-
-
-def _check_text(text: str, index: int) -> None:
-    """A lone surrogate (JSON can hold one) has no UTF-8 form and so no bytes to count."""
-    if not isinstance(text, str):
-        raise DataError(f"document {index} is {type(text).__name__}, not text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        where = f"document {index} at character {error.start}"
-        raise DataError(f"{where} is not valid Unicode: {text[:40]!r}") from error
-
-
-def _check_finite(losses: torch.Tensor, batch: list[Window], texts: list[str]) -> None:
-    if torch.isfinite(losses).all():
-        return
-    first = int(torch.isfinite(losses).logical_not().nonzero()[0])
-    ends = np.cumsum([w.stop - w.first_target for w in batch])
-    document = batch[int(np.searchsorted(ends, first, side="right"))].document
-    raise FlareError(
-        f"the loss of document {document} ({texts[document][:40]!r}...) is {float(losses[first])}; "
-        "the weights or the precision are not right (try --precision fp32)"
-    )

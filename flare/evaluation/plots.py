@@ -24,15 +24,19 @@ LABEL_GAP = 0.055
 """Least distance of two labels at the right edge, as a share of the axis."""
 
 
-def plot_loss_by_position(series: dict[str, list[dict]], path: Path | str) -> Path:
+def plot_loss_by_position(
+    series: dict[str, list[dict]], path: Path | str, training_length: int | None = None, name: str = ""
+) -> Path:
     """Mean NLL against how much the model has read.
 
     Args:
         series: label -> buckets ``{"from", "to", "loss", "num_tokens"}`` of ``DatasetScore``.
-        path: the PNG to write.
+        path: the PNG to write. name: of the data set.
+        training_length: longest row of the training, marked when it lies in the picture.
     """
-    with _style():
-        figure, axes = _axes("Loss by position: what more context is worth", "tokens seen")
+    with style():
+        on = f" on {name}" if name else ""
+        figure, axes = new_axes(f"Loss by position{on}: what more context is worth", "tokens seen")
         ends = []
         for color, (label, buckets) in zip(_cycle(len(series)), series.items(), strict=True):
             # Position p has seen p + 1 tokens; a bucket stands at the geometric middle of what it has seen.
@@ -43,8 +47,9 @@ def plot_loss_by_position(series: dict[str, list[dict]], path: Path | str) -> Pa
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _label_right(axes, ends)
-        return _save(figure, path)
+        mark_training_length(axes, training_length)
+        label_right(axes, ends)
+        return save(figure, path)
 
 
 def plot_training_curve(
@@ -62,8 +67,8 @@ def plot_training_curve(
     """
     spans = stage_spans(history)
     references = references or {}
-    with _style():
-        figure, axes = _axes("Loss while training", TRAINING_AXIS, 24)
+    with style():
+        figure, axes = new_axes("Loss while training", TRAINING_AXIS, title_pad=24)
         shown = list(references.values())
         named = [(loss, f"{label} {loss:.3f}", REFERENCE_COLOR) for label, loss in references.items()]
         for color, (stage, start, end) in zip(_cycle(len(spans)), spans, strict=True):
@@ -76,8 +81,8 @@ def plot_training_curve(
             axes.axhline(loss, color=REFERENCE_COLOR, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
         axes.set_xlim(0, max([end for *_, end in spans], default=0.0) or 1.0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_label(value)))
-        _label_right(axes, named)
-        return _save(figure, path)
+        label_right(axes, named)
+        return save(figure, path)
 
 
 def stage_spans(history: dict[str, dict[str, list]]) -> list[tuple[str, float, float]]:
@@ -156,21 +161,38 @@ def count_label(value: float) -> str:
     return f"{value:g}"
 
 
-def _axes(title: str, xlabel: str, title_pad: int = 10) -> tuple[Figure, Axes]:
+def mark_training_length(axes: Axes, length: int | None) -> None:
+    """A line where training ended, when that lies inside the picture."""
+    low, high = axes.get_xlim()
+    if length is None or not low < length < high:
+        return
+    axes.axvline(length, color=REFERENCE_COLOR, linewidth=1.2, linestyle=":", zorder=1)
+    axes.text(
+        length, 1.0, f" trained to {length:,}", transform=axes.get_xaxis_transform(), color=REFERENCE_COLOR,
+        ha="left", va="top", fontsize=9,
+    )  # fmt: skip
+
+
+def new_axes(
+    title: str, xlabel: str, ylabel: str = "loss (nats per token)", title_pad: int = 10
+) -> tuple[Figure, Axes]:
+    """An empty picture."""
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=12, pad=title_pad)
     axes.set_xlabel(xlabel)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(ylabel)
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
 
 
-def _label_right(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
-    """Write (loss, label, colour) at the right edge at its height, moved up where two would overlap."""
-    low, high = axes.get_ylim()
-    heights = [((value - low) / (high - low), (label, color)) for value, label, color in ends]
+def label_right(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
+    """Write (value, label, colour) at the right edge at its height, moved where two would overlap."""
+    heights = []
+    for value, label, color in ends:
+        pixel = axes.transData.transform((axes.get_xlim()[1], value))[1]
+        heights.append((axes.transAxes.inverted().transform((0, pixel))[1], (label, color)))
     for height, (label, color) in spread(heights, LABEL_GAP):
         axes.text(
             1.015, height, label, transform=axes.transAxes, color=color, va="center", ha="left", fontsize=9.5
@@ -178,12 +200,18 @@ def _label_right(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
 
 
 def spread(items: list[tuple[float, tuple]], gap: float) -> list[tuple[float, tuple]]:
-    """Heights in ascending order, each at least ``gap`` above the one below."""
+    """Heights in ascending order, each at least ``gap`` above the one below; those pushed over the top (1) go down
+    again as far as there is room."""
     placed: list[tuple[float, tuple]] = []
     for height, content in sorted(items, key=lambda item: item[0]):
         if placed:
             height = max(height, placed[-1][0] + gap)
         placed.append((height, content))
+    ceiling = 1.0
+    for index in reversed(range(len(placed))):
+        height, content = placed[index]
+        placed[index] = (min(height, ceiling), content)
+        ceiling = placed[index][0] - gap
     return placed
 
 
@@ -191,8 +219,8 @@ def _cycle(count: int) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(count)]
 
 
-def _style():
-    """Fonts for Chinese names where the machine has one; a '$' in a name is no formula."""
+def style():
+    """The report's look. Fonts for Chinese names where the machine has one; a '$' in a name is no formula."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     families = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
     return rc_context(
@@ -206,7 +234,8 @@ def _style():
     )
 
 
-def _save(figure: Figure, path: Path | str) -> Path:
+def save(figure: Figure, path: Path | str) -> Path:
+    """Write the PNG."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():

@@ -8,11 +8,22 @@ import os
 from pathlib import Path
 from urllib.parse import quote
 
+from flare.evaluation.figures import Plot, models_of
+from flare.evaluation.markdown import cell, table
+from flare.evaluation.report_sections import (
+    context_section,
+    lm_eval_section,
+    passkey_section,
+    recovery_section,
+    samples_section,
+)
 from flare.evaluation.verdict import (
     ComparisonRow,
     comparison_verdict,
+    context_verdict,
     difference_percent,
     number,
+    passkey_verdict,
     probe_warning,
     scored_datasets,
     single_verdict,
@@ -26,40 +37,55 @@ SWAN_GPT = "[SWAN-GPT](https://arxiv.org/abs/2504.08719)"
 def write_report(
     results: dict,
     path: Path | str,
-    plots: list[tuple[Path | str, str]],
+    plots: list[Plot],
     comparison_rows: list[ComparisonRow] | None = None,
-    verdict: str | None = None,
+    label: str = "the model",
+    training_length: int | None = None,
 ) -> None:
     """Write the report.
 
     Args:
         results: of evaluation_results.json.
         path: the Markdown file; the plots' paths in it are relative to its directory.
-        plots: (PNG file, one sentence on how to read it).
         comparison_rows: models or milestones to hold against each other, per data set, in order.
-        verdict: the second line; default: what ``comparison_rows`` say, or one model alone can say.
+        label: of the evaluated model among them. training_length: longest row that it was trained on, in tokens.
     """
     path = Path(path)
     rows = comparison_rows or []
+    models = models_of(results, label)
     sections = [
-        _head(results, rows, verdict),
+        _head(results, rows, report_verdict(results, rows, label, training_length)),
         _comparison(rows),
+        context_section(results, models),
+        passkey_section(models),
+        recovery_section(results),
         _datasets(results),
+        lm_eval_section(results),
         _plots(plots, path.parent),
+        samples_section(results),
         _settings(results),
         _notes(results, rows),
     ]
     write_text(path, "\n\n".join(section for section in sections if section) + "\n")
 
 
-def report_verdict(results: dict, rows: list[ComparisonRow]) -> str:
-    """The verdict in plain words: of the comparison on the first compared data set, else of the model alone.
+def report_verdict(
+    results: dict, rows: list[ComparisonRow], label: str = "the model", training_length: int | None = None
+) -> str:
+    """The verdict in plain words: of the comparison on the first compared data set, else of the model alone; then
+    what longer contexts did.
 
     A model that is not what its configuration says comes before any number.
     """
     first = [row for row in rows if row.dataset == rows[0].dataset]
-    words = comparison_verdict(first) or single_verdict(results)
-    return " ".join(part for part in (probe_warning(results["model"]), words) if part)
+    models = models_of(results, label)
+    parts = (
+        probe_warning(results["model"]),
+        comparison_verdict(first) or single_verdict(results),
+        context_verdict(models, label, training_length),
+        passkey_verdict(models, label, training_length),
+    )
+    return " ".join(part for part in parts if part)
 
 
 def nope_pattern(layers: list[int]) -> str:
@@ -72,12 +98,12 @@ def nope_pattern(layers: list[int]) -> str:
     return "interleaved" if len(steps) == 1 else "mixed"
 
 
-def _head(results: dict, rows: list[ComparisonRow], verdict: str | None) -> str:
+def _head(results: dict, rows: list[ComparisonRow], verdict: str) -> str:
     """Three lines: what, verdict, the number. A backslash is Markdown's line break."""
     model, ok = results["model"], scored_datasets(results)
     kind = f"{model['model_type']}, NoPE layers: {format_layers(model['nope_layers'])}"
     what = f"# Evaluation of {_name(model['path'])} ({kind}) on {', '.join(ok) or 'nothing'}"
-    line = f"**Verdict:** {verdict or report_verdict(results, rows)}\\"
+    line = f"**Verdict:** {verdict}\\"
     if not ok:
         return f"{what}\n{line}\n**The number:** none."
     name = rows[0].dataset if rows and rows[0].dataset in ok else next(iter(ok))
@@ -103,7 +129,7 @@ def _comparison(rows: list[ComparisonRow]) -> str:
     parts = ["## Compared"]
     for dataset in dict.fromkeys(row.dataset for row in rows):
         group = [row for row in rows if row.dataset == dataset]
-        parts.append(f"On {_cell(dataset)}:\n\n" + _comparison_table(group))
+        parts.append(f"On {cell(dataset)}:\n\n" + _comparison_table(group))
     if len({row.tokenizer_sha256 for row in rows}) > 1:
         parts.append(
             "\\* Another tokenizer than the first row's: its loss and perplexity count other tokens and "
@@ -111,6 +137,11 @@ def _comparison(rows: list[ComparisonRow]) -> str:
         )
     else:
         parts.append("All rows share one tokenizer, so losses and perplexities per token may be compared.")
+    if any(row.interval for row in rows):
+        parts.append(
+            "The last column is the 95 % bootstrap interval, over documents, of the loss minus that of the first row: "
+            "where it holds zero, these documents do not tell the two apart."
+        )
     return "\n\n".join(parts)
 
 
@@ -121,9 +152,13 @@ def _comparison_table(group: list[ComparisonRow]) -> str:
         mark = "" if row.tokenizer_sha256 == base.tokenizer_sha256 else " \\*"
         difference = "–" if row is base else f"{difference_percent(row, base):+.1f} %{mark}"
         numbers = (f"{row.loss:.4f}{mark}", f"{number(row.perplexity)}{mark}", f"{row.bits_per_byte:.4f}")
-        lines.append((row.label, *numbers, difference))
-    header = ("model", "loss (nats/token)", "perplexity", "bits/byte", f"perplexity against {base.label}")
-    return _table(header, lines)
+        interval = "–" if row.interval is None else f"{row.interval[0]:+.4f} to {row.interval[1]:+.4f}{mark}"
+        lines.append((row.label, *numbers, difference, interval))
+    header = (
+        "model", "loss (nats/token)", "perplexity", "bits/byte", f"perplexity against {base.label}",
+        "loss difference, 95 %",
+    )  # fmt: skip
+    return table(header, lines)
 
 
 def milestones_table(results: dict, dataset: str) -> str:
@@ -160,23 +195,23 @@ def _datasets(results: dict) -> str:
     ]
     parts = ["## Data sets"]
     if lines:
-        parts.append(_table(header, lines))
+        parts.append(table(header, lines))
     failed = {name: entry for name, entry in results["datasets"].items() if entry["status"] != "ok"}
     if failed:
-        items = (f"- {_cell(name)}: {_cell(entry['error'])}" for name, entry in failed.items())
+        items = (f"- {cell(name)}: {cell(entry['error'])}" for name, entry in failed.items())
         parts.append("Not scored:\n\n" + "\n".join(items))
     if any(entry["word_perplexity"] is None for entry in scored_datasets(results).values()):
         parts.append("A dash: the text has so little white space that the number per word exceeds a float.")
     return "\n\n".join(parts)
 
 
-def _plots(plots: list[tuple[Path | str, str]], directory: Path) -> str:
+def _plots(plots: list[Plot], directory: Path) -> str:
     if not plots:
         return ""
     parts = ["## Plots"]
-    for file, sentence in plots:
-        relative = Path(os.path.relpath(file, directory)).as_posix()
-        parts.append(f"![{Path(file).stem.replace('_', ' ')}]({quote(relative)})\n\n{sentence}")
+    for plot in plots:
+        relative = Path(os.path.relpath(plot.path, directory)).as_posix()
+        parts.append(f"![{plot.path.stem.replace('_', ' ')}]({quote(relative)})\n\n{plot.sentence}")
     return "\n\n".join(parts)
 
 
@@ -194,7 +229,7 @@ def _settings(results: dict) -> str:
         ),
         ("RoPE theta", "–" if model["rope_theta"] is None else f"{model['rope_theta']:g}"),
         ("tokenizer SHA-256", model["tokenizer_sha256"]),
-        *((name.replace("_", " "), value) for name, value in results["settings"].items()),
+        *((name.replace("_", " "), _value(value)) for name, value in results["settings"].items()),
     ]
     throughput = results["throughput"]
     if throughput["tokens_per_sec"]:
@@ -202,27 +237,52 @@ def _settings(results: dict) -> str:
     if throughput["peak_memory_bytes"]:
         rows.append(("peak memory", f"{throughput['peak_memory_bytes'] / 2**30:.2f} GiB"))
     rows += results["environment"].items()
-    text = "## Settings\n\n" + _table(("setting", "value"), rows)
-    if results["settings"].get("protocol") == "document":
-        text += (
-            "\n\nProtocol `document`: each document alone, in disjoint windows of `max_length` predicted "
-            "tokens with one token of context, the last window filled to the left; the first token is "
-            "predicted from the prefix token. Every token is scored exactly once, as by lm-eval's rolling "
-            "log-likelihood."
+    text = "## Settings\n\n" + table(("setting", "value"), rows)
+    return text + "\n\n" + _protocol(results["settings"])
+
+
+def _protocol(settings: dict) -> str:
+    """The protocol in words."""
+    what = {
+        "document": "Protocol `document`: each document alone, behind the prefix token",
+        "concat": "Protocol `concat`: all documents in one sequence behind the prefix token, joined by the "
+        "end-of-text token, which is context and not scored",
+    }
+    if settings.get("stride"):
+        how = "in windows of `max_length` tokens that move by `stride`"
+    else:
+        how = (
+            "in disjoint windows of `max_length` predicted tokens with one token of context, the last window filled "
+            "to the left"
         )
-    return text
+    same = ""
+    if settings.get("protocol", "document") == "document" and not settings.get("stride"):
+        same = ", as by lm-eval's rolling log-likelihood"
+    return f"{what[settings.get('protocol', 'document')]}, {how}. Every token is scored exactly once{same}."
+
+
+def _value(value: object) -> object:
+    """A setting as a table shows it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return value
 
 
 def _notes(results: dict, rows: list[ComparisonRow]) -> str:
     """What is known about such models and bears on these numbers."""
-    notes = [*_nope_notes(results["model"]["nope_layers"]), *_comparison_notes(rows)]
+    notes = [
+        *_nope_notes(results["model"]["nope_layers"], bool(results.get("context_lengths"))),
+        *_comparison_notes(rows),
+    ]
     names = " ".join(results["datasets"]).lower()
     if "wikitext-2" in names.replace("wikitext2", "wikitext-2") and "wikitext-103" in names:
         notes.append("WikiText-2 and WikiText-103 share their test set: these are not two results.")
     return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else ""
 
 
-def _nope_notes(layers: list[int]) -> list[str]:
+def _nope_notes(layers: list[int], measured: bool) -> list[str]:
     if not layers:
         return []
     ablation = (
@@ -237,13 +297,18 @@ def _nope_notes(layers: list[int]) -> list[str]:
     if nope_pattern(layers) == "band":
         notes.append(
             "The NoPE layers are one block. A late block alone hardly extrapolates beyond the training "
-            f"length ({ablation}). Good perplexity here says nothing about longer contexts; the interleaved "
+            f"length ({ablation}). Good perplexity at that length says nothing about longer contexts; the interleaved "
             "layout, `--no_rope_layers every:4`, is the one that extrapolates."
         )
     if nope_pattern(layers) == "interleaved":
         notes.append(
-            f"The NoPE layers are interleaved, the layout that extrapolates ({ablation}). The perplexity "
-            "here was measured up to `max_length` only and does not show it."
+            f"The NoPE layers are interleaved, the layout that extrapolates ({ablation}). "
+            + (
+                "Whether this model does, the table of context lengths says."
+                if measured
+                else "The perplexity here was measured up to `max_length` only and does not show it "
+                "(`--context_lengths` would)."
+            )
         )
     return notes
 
@@ -256,18 +321,6 @@ def _comparison_notes(rows: list[ComparisonRow]) -> list[str]:
         "Training on more text changes the loss by itself. The control that separates this from the removal "
         "of RoPE is the same training with RoPE kept: `--no_rope_layers none` and the same `--train_layers`."
     ]
-
-
-def _table(header: tuple, rows: list[tuple]) -> str:
-    """A Markdown table; every column but the first is aligned to the right when there are more than two."""
-    align = ["---"] + ["---" if len(header) == 2 else "---:"] * (len(header) - 1)
-    lines = [header, tuple(align), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value) -> str:
-    """Text that stays in its cell and is shown as it is: no bar, no line break, no HTML tag."""
-    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def _name(path: str) -> str:

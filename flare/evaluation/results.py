@@ -7,6 +7,7 @@ lengths, passkey, ...) is one more key beside ``datasets``.
 import math
 import resource
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from torch import nn
 
 from flare.data.encode import tokenizer_sha256
 from flare.errors import FlareError
+from flare.evaluation.context import num_targets
+from flare.evaluation.corpus import resolve_prefix
+from flare.evaluation.options import EvaluationSettings
 from flare.evaluation.perplexity import DatasetScore
 from flare.files import write_json
 
@@ -39,9 +43,29 @@ def new_results(model: dict, settings: dict, environment: dict) -> dict:
     }
 
 
-def add_dataset(results: dict, name: str, score: DatasetScore) -> None:
-    """Enter a data set that was scored."""
-    results["datasets"][name] = score.to_json()
+def printed_settings(settings: EvaluationSettings, tokenizer, world_size: int) -> dict:
+    """What stands beside the numbers: how they were made."""
+    hidden = (
+        "output_dir", "cache_dir", "data_mirror", "model_path", "datasets", "compare_to", "gpu_type", "gpu_ids",
+        "allow_busy_gpus", "nproc_per_node", "ddp_timeout", "lm_eval_tasks", "lm_eval_limit", "prefix_token_id",
+    )  # fmt: skip
+    kept = {k: v for k, v in asdict(settings).items() if k not in hidden and v not in (None, ())}
+    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+    if settings.context_lengths:
+        kept["context_length_targets"] = num_targets(list(settings.context_lengths))
+    if not settings.passkey:
+        kept.pop("passkey_samples")
+    prefix = resolve_prefix(tokenizer, settings.prefix_token_id)
+    return kept | {
+        "stride": settings.stride,
+        "prefix_token": f"{tokenizer.convert_ids_to_tokens(prefix)} ({prefix})",
+        "processes": world_size,
+    }
+
+
+def add_dataset(results: dict, name: str, score: DatasetScore, more: dict | None = None) -> None:
+    """Enter a data set that was scored; ``more`` are LAMBADA's metrics."""
+    results["datasets"][name] = score.to_json() | (more or {})
 
 
 def add_failure(results: dict, name: str, error: Exception | str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import nn
 
 from flare.chunks import loss_chunk_rows
@@ -17,7 +18,7 @@ from flare.loss import IGNORE_INDEX, score_tokens
 
 log = logging.getLogger("flare")
 
-PROBE_TOKENS = 32
+PROBE_TOKENS = 8
 
 
 class TokenScorer:
@@ -32,9 +33,10 @@ class TokenScorer:
     Raises: ConfigError when the token ids do not belong to this model's vocabulary.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str, probe_ids: list[int]) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | str, probe_ids: list[int], bf16: bool = False) -> None:
         self.model = model
         self.device = torch.device(device)
+        self.bf16 = bf16
         self.fused = self._logits_are_linear(probe_ids[:PROBE_TOKENS])
         if not self.fused:
             log.info("evaluation: the logits of %s are not lm_head(hidden); computing them whole", _name(model))
@@ -66,11 +68,14 @@ class TokenScorer:
     def _score_fused(
         self, input_ids: torch.Tensor, asked: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = self.model.get_output_embeddings().weight
-        # Under a device_map, decoder and lm_head may live on different devices: all goes to the head's.
+        head = self.model.get_output_embeddings()
         hidden = self._hidden(input_ids)
-        rows = hidden[asked.to(hidden.device)].to(weight.device)
-        return score_tokens(rows, weight, targets.to(weight.device))
+        # Under a device_map, decoder and lm_head may live on different devices, and the head's weight on none until
+        # it is used: all goes to where the head computes.
+        with align_module_device(head):
+            weight = head.weight
+            rows = hidden[asked.to(hidden.device)].to(weight.device)
+            return score_tokens(rows, weight, targets.to(weight.device))
 
     def _score_full(
         self, input_ids: torch.Tensor, asked: torch.Tensor, targets: torch.Tensor
@@ -103,9 +108,11 @@ class TokenScorer:
         input_ids = torch.tensor([probe_ids], device=self.device)
         with evaluating(self.model):
             try:
-                hidden = self._hidden(input_ids).to(head.weight.device)
+                hidden = self._hidden(input_ids)
                 logits = self.model(input_ids, use_cache=False).logits
-                return torch.equal(F.linear(hidden, head.weight).float(), logits.to(hidden.device).float())
+                with align_module_device(head):
+                    expected = F.linear(hidden.to(head.weight.device), head.weight)
+                    return torch.equal(expected.float(), logits.to(expected.device).float())
             except (TypeError, RuntimeError, AttributeError, IndexError) as error:
                 # An unusual decoder (other arguments, another width than the head): the whole model knows
                 # better. What is wrong with the model itself shows again there.

@@ -17,20 +17,27 @@ NO_JUMP_NATS = 0.005
 """Below this, removing RoPE changed nothing that is worth a percentage (a guess: half a percent)."""
 
 
+CLEAR_NATS = 0.02
+"""What two losses must lie apart beyond the training length to be called different (a guess: 2 % of perplexity)."""
+
+
 @dataclass(frozen=True)
 class ComparisonRow:
     """One model on one data set, a line of the report's comparison table."""
 
     label: str
-    role: Literal["base", "patched", "trained"]
+    role: Literal["base", "patched", "trained", "control"]
     dataset: str
     loss: float  # nats per token
     perplexity: float | None
     bits_per_byte: float
     tokenizer_sha256: str
+    interval: tuple[float, float] | None = None  # 95 %, of the loss minus the first row's; nats, or bits per byte
 
 
-def comparison_row(label: str, role: str, results: dict, dataset: str) -> ComparisonRow:
+def comparison_row(
+    label: str, role: str, results: dict, dataset: str, interval: tuple[float, float] | None = None
+) -> ComparisonRow:
     """The row of a results dict. Raises: KeyError when the data set was not scored."""
     scored = results["datasets"][dataset]
     return ComparisonRow(
@@ -41,6 +48,7 @@ def comparison_row(label: str, role: str, results: dict, dataset: str) -> Compar
         perplexity=scored["perplexity"],
         bits_per_byte=scored["bits_per_byte"],
         tokenizer_sha256=results["model"]["tokenizer_sha256"],
+        interval=interval,
     )
 
 
@@ -80,8 +88,8 @@ def comparison_verdict(rows: list[ComparisonRow]) -> str:
     trained = [row for row in rows if row.role == "trained"]
     if base is None or not (patched or trained):
         return ""
-    if patched is None:
-        return _against_base(trained[-1], base)
+    if patched is None or patched.tokenizer_sha256 != base.tokenizer_sha256:
+        return _against_base((trained or [patched])[-1], base) + _against_control(rows)
     if not trained:
         return f"{_jump(base, patched)}; nothing has been trained since."
     shares = [won_back(base.loss, patched.loss, row.loss) for row in trained]
@@ -92,7 +100,15 @@ def comparison_verdict(rows: list[ComparisonRow]) -> str:
         worked = result.loss <= base.loss + NO_JUMP_NATS
     else:
         worked = shares[-1] >= RECOVERED
-    return f"{'It worked' if worked else 'Not there yet'}: {_against_base(result, base)} {story}."
+    opinion = "It worked" if worked else "Not there yet"
+    return f"{opinion}: {_against_base(result, base)} {story}.{_against_control(rows)}"
+
+
+def _against_control(rows: list[ComparisonRow]) -> str:
+    """' Against the control ...', which had the same training with RoPE kept; '' without one."""
+    control = next((row for row in reversed(rows) if row.role == "control"), None)
+    trained = [row for row in rows if row.role == "trained"]
+    return f" Against the control: {_against_base(trained[-1], control)}" if control and trained else ""
 
 
 def _jump(base: ComparisonRow, patched: ComparisonRow) -> str:
@@ -121,6 +137,72 @@ def _against_base(row: ComparisonRow, base: ComparisonRow) -> str:
     digits = 2 if measure == "perplexity" else 4
     both = " against ".join(number(value, digits) for value in values)
     return f"{row.label} is {side} {base.label} in {measure} on {row.dataset} ({both})."
+
+
+def context_verdict(models: list[dict], label: str, training_length: int | None) -> str:
+    """'By context length on X: within 0.3 % of base at 4,096; at 16,384 perplexity 9.1 against 410.'; '' without."""
+    mine = next(m for m in models if m["label"] == label)
+    name, rows = next(iter(mine["context_lengths"].items()), ("", []))
+    if not rows:
+        return ""
+    base = next((m for m in models if m["role"] == "base" and m is not mine), None)
+    if base and base["tokenizer_sha256"] != mine["tokenizer_sha256"]:
+        base = None
+    theirs = {row["context_length"]: row for row in base["context_lengths"].get(name, [])} if base else {}
+    near = max((r for r in rows if r["context_length"] <= (training_length or 0)), default=rows[0], key=_length)
+    parts = []
+    for row in dict.fromkeys(map(_length, (near, rows[-1]))):
+        row = next(r for r in rows if r["context_length"] == row)
+        other = theirs.get(row["context_length"])
+        parts.append(_at_length(row, other, base["label"] if base else ""))
+    far = _reach(rows[-1], theirs.get(_length(rows[-1])), base, training_length)
+    return f"By context length on {name}: {'; '.join(parts)}.{far}"
+
+
+def _reach(row: dict, other: dict | None, base: dict | None, training_length: int | None) -> str:
+    """What the longest context says, where it goes beyond the training length; '' else."""
+    if other is None or training_length is None or _length(row) <= training_length:
+        return ""
+    if row["loss"] < other["loss"] - CLEAR_NATS:
+        return f" Beyond the training length it holds up better than {base['label']}."
+    better = "about as well as" if row["loss"] <= other["loss"] + CLEAR_NATS else "worse than"
+    return f" Beyond the training length it holds up {better} {base['label']}."
+
+
+def _length(row: dict) -> int:
+    return row["context_length"]
+
+
+def _at_length(row: dict, other: dict | None, base: str) -> str:
+    """'at 4,096 tokens within 0.3 % of base', or the two perplexities where they lie apart."""
+    where = f"at {row['context_length']:,} tokens"
+    if other is None:
+        return f"{where} perplexity {number(row['perplexity'])}"
+    percent = 100.0 * finite_expm1(row["loss"] - other["loss"])
+    if abs(percent) < 5:
+        return f"{where} within {max(abs(percent), 0.1):.1f} % of {base}"
+    return f"{where} perplexity {number(row['perplexity'])} against {number(other['perplexity'])} of {base}"
+
+
+def passkey_verdict(models: list[dict], label: str, training_length: int | None) -> str:
+    """How often the passkey is found, up to the training length and beyond; '' where it was not asked for."""
+    mine = next(m for m in models if m["label"] == label)
+    if not mine["passkey"]:
+        return ""
+    base = next((m for m in models if m["role"] == "base" and m is not mine and m["passkey"]), None)
+    lengths = sorted({row["context_length"] for row in mine["passkey"]})
+    inside = [n for n in lengths if training_length is None or n <= training_length]
+    parts = []
+    for words, group in (("", inside), ("beyond the training length ", [n for n in lengths if n not in inside])):
+        if group:
+            against = f" (base {_found(base, group):.0f} %)" if base else ""
+            parts.append(f"{words}{_found(mine, group):.0f} %{against}")
+    return f"Passkeys found: {'; '.join(parts)}."
+
+
+def _found(model: dict, lengths: list[int]) -> float:
+    rates = [row["accuracy"] for row in model["passkey"] if row["context_length"] in lengths]
+    return sum(rates) / len(rates) if rates else 0.0
 
 
 def single_verdict(results: dict) -> str:

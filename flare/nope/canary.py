@@ -18,7 +18,18 @@ from transformers import PreTrainedModel
 
 from flare.errors import CheckpointError
 from flare.files import write_json
-from flare.nope.canary_file import CANARY_FILE, LOCAL, NEITHER, TOP_K, Canary, Scores, Verdict, read_canary
+from flare.nope.canary_file import (
+    CANARY_FILE,
+    LOCAL,
+    NEITHER,
+    ROPE_EVERYWHERE,
+    TOP_K,
+    WAY_OUT,
+    Canary,
+    Scores,
+    Verdict,
+    read_canary,
+)
 from flare.nope.layers import format_layers
 from flare.nope.modeling_nope import NOPE_ATTENTION
 from flare.nope.probe import verify_nope
@@ -100,6 +111,23 @@ def check_canary(model: PreTrainedModel, directory: Path) -> Verdict:
     if max(map(max, canary.sequences)) >= model.get_input_embeddings().num_embeddings:
         return Verdict(NEITHER, math.inf, math.inf, canary.separation_nats, 0)
     return canary.judge_nll(score(model, canary.sequences, canary.top_positions).nll, LOCAL)
+
+
+def hold_to_canary(model: PreTrainedModel, directory: Path) -> Verdict | None:
+    """Refuse a model that is not the one of its directory's canary: layers, theta or weights that were edited.
+
+    Args:
+        model: as loaded from the directory, in the stored dtype or fp32: rounding to another one can cost more
+            than the limit.
+    Returns: the verdict, None without a canary.
+    Raises: CheckpointError.
+    """
+    if not (directory / CANARY_FILE).is_file():
+        return None
+    verdict = check_canary(model, directory)
+    if verdict.what in (ROPE_EVERYWHERE, NEITHER):
+        raise CheckpointError(f"{directory} is not the model of its {CANARY_FILE}: {verdict}; {WAY_OUT}")
+    return verdict
 
 
 @torch.no_grad()

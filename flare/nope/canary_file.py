@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flare.errors import CheckpointError
+from flare.nope.layers import format_layers
 
 CANARY_FILE = "nope_canary.json"
 FORMAT_VERSION = 1
@@ -21,6 +22,8 @@ TRUE_MODEL = "true model"
 ROPE_EVERYWHERE = "RoPE everywhere"
 NEITHER = "neither"
 UNDECIDABLE = "undecidable"
+
+WAY_OUT = f"put the true config.json back, or remove {CANARY_FILE} if the model was changed on purpose"
 
 FP32_NOISE_NATS = 1e-3
 """References that lie nearer to each other than this are the same to every measurement. A guess on the safe side for
@@ -193,6 +196,21 @@ def read_canary(directory: Path) -> Canary:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     return canary
+
+
+def check_recorded_layers(directory: Path, nope_layers: list[int]) -> None:
+    """Hold the NoPE layers that a model's config.json names to its canary, when it has one. Loads nothing.
+
+    Raises: CheckpointError when they differ.
+    """
+    if not (directory / CANARY_FILE).is_file():
+        return
+    recorded = sorted(read_canary(directory).nope_layers)
+    if recorded != sorted(nope_layers):
+        raise CheckpointError(
+            f"config.json of {directory} names NoPE layers {format_layers(nope_layers)}, its {CANARY_FILE} "
+            f"{format_layers(recorded)}; {WAY_OUT}"
+        )
 
 
 def copy_canary(source: Path, target: Path) -> bool:

@@ -35,6 +35,14 @@ def family_of(config: dict, where: str) -> str:
     return model_type
 
 
+def depth_of(config: dict, where: str) -> int:
+    """Number of decoder layers. Raises: CheckpointError when config.json does not say it."""
+    depth = config.get("num_hidden_layers")
+    if not isinstance(depth, int) or depth < 1:
+        raise CheckpointError(f"{where}: num_hidden_layers must be a whole number above 0, config.json has {depth!r}")
+    return depth
+
+
 def theta_of(config: dict, where: str) -> float:
     """RoPE base of a config.json of transformers 4 (``rope_theta``) or 5 (``rope_parameters``).
 
@@ -88,9 +96,12 @@ def is_export(config: dict) -> bool:
 def nope_layers_of(config: dict) -> list[int]:
     """NoPE layers that a config.json names, ours or a stock architecture's that has some; none for a plain model.
 
-    Raises: CheckpointError when an export's own record and its architecture's field name different layers.
+    Raises: CheckpointError when nope_layers is no list of indices, or when an export's own record and its
+        architecture's field name different layers.
     """
     recorded = config.get("nope_layers")
+    if recorded is not None and not (isinstance(recorded, list) and all(type(i) is int for i in recorded)):
+        raise CheckpointError(f"config.json: nope_layers must be a list of layer indices, got {recorded!r}; edited?")
     architecture = STOCK_NOPE_FIELDS.get(config.get("model_type"))
     if architecture is None:
         return sorted(recorded or [])

@@ -5,6 +5,7 @@ here both are errors.
 """
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def load_causal_lm(
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
     config_dict: dict | None = None,
+    device_map: str | dict | None = None,
 ) -> PreTrainedModel:
     """A causal LM of ours or of transformers, in evaluation mode on the CPU; its NoPE layers are proven where its
     config.json says which they are.
@@ -56,6 +58,7 @@ def load_causal_lm(
         directory: a local model directory.
         dtype: of the weights; "auto" is the checkpoint's own.
         config_dict: use this config.json instead of the directory's (same shapes; NoPE layers or theta differ).
+        device_map: accelerate's: "auto" spreads the layers over all cards, then the CPU's memory.
 
     Raises: CheckpointError for missing or misfitting tensors, foreign code (``auto_map``), or layers that
         are not what the configuration says.
@@ -63,7 +66,9 @@ def load_causal_lm(
     raw = config_dict or read_model_config(directory)
     weight_files(directory)
     config, architecture = _architecture(raw, directory)
-    model = _load_weights(architecture, directory, config, dtype, attn_implementation)
+    placed = {"attn_implementation": attn_implementation, "device_map": device_map}
+    extra = {name: value for name, value in placed.items() if value is not None}
+    model = _load_weights(architecture, directory, config, dtype, extra)
     if says_which_layers(raw):
         verify_nope(model, nope_layers_of(raw), str(directory))
     return model.eval()
@@ -97,15 +102,18 @@ def _architecture(raw: dict, directory: Path) -> tuple[PreTrainedConfig, type]:
 
 
 def _load_weights(
-    architecture: type, directory: Path, config: object, dtype: torch.dtype | str, attn: str | None
+    architecture: type, directory: Path, config: object, dtype: torch.dtype | str, extra: dict
 ) -> PreTrainedModel:
-    extra = {"attn_implementation": attn} if attn else {}
     try:
         with quiet_transformers():
             model, info = architecture.from_pretrained(
                 directory, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **extra
             )
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{directory} has a .bin file that holds more than plain tensors, which could run code: it is not opened"
+        ) from error
+    except (ValueError, OSError, RuntimeError, EOFError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{directory} cannot be loaded: {reason}") from error
     problems = []

@@ -6,7 +6,8 @@ This file travels inside every model that Flare writes and needs nothing but tra
 
 ``config.nope_layers`` lists the decoder layers (0-based) whose attention ignores positions. The
 ``model_type`` is our own on purpose: stock transformers, which would put RoPE back without a word,
-refuses to open such a checkpoint. Written for transformers 4.57 and 5.x.
+refuses to open such a checkpoint. ``_auto_class`` makes ``save_pretrained`` copy this file beside the weights.
+Written for transformers 4.57 and 5.x.
 """
 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,11 +21,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCau
 
 class Qwen2NopeConfig(Qwen2Config):
     model_type = "qwen2_nope"
+    _auto_class = "AutoConfig"
     nope_layers: list[int] | None = None
 
 
 class Qwen3NopeConfig(Qwen3Config):
     model_type = "qwen3_nope"
+    _auto_class = "AutoConfig"
     nope_layers: list[int] | None = None
 
 
@@ -107,6 +110,7 @@ class Qwen2NopeModel(Qwen2Model):
 
 class Qwen2NopeForCausalLM(Qwen2ForCausalLM):
     config_class = Qwen2NopeConfig
+    _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config):
         super().__init__(config)
@@ -123,6 +127,7 @@ class Qwen3NopeModel(Qwen3Model):
 
 class Qwen3NopeForCausalLM(Qwen3ForCausalLM):
     config_class = Qwen3NopeConfig
+    _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config):
         super().__init__(config)

@@ -10,6 +10,7 @@ from flare.errors import CheckpointError, ConfigError
 from flare.nope.format import (
     EXPORTED,
     NATIVE_TYPES,
+    depth_of,
     family_of,
     is_export,
     nope_layers_of,
@@ -88,7 +89,7 @@ def _check_representable(config: dict, rope: dict, where: str) -> None:
 
 
 def _smollm3(config: dict, layers: list[int], where: str) -> dict:
-    depth = config["num_hidden_layers"]
+    depth = depth_of(config, where)
     return {
         "attention_bias": True,  # on q, k, v as Qwen2; creates one on o_proj, too, which is written as zeros
         "mlp_bias": False,
@@ -100,7 +101,7 @@ def _smollm3(config: dict, layers: list[int], where: str) -> dict:
 
 
 def _exaone_moe(config: dict, layers: list[int], where: str) -> dict:
-    depth = config["num_hidden_layers"]
+    depth = depth_of(config, where)
     if len(layers) == depth:
         raise ConfigError(
             f"all {depth} layers of {where} are NoPE layers; ExaoneMoe cannot say that: vLLM and SGLang turn RoPE on "

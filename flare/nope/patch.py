@@ -8,13 +8,18 @@ from transformers import PreTrainedModel
 from flare.errors import ConfigError
 from flare.hub import read_model_config
 from flare.nope import modeling_nope
-from flare.nope.format import FAMILIES, family_of, nope_layers_of, with_nope, write_config
+from flare.nope.format import FAMILIES, depth_of, family_of, nope_layers_of, with_nope, write_config
 from flare.nope.layers import format_layers, parse_layers
 from flare.nope.probe import verify_nope
 from flare.nope.shards import Change, check_weights, transfer_weights
 from flare.nope.staging import copy_companions, new_directory
 from flare.nope.temperature import check_temperature, fold_temperature
 from flare.nope.tensors import query_tensors, tensor_names
+
+NOPE_CAUSAL_LM = {
+    modeling_nope.Qwen2ForCausalLM: modeling_nope.Qwen2NopeForCausalLM,
+    modeling_nope.Qwen3ForCausalLM: modeling_nope.Qwen3NopeForCausalLM,
+}
 
 
 def patch_qwen_rope(
@@ -45,6 +50,7 @@ def patch_qwen_rope(
     for layer in decoder.layers:
         layer.self_attn.config = model.config
     modeling_nope.remove_rope(decoder, layers)
+    model.__class__ = NOPE_CAUSAL_LM.get(type(model), type(model))  # whose save_pretrained takes the code along
     if rope_theta is not None:
         decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(model.device)
     if nope_temperature is not None:
@@ -91,7 +97,7 @@ def _layers_to_patch(config: dict, no_rope_layers: str | int | list, where: str)
         )
     if "nope_temperature" in config:
         raise ConfigError(f"{where} has a nope_temperature but no NoPE layers: its config.json was edited")
-    layers = parse_layers(no_rope_layers, int(config["num_hidden_layers"]))
+    layers = parse_layers(no_rope_layers, depth_of(config, where))
     if not layers:
         raise ConfigError("--no_rope_layers none patches no layer")
     return layers

@@ -30,7 +30,7 @@ def probe_nope_layers(model: torch.nn.Module, decode: Callable | None = None) ->
         decode: how the decoder is called when not by itself (a sharded model gathers its weights at the outside).
     """
     decoder = model.get_decoder()
-    device = decoder.embed_tokens.weight.device
+    device = input_device(model)
     input_ids = torch.arange(PROBE_TOKENS, device=device)[None] % decoder.embed_tokens.num_embeddings
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
     found: list[int] = []
@@ -55,6 +55,14 @@ def probe_nope_layers(model: torch.nn.Module, decode: Callable | None = None) ->
                 hook.remove()
             model.train(was_training)
     return found
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """Where a causal LM's input ids belong: beside its embeddings, which accelerate may keep elsewhere until used."""
+    embeddings = model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    return embeddings.weight.device if place is None else torch.device(place)
 
 
 def _ignores_positions(decoder: torch.nn.Module, attention: torch.nn.Module, kwargs: dict) -> bool:

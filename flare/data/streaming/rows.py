@@ -1,0 +1,192 @@
+"""Training rows of a stream, as a trainer reads them: by position in the run, on every rank.
+
+Rows are shuffled inside a block: position p of the run is a row of the block that holds p, by a permutation of
+(seed, block). So a position and the seed say which row it is, once the block's place is known; that is what a
+checkpoint records.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flare import distributed
+from flare.data.order import permutation
+from flare.data.packing import PackedRows
+from flare.data.streaming.blocks import Block
+from flare.data.streaming.messages import WINDOW_BLOCKS, Job, Order
+from flare.data.streaming.place import Place
+from flare.data.streaming.survey import StreamedCorpus
+from flare.data.streaming.window import Making, Waiting, Window
+from flare.data.train_rows import Batch, TrainRows
+from flare.distributed import World
+
+KEPT_STEPS = 4
+"""Steps behind the one that is read whose rows stay: a rank reads one step ahead, and a card's host may be two steps
+ahead of another rank's. So a block must have the rows of five steps, or the window could fill up with what is kept."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How rows are made of a stream.
+
+    ``block_rows``: rows that are shuffled together. ``num_workers``: cores that tokenise.
+    """
+
+    seq_len: int
+    packing: str
+    seed: int
+    block_rows: int
+    cache_dir: Path
+    num_workers: int
+
+
+class OpenBlock:
+    """A block with its rows in training order."""
+
+    def __init__(self, block: Block, settings: StreamSettings) -> None:
+        self.block = block
+        documents = np.arange(len(block.offsets) - 1)
+        self.rows = PackedRows(block, documents, settings.seq_len, settings.packing)
+        assert len(self.rows) == block.num_rows
+        self.order = permutation(settings.seed, block.place.block, block.num_rows)
+
+
+class StreamedRows(TrainRows):
+    """Rows of the run by index, without end. ``start`` comes before everything else.
+
+    Rows that later steps do not need are deleted: positions may only grow. One thread reads; ``place_at`` and
+    ``epochs`` may be asked by another one.
+    """
+
+    def __init__(self, corpus: StreamedCorpus, settings: StreamSettings) -> None:
+        self.corpus, self.settings = corpus, settings
+        self.blocks: list[OpenBlock] = []
+        self.next_block = self.step_rows = 0
+        self.source: Making | Waiting | None = None
+
+    def start(self, world: World, recorded: dict | None, step_rows: int) -> None:
+        """Begin to tokenise. A collective: all ranks call it.
+
+        Args:
+            recorded: what ``place_at`` gave for the position to go on from; None at the beginning.
+            step_rows: rows of an optimizer step.
+        """
+        place = Place.from_json(recorded) if recorded else Place.start(len(self.corpus.pieces))
+        self.next_block, self.step_rows = place.block, step_rows
+        window = Window(self.settings.cache_dir) if world.local_rank == 0 else None
+        if window:
+            self.source = Making(self._order(place, window, step_rows), window)
+        windows = distributed.gather_objects(window and str(window.directory))
+        if not window:
+            self.source = Waiting(Path(windows[world.rank - world.local_rank]))
+
+    def _order(self, place: Place, window: Window, step_rows: int) -> Order:
+        corpus, settings = self.corpus, self.settings
+        limits = corpus.limits
+        return Order(
+            job=Job(corpus.encoder.to_message(), corpus.pieces, limits, corpus.meta["held_out_below"]),
+            place=place,
+            directory=window.directory,
+            dtype=corpus.encoder.dtype,
+            seed=settings.seed,
+            seq_len=settings.seq_len,
+            block_rows=settings.block_rows,
+            step_rows=step_rows,
+            max_bad_rows=corpus.settings.max_bad_rows,
+            total_rows=None if None in limits else sum(limits),
+            num_workers=settings.num_workers,
+        )
+
+    def close(self) -> None:
+        """End the tokenising processes; the window is deleted."""
+        if self.source:
+            self.source.close()
+
+    # -- order ---------------------------------------------------------------------------------------
+
+    def order(self, _seed: int) -> "StreamedRows":
+        """Who says which rows lie at which positions: the rows themselves, since their blocks come one by one."""
+        return self
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """Row indices at positions [first, last), at most a block's. Those ``KEPT_STEPS`` before them may be gone."""
+        assert last - first <= self.settings.block_rows  # more may not fit into the window
+        self._forget_below(first - KEPT_STEPS * self.step_rows)
+        while not self.blocks or self.blocks[-1].block.last_row < last:
+            self._open_next()
+        found = []
+        for opened in self.blocks:
+            begin = opened.block.first_row
+            low, high = max(first - begin, 0), min(last, opened.block.last_row) - begin
+            found.append(begin + opened.order[low : max(high, low)])
+        return np.concatenate(found)
+
+    def _open_next(self) -> None:
+        self.source.wait_for(self.next_block)
+        block = Block(self.source.directory / f"{self.next_block:08d}", self.corpus.end_of_text_id)
+        self.blocks.append(OpenBlock(block, self.settings))
+        self.next_block += 1
+
+    def _forget_below(self, position: int) -> None:
+        kept = [opened for opened in self.blocks if opened.block.last_row > position]
+        if len(kept) < len(self.blocks):
+            self.blocks = kept
+            self.source.discard_below(kept[0].block.place.block if kept else self.next_block)
+
+    # -- rows ----------------------------------------------------------------------------------------
+
+    def num_targets(self, rows: np.ndarray) -> int:
+        """Targets in these rows, without reading them."""
+        return sum(opened.rows.num_targets(inside) for opened, inside in self._by_block(rows))
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """Inputs, labels and position ids of rows that ``rows`` gave, in its order."""
+        parts = [opened.rows.batch(inside) for opened, inside in self._by_block(rows)]
+        return Batch(
+            np.concatenate([part.input_ids for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+            np.concatenate([part.position_ids for part in parts]),
+        )
+
+    def any_row(self) -> int:
+        """The index of a row that can be read at the moment."""
+        return self.blocks[-1].block.first_row
+
+    def _by_block(self, rows: np.ndarray) -> Iterator[tuple[OpenBlock, np.ndarray]]:
+        """Each block with the indices in it; positions, and so rows, come block by block."""
+        for opened in self.blocks:
+            block = opened.block
+            inside = rows[(rows >= block.first_row) & (rows < block.last_row)]
+            if len(inside):
+                yield opened, inside - block.first_row
+
+    def _block_of(self, row: int) -> Block:
+        return next(o.block for o in self.blocks if o.block.first_row <= row < o.block.last_row)
+
+    # -- progress --------------------------------------------------------------------------------------
+
+    def place_at(self, position: int) -> dict:
+        """What a checkpoint records of a position whose predecessor was read: from there ``start`` goes on."""
+        if position == 0:
+            return Place.start(len(self.corpus.pieces)).to_json()
+        block = self._block_of(position - 1)
+        return (block.end if position == block.last_row else block.place).to_json()
+
+    def epochs(self, position: int) -> float:
+        """Passes over the data up to a position."""
+        if position == 0:
+            return 0.0
+        block = self._block_of(position - 1)
+        begin, end = block.epochs
+        return begin + (end - begin) * (position - block.first_row) / block.num_rows
+
+    def describe(self) -> str:
+        """For the log."""
+        settings = self.settings
+        size = WINDOW_BLOCKS * settings.block_rows * settings.seq_len * self.corpus.encoder.dtype.itemsize
+        return (
+            f"streamed from {len(self.corpus.pieces):,} pieces, {settings.block_rows:,} rows shuffled at a time, at "
+            f"most {size / 2**20:,.0f} MiB of tokens on disk"
+        )

@@ -1,0 +1,52 @@
+"""How sure a difference between two models is, given the documents that it was measured on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+BLOCK = 100
+"""Resamples whose weights exist at a time: 100 x 10,000 documents are 8 MB."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two ratios of sums, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(
+    nll: np.ndarray, sizes: np.ndarray, other_nll: np.ndarray, other_sizes: np.ndarray, seed: int = 0
+) -> Difference:
+    """``sum(nll)/sum(sizes) - sum(other_nll)/sum(other_sizes)`` with a 95 % bootstrap interval over documents.
+
+    A resample draws as many documents as there are, with replacement, the same for both models: what makes a
+    document hard for both is not in the interval. Percentile interval, ``RESAMPLES`` resamples.
+
+    Args:
+        nll, other_nll: (documents,) float64 sums per document. sizes: what they are divided by (tokens; or bytes
+            times ln 2 for bits per byte).
+    Source: Efron and Tibshirani 1993, chapter 13.
+    """
+    columns = np.stack([nll, sizes, other_nll, other_sizes]).astype(np.float64)
+    count = columns.shape[1]
+    draw = np.random.default_rng(seed)
+    values = []
+    for _ in range(RESAMPLES // BLOCK):
+        weights = draw.multinomial(count, np.full(count, 1 / count), size=BLOCK).astype(np.float64)
+        values.append(_difference(weights @ columns.T))
+    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
+    return Difference(float(_difference(columns.sum(1)[None])[0]), float(low), float(high))
+
+
+def _difference(sums: np.ndarray) -> np.ndarray:
+    """(n, 4) sums -> (n,) differences of ratios."""
+    return sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]

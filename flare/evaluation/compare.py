@@ -1,0 +1,95 @@
+"""Models held against each other on the same documents: rows for the table, differences with intervals."""
+
+import math
+from dataclasses import dataclass
+
+from flare.evaluation.bootstrap import Difference, paired_difference
+from flare.evaluation.models import Milestone
+from flare.evaluation.perplexity import DatasetScore
+from flare.evaluation.verdict import ComparisonRow, comparison_row, scored_datasets
+
+KEPT_METRICS = ("loss", "perplexity", "bits_per_byte", "token_accuracy", "lambada_accuracy", "lambada_perplexity")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's results, with the scores per document that they came from."""
+
+    who: Milestone
+    results: dict
+    scores: dict[str, DatasetScore]
+
+    @property
+    def tokenizer(self) -> str:
+        return self.results["model"]["tokenizer_sha256"]
+
+
+def reference_of(others: list[Measured]) -> Measured:
+    """What the evaluated model is held against: the first base, else the first other model."""
+    return next((other for other in others if other.who.role == "base"), others[0])
+
+
+def comparison(model: Measured, other: Measured, seed: int) -> dict:
+    """The entry ``comparison`` of evaluation_results.json: by data set, this model's loss minus the other's.
+
+    With equal tokenizers in nats per token, else in bits per byte, where only the bytes are the same.
+    """
+    same = model.tokenizer == other.tokenizer
+    datasets = {}
+    for name in shared_datasets(model, other):
+        found = difference(model.scores[name], other.scores[name], same, seed)
+        datasets[name] = {
+            "loss_difference": found.value,
+            "ci95": [found.low, found.high],
+            "unit": "nats/token" if same else "bits/byte",
+        }
+    return {"model": other.results["model"] | {"label": other.who.label}, "datasets": datasets}
+
+
+def difference(score: DatasetScore, other: DatasetScore, same_tokenizer: bool, seed: int) -> Difference:
+    """Mean loss of a model minus another's on the same documents, with its interval."""
+    if same_tokenizer:
+        sizes, other_sizes = score.document_tokens, other.document_tokens
+    else:
+        sizes, other_sizes = (math.log(2) * s.document_bytes for s in (score, other))
+    return paired_difference(score.document_nll, sizes, other.document_nll, other_sizes, seed)
+
+
+def shared_datasets(model: Measured, other: Measured) -> list[str]:
+    """Data sets that both were scored on, document for document."""
+    both = (name for name in model.scores if name in other.scores)
+    return [n for n in both if len(model.scores[n].document_nll) == len(other.scores[n].document_nll)]
+
+
+def milestone_records(models: list[Measured]) -> list[dict]:
+    """The models in order, with what the report's tables and plots need of each."""
+    return [
+        {
+            "label": m.who.label,
+            "role": m.who.role,
+            "path": str(m.who.directory),
+            "tokenizer_sha256": m.tokenizer,
+            "datasets": {
+                name: {key: entry[key] for key in KEPT_METRICS if key in entry}
+                for name, entry in scored_datasets(m.results).items()
+            },
+            "context_lengths": m.results.get("context_lengths", {}),
+            "passkey": m.results.get("passkey", []),
+        }
+        for m in models
+    ]
+
+
+def comparison_rows(models: list[Measured], seed: int) -> list[ComparisonRow]:
+    """Rows of all models on every data set that all were scored on; each against the first model."""
+    rows = []
+    for name in models[0].scores:
+        if not all(name in m.scores for m in models):
+            continue
+        for m in models:
+            interval = None
+            if m is not models[0] and name in shared_datasets(m, models[0]):
+                found = difference(m.scores[name], models[0].scores[name], m.tokenizer == models[0].tokenizer, seed)
+                interval = (found.low, found.high)
+            rows.append(comparison_row(m.who.label, m.who.role, m.results, name, interval))
+    return rows

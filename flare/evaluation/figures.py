@@ -1,0 +1,110 @@
+"""Which pictures an evaluation has, and the sentence that goes with each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flare.evaluation.finished import file_name
+from flare.evaluation.plots import plot_loss_by_position, plot_training_curve
+from flare.evaluation.plots_context import plot_context_lengths, plot_passkey
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A PNG, its tag in TensorBoard's image tab, and how to read it."""
+
+    path: Path
+    tag: str
+    sentence: str
+
+
+def draw_figures(
+    results: dict, label: str, by_position: dict[str, dict[str, list[dict]]], stages: dict, directory: Path
+) -> list[Plot]:
+    """Draw what the results have, the most telling first.
+
+    Args:
+        results: of evaluation_results.json, complete.
+        label: of the evaluated model among those that it is compared with.
+        by_position: data set -> model -> buckets. stages: of the experiment's training_metrics.json, or {}.
+    """
+    trained = training_length(stages)
+    plots = [*_training_curve(results, stages, directory), *_contexts(results, label, trained, directory)]
+    plots += _passkey(results, label, trained, directory)
+    for name, series in by_position.items():
+        path = plot_loss_by_position(series, directory / f"loss_by_position_{file_name(name)}.png", trained, name)
+        sentence = (
+            f"Loss on {name} by position in the window: it should fall to the right, as more context helps; a line "
+            "that turns up has lost its way."
+        )
+        plots.append(Plot(path, f"plots/loss_by_position/{name}", sentence))
+    return plots
+
+
+def training_length(stages: dict) -> int | None:
+    """The longest row that the stages trained on, in tokens."""
+    lengths = ((block.get("settings") or {}).get("max_seq_length") for block in stages.values())
+    return max((length for length in lengths if length), default=None)
+
+
+def training_history(stages: dict) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Curves of the stages of a training_metrics.json, tokens counted from each stage's own start."""
+    history = {}
+    for stage, block in sorted(stages.items()):
+        records = block.get("history", [])
+        history[f"stage {stage}"] = {
+            "train": [(r["tokens"], r["loss"]) for r in records if "loss" in r],
+            "eval": [(r["tokens"], r["eval_loss"]) for r in records if "eval_loss" in r],
+        }
+    return {name: curves for name, curves in history.items() if curves["train"]}
+
+
+def _training_curve(results: dict, stages: dict, directory: Path) -> list[Plot]:
+    history = training_history(stages)
+    if not history:
+        return []
+    recovery = results.get("recovery")
+    if recovery:
+        references = {"base": recovery["base_loss"], "RoPE removed, untrained": recovery["untrained_loss"]}
+        sentence = (
+            "Loss while training (thin: training batches, dots: held-out documents), over all stages: removing RoPE "
+            "lifts it from the lower dashed line to the upper one, and training brings the dots down again."
+        )
+    else:
+        references = {}
+        sentence = "Loss while training (thin: training batches, dots: held-out documents), over all stages."
+    path = plot_training_curve(history, directory / "training_curve.png", references)
+    return [Plot(path, "plots/training_curve", sentence)]
+
+
+def models_of(results: dict, label: str) -> list[dict]:
+    """The models that there are numbers of: the milestones, or the evaluated one alone."""
+    alone = {key: results.get(key) or {} for key in ("datasets", "context_lengths", "passkey")}
+    return results.get("milestones") or [{"label": label, "role": "trained", **alone}]
+
+
+def _contexts(results: dict, label: str, trained: int | None, directory: Path) -> list[Plot]:
+    plots = []
+    for name in results.get("context_lengths") or {}:
+        models = {m["label"]: m["context_lengths"].get(name) for m in models_of(results, label)}
+        series = {model: rows for model, rows in models.items() if rows}
+        path = plot_context_lengths(series, directory / f"context_length_{file_name(name)}.png", trained, name)
+        sentence = (
+            f"Perplexity of the same last tokens of the long documents of {name}, with more and more context before "
+            "them: a model that extrapolates stays low to the right of the training length, one that does not shoots "
+            "up."
+        )
+        plots.append(Plot(path, f"plots/context_length/{name}", sentence))
+    return plots
+
+
+def _passkey(results: dict, label: str, trained: int | None, directory: Path) -> list[Plot]:
+    models = {m["label"]: m["passkey"] for m in models_of(results, label) if m.get("passkey")}
+    if not models:
+        return []
+    path = plot_passkey(models, directory / "passkey.png", trained)
+    sentence = (
+        "Passkey: how often (in percent) each model finds a number hidden in noise, by the length of the text and the "
+        "depth at which the number stands; top: every token of it is the model's first choice; bottom: it stands in "
+        "what the model writes."
+    )
+    return [Plot(path, "plots/passkey", sentence)]

@@ -1,0 +1,114 @@
+"""Where an evaluation runs: on the cards that training's rules choose, one process each, or where --device says."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from flare.errors import ConfigError, FlareError
+from flare.evaluation.options import EvaluationSettings
+from flare.gpus import Selection, select_environment
+from flare.handoff import CARDS_VARIABLE, DEVICE_VARIABLE, worker_hardware
+from flare.hosts import num_nodes
+from flare.launch import (
+    check_torch_sees_cuda,
+    choose_gpus,
+    end_with_launcher,
+    first_failure,
+    hardware_of,
+    run_agent,
+    tell_launcher,
+)
+from flare.setup import Hardware
+
+
+def start(script: Path, settings: EvaluationSettings, argv: list[str]) -> int:
+    """Choose cards and processes, then evaluate here or in workers. Returns the exit code.
+
+    Raises: ConfigError / EnvError of the choice.
+    """
+    if settings.device is not None and settings.device != "cpu":
+        return evaluate_here(settings, settings.device)
+    selection = None if settings.device == "cpu" else choose_gpus(settings)
+    for line in selection.describe() if selection else ():
+        print(line, file=sys.stderr)
+    hardware = hardware_of(settings, selection)
+    _export_environment(hardware, selection)
+    if hardware.use_cuda:
+        check_torch_sees_cuda()
+    if hardware.world_size == 1:
+        return evaluate_here(settings, "cuda" if hardware.use_cuda else "cpu")
+    return _start_workers(script, argv, hardware.world_size // num_nodes())
+
+
+def _export_environment(hardware: Hardware, selection: Selection | None) -> None:
+    """Tell workers, and torch in this process, what to compute on."""
+    os.environ[DEVICE_VARIABLE] = "cuda" if hardware.use_cuda else "cpu"
+    os.environ[CARDS_VARIABLE] = json.dumps([asdict(gpu) for gpu in hardware.gpus])
+    if selection:
+        os.environ.update(select_environment(selection))
+
+
+def _start_workers(script: Path, argv: list[str], local_world_size: int) -> int:
+    """Run the script once a rank; 3 when a data set failed, as a single process would."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run_agent(script, argv, local_world_size)
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        failure = first_failure(error, "the lines above")
+        print(f"error: {failure.message}", file=sys.stderr, flush=True)
+        return failure.exit_code
+    return 0
+
+
+def evaluate_here(settings: EvaluationSettings, device: str) -> int:
+    """Evaluate in this process alone.
+
+    Raises: ConfigError for a device that torch does not see.
+    """
+    import torch
+
+    from flare.evaluation.batches import ALONE
+    from flare.evaluation.session import Evaluation
+    from flare.logs import start_logging
+
+    on_card = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: torch {torch.__version__} sees no card; give --device cpu")
+    start_logging()
+    place = None if device == "auto" else torch.device(device)
+    return Evaluation(with_precision(settings, on_card), ALONE, place).run()
+
+
+def join(settings: EvaluationSettings) -> int:
+    """Be one of torchrun's workers. Returns 0, or 3 after a failed data set; errors go to the launcher."""
+    from flare import distributed
+    from flare.evaluation.session import Evaluation
+    from flare.logs import start_logging
+
+    start_logging(distributed.rank_from_environment(), int(os.environ["WORLD_SIZE"]))
+    end_with_launcher()
+    try:
+        hardware = worker_hardware(settings)
+        world = distributed.start(hardware.use_cuda, settings.ddp_timeout, hardware.gpus)
+        code = Evaluation(with_precision(settings, hardware.use_cuda), world, world.device).run()
+        distributed.stop()
+        if code:
+            tell_launcher("not everything could be evaluated; the report says what and why", code)
+    except FlareError as error:
+        if tell_launcher(str(error), error.exit_code):
+            return error.exit_code
+        raise
+    return code
+
+
+def with_precision(settings: EvaluationSettings, on_card: bool) -> EvaluationSettings:
+    """``--precision auto`` settled."""
+    if settings.precision != "auto":
+        return settings
+    return replace(settings, precision="bf16" if on_card else "fp32")

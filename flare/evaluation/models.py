@@ -1,0 +1,120 @@
+"""The models of an evaluation: loaded one at a time, and who they are among an experiment's milestones."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flare.distributed import raise_first, rank_from_environment
+from flare.errors import FlareError
+from flare.evaluation.options import EvaluationSettings
+from flare.experiment import Experiment
+from flare.hub import read_model_config
+from flare.logs import log
+from flare.nope.canary import hold_to_canary
+from flare.nope.canary_file import CANARY_FILE, check_recorded_layers
+from flare.nope.format import nope_layers_of
+from flare.nope.load import load_causal_lm, load_tokenizer
+from flare.nope.probe import input_device, probe_nope_layers
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """What a model is in the story of an experiment."""
+
+    order: int
+    label: str
+    role: str  # base, patched, trained, control
+    directory: Path
+
+
+def milestone(directory: Path) -> Milestone:
+    """Read off its config.json what a model is."""
+    config = read_model_config(directory)
+    stage = (config.get("flare") or {}).get("stage")
+    if nope_layers_of(config):
+        if stage is None:
+            return Milestone(1, "patched, untrained", "patched", directory)
+        return Milestone(1 + stage, f"stage {stage}", "trained", directory)
+    if stage is not None and _is_control(directory):
+        return Milestone(10 + stage, f"RoPE control, stage {stage}", "control", directory)
+    return Milestone(0, "base", "base", directory)
+
+
+def _is_control(directory: Path) -> bool:
+    """Whether a model with RoPE everywhere went through stage 1, which only a control does."""
+    experiment = experiment_of(directory)
+    return experiment is not None and "1" in experiment.read_metrics().get("stages", {})
+
+
+def milestones(directories: list[Path]) -> list[Milestone]:
+    """Milestones of several models; those that would have one label get their directory's name added."""
+    found = [milestone(directory) for directory in directories]
+    labels = [m.label for m in found]
+    return [
+        Milestone(m.order, m.label if labels.count(m.label) == 1 else f"{m.label} ({_name(m)})", m.role, m.directory)
+        for m in found
+    ]
+
+
+def _name(m: Milestone) -> str:
+    parts = m.directory.resolve().parts[-2:]
+    return parts[0] if parts[-1] == "final_model" else parts[-1]
+
+
+def experiment_of(model_dir: Path) -> Experiment | None:
+    """The experiment whose final_model this is."""
+    experiment = Experiment(model_dir.resolve().parent)
+    return experiment if experiment.read_metrics() else None
+
+
+@contextmanager
+def loaded(directory: Path, settings: EvaluationSettings, device: torch.device | None) -> Iterator[tuple]:
+    """(model, tokenizer, device of its inputs); freed afterwards, so that compared models never lie side by side.
+
+    Args:
+        device: None spreads the model over all cards and the CPU (accelerate's device_map).
+    """
+    check_recorded_layers(directory, nope_layers_of(read_model_config(directory)))
+    hold_stored_model_to_canary(directory)
+    model = load_causal_lm(
+        directory,
+        DTYPES[settings.precision],
+        settings.attn_implementation,
+        device_map="auto" if device is None else None,
+    )
+    if device is not None:
+        model.to(device)
+    try:
+        yield model, load_tokenizer(directory), input_device(model)
+    finally:
+        del model
+        gc.collect()
+
+
+def hold_stored_model_to_canary(directory: Path) -> None:
+    """Refuse a model that its nope_canary.json does not know. As it is stored: rounded weights are another model.
+
+    A collective: rank 0 looks, all raise alike.
+    """
+    failure = None
+    if rank_from_environment() == 0 and (directory / CANARY_FILE).is_file():
+        try:
+            hold_to_canary(load_causal_lm(directory), directory)
+        except FlareError as error:
+            failure = error
+    raise_first(failure)
+
+
+def probe(model: torch.nn.Module) -> list[int] | None:
+    """NoPE layers found, or None for an architecture whose layers cannot be probed."""
+    try:
+        return probe_nope_layers(model)
+    except (AttributeError, KeyError, TypeError) as error:
+        log.debug(f"no probe for {type(model).__name__}: {error}")
+        return None

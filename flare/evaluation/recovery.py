@@ -1,0 +1,66 @@
+"""Recovery: how much of what removing RoPE cost was won back, and after how many tokens. Pure functions.
+
+The source is training_metrics.json: before its first step, the first stage measures the model as it is to be
+trained, and the same weights with RoPE everywhere (the base), on the rows that it evaluates on ever after.
+"""
+
+from dataclasses import asdict, dataclass
+
+from flare.evaluation.verdict import NO_JUMP_NATS, RECOVERED
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Losses in nats per token on the held-out rows of training; tokens counted over all stages."""
+
+    base_loss: float
+    untrained_loss: float
+    jump: float
+    final_loss: float
+    remaining: float  # final minus base; below 0: better than the base
+    won_back_percent: float | None  # None: removing RoPE did not hurt
+    tokens_to_95_percent: int | None  # of the first evaluation that had it; None: not reached, or no jump
+    total_tokens: int
+    curve: list[dict]  # {"stage", "tokens", "loss"}
+
+    def to_json(self) -> dict:
+        """The entry of evaluation_results.json."""
+        return asdict(self)
+
+
+def recovery_of(stages: dict[str, dict]) -> Recovery | None:
+    """The recovery that the ``stages`` of a training_metrics.json tell; None when they do not say what the base had.
+
+    Raises: nothing; a stage without evaluations adds no point.
+    """
+    curve, start, base = [], 0, None
+    for stage in sorted(stages):
+        records = stages[stage].get("history", [])
+        evaluations = [record for record in records if "eval_loss" in record]
+        for record in evaluations:
+            if base is None:
+                base = record.get("rope_eval_loss")
+            curve.append({"stage": int(stage), "tokens": start + record["tokens"], "loss": record["eval_loss"]})
+        start += max((record["tokens"] for record in records), default=0)
+    if base is None or not curve or curve[0]["tokens"] != 0:
+        return None
+    return recovery(base, curve)
+
+
+def recovery(base_loss: float, curve: list[dict]) -> Recovery:
+    """The recovery of a curve whose first point is the untrained model's."""
+    untrained, final = curve[0]["loss"], curve[-1]["loss"]
+    jump = untrained - base_loss
+    hurt = jump >= NO_JUMP_NATS
+    goal = base_loss + (1 - RECOVERED) * jump
+    return Recovery(
+        base_loss=base_loss,
+        untrained_loss=untrained,
+        jump=jump,
+        final_loss=final,
+        remaining=final - base_loss,
+        won_back_percent=100.0 * (untrained - final) / jump if hurt else None,
+        tokens_to_95_percent=next((p["tokens"] for p in curve if p["loss"] <= goal), None) if hurt else None,
+        total_tokens=curve[-1]["tokens"],
+        curve=curve,
+    )

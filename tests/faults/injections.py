@@ -1,0 +1,123 @@
+"""Faults that a run injects into itself. Each is called once, before the script's main; none is the product's code.
+
+Python's audit hooks tell of every file that the run opens, renames or removes, so that a run can be killed at each
+of these moments, wherever in the code it is.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
+
+
+def die_at(number: int, root: str) -> None:
+    """SIGKILL this process before its ``number``-th file event below ``root``; never, when that is 0.
+
+    What lies in a temporary directory then loses the second half of its newest file: data that was not synced.
+    The events up to there are in ``root``.events, a line each.
+    """
+    Path(root).parent.mkdir(parents=True, exist_ok=True)
+    record = open(f"{root}.events", "w")  # noqa: SIM115 (until the process ends)
+    count, in_our_tree = 0, False
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count, in_our_tree
+        if event not in FILE_EVENTS:
+            return
+        paths = [os.fspath(a) for a in arguments[:2] if isinstance(a, str | os.PathLike)]
+        ours = [p for p in paths if p.startswith(f"{root}/")]
+        if event == "shutil.rmtree":
+            in_our_tree = bool(ours)
+        by_descriptor = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # rmtree's own calls
+        if not ours and not (by_descriptor and in_our_tree):
+            return
+        count += 1
+        if count == number:
+            _halve_newest(Path(root))
+            os.kill(os.getpid(), signal.SIGKILL)
+        record.write(f"{event} {' '.join(ours)}\n")
+        record.flush()
+
+    sys.addaudithook(hook)
+
+
+def _halve_newest(root: Path) -> None:
+    files = [f for part in root.rglob(".tmp-*") if part.is_dir() for f in part.iterdir()]
+    if files:
+        newest = max(files, key=lambda f: f.stat().st_mtime_ns)
+        os.truncate(newest, newest.stat().st_size // 2)
+
+
+def die_at_step(step: int) -> None:
+    """SIGKILL this process in the middle of a step: the backward pass is done, the update is not."""
+    from flare.trainer import Trainer
+
+    learning_rate = Trainer._learning_rate
+
+    def dying(trainer: Trainer) -> float:
+        if trainer.progress.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return learning_rate(trainer)
+
+    Trainer._learning_rate = dying
+
+
+def record_rows(path: str, then: list | None = None) -> None:
+    """Append the rows of each step to a file, a line of JSON each; then another fault."""
+    from flare.data.order import RowOrder
+
+    rows_of = RowOrder.rows
+
+    def recording(order: RowOrder, first: int, last: int) -> object:
+        rows = rows_of(order, first, last)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([first, rows.tolist()]) + "\n")
+        return rows
+
+    RowOrder.rows = recording
+    if then:
+        globals()[then[0]](*then[1:])
+
+
+def slow_save(seconds: float) -> None:
+    """Each checkpoint takes this long."""
+    from flare.saving import Saver
+
+    checkpoint = Saver.checkpoint
+
+    def slow(saver: Saver, progress: object) -> None:
+        if saver.world.is_main:
+            time.sleep(seconds)
+        checkpoint(saver, progress)
+
+    Saver.checkpoint = slow
+
+
+def hang_in_step(step: int, rank: int = 0) -> None:
+    """This rank reads its rows for ever."""
+    from flare.data.order import RowOrder
+
+    rows_of = RowOrder.rows
+
+    def hanging(order: RowOrder, first: int, last: int) -> object:
+        while first // (last - first) + 1 == step and int(os.environ.get("RANK", 0)) == rank:
+            time.sleep(0.1)
+        return rows_of(order, first, last)
+
+    RowOrder.rows = hanging
+
+
+def in_workers(*fault: object) -> None:
+    """Another fault, in every worker that this launcher starts."""
+    import train_qwen_multi_gpu
+
+    os.environ["FLARE_TEST_FAULT"] = json.dumps(fault)
+    train_qwen_multi_gpu.SCRIPT = Path(__file__).with_name("worker.py")
+
+
+def set_umask(umask: int) -> None:
+    os.umask(umask)

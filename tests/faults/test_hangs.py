@@ -1,0 +1,111 @@
+"""Ranks that stop answering, launchers that are killed, saves that are merely slow (rows 27-29 and 47)."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Ended, Zygote, complete_steps, stage
+
+
+def test_a_hanging_process_is_ended_with_its_stacks(zygote: Zygote, flags: list[str], run: Path) -> None:
+    ended = zygote.run(*flags, "--step_timeout", 1, fault=("hang_in_step", 6))
+    assert ended.returncode == 5
+    (error,) = ended.errors
+    assert "step 6 did not end within 1 s: rank 0 is in prefetch.py:" in error
+    assert stage(run)["status"] == "failed"
+    assert stage(run)["error"] in error
+    stacks = (run / "logs" / "stacks-rank0.txt").read_text()
+    assert "in hanging" in stacks
+    assert "flare/trainer.py" in stacks
+    assert "did not end within" in (run / "training.log").read_text()
+    assert complete_steps(run) == [2, 4]
+    again = zygote.run(*flags)
+    assert again.returncode == 0, again.stderr
+    assert not list((run / "logs").glob("stacks-*"))
+
+
+def test_a_slow_save_is_no_hang(zygote: Zygote, flags: list[str]) -> None:
+    """Row 47, one process; tests of several processes follow."""
+    ended = zygote.run(*flags, "--step_timeout", 0.5, "--max_steps", 4, fault=("slow_save", 2))
+    assert ended.returncode == 0, ended.stderr
+
+
+# -- several processes -------------------------------------------------------------------------------------------
+
+
+def workers(launcher: int) -> dict[int, int]:
+    """Rank -> process id of a launcher's workers."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    ranks = {}
+    for pid in children:
+        variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+        if "RANK" in variables:
+            ranks[int(variables["RANK"])] = int(pid)
+    return ranks
+
+
+def assert_told_with_stacks(ended: Ended, run: Path, pids: dict[int, int]) -> None:
+    assert ended.returncode == 5
+    assert stage(run)["error"] in ended.errors[0]
+    for rank, pid in pids.items():
+        assert "flare/trainer.py" in (run / "logs" / f"stacks-rank{rank}.txt").read_text()
+        assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_and_all_end(zygote: Zygote, flags: list[str], run: Path, rank: int) -> None:
+    """Row 28."""
+    long = ("--max_steps", 100_000, "--eval_steps", 100_000, "--save_steps", 100_000)
+    running = zygote.start(*flags, *long, "--nproc_per_node", 2, "--step_timeout", 4)
+    running.wait_for("step 8/")
+    pids = workers(running.pid)
+    os.kill(pids[rank], signal.SIGSTOP)
+    t0 = time.monotonic()
+    ended = running.wait()
+    assert time.monotonic() - t0 < 60
+    (error,) = ended.errors
+    assert re.search(
+        rf"step \d+ did not end within 4 s: rank {rank} \(pid {pids[rank]} on .*\) does not answer", error
+    )
+    assert_told_with_stacks(ended, run, pids)
+
+
+@pytest.mark.faults
+def test_a_rank_that_is_stopped_while_it_saves_is_named(zygote: Zygote, flags: list[str], run: Path) -> None:
+    """The others would wait 12 hours for a slow save; this one leaves no sign of life."""
+    fault = ("in_workers", "slow_save", 1000)
+    running = zygote.start(*flags, "--nproc_per_node", 2, "--ddp_timeout", 10, fault=fault)
+    running.wait_for("step 2/")
+    pids = workers(running.pid)
+    os.kill(pids[0], signal.SIGSTOP)
+    ended = running.wait()
+    (error,) = ended.errors
+    assert re.search(rf"no sign of life for 9 s: rank 0 \(pid {pids[0]} on .*\) does not answer", error)
+    assert_told_with_stacks(ended, run, pids)
+
+
+@pytest.mark.faults
+def test_a_rank_that_works_for_ever_is_named_beside_those_that_wait(
+    zygote: Zygote, flags: list[str], run: Path
+) -> None:
+    fault = ("in_workers", "hang_in_step", 6, 1)
+    ended = zygote.run(*flags, "--nproc_per_node", 2, "--step_timeout", 4, fault=fault)
+    assert ended.returncode == 5
+    (error,) = ended.errors
+    assert re.search(r"step 6 did not end within 4 s: rank 1 is in prefetch\.py:\d+ \(\w+\);", error)
+    assert "in hanging" in (run / "logs" / "stacks-rank1.txt").read_text()
+
+
+@pytest.mark.faults
+def test_a_slow_save_of_rank_0_is_no_hang_of_the_others(zygote: Zygote, flags: list[str], run: Path) -> None:
+    """Row 47: slower than the steps' and the collectives' limits."""
+    limits = ("--step_timeout", 2, "--ddp_timeout", 6)
+    fault = ("in_workers", "slow_save", 8)
+    ended = zygote.run(*flags, "--nproc_per_node", 2, "--max_steps", 2, *limits, fault=fault)
+    assert ended.returncode == 0, ended.stderr
+    assert complete_steps(run) == [2]

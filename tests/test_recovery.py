@@ -1,0 +1,157 @@
+"""What was won back, and how sure a difference is: worked by hand, and against scipy."""
+
+import numpy as np
+import pytest
+
+from flare.evaluation.bootstrap import paired_difference
+from flare.evaluation.compare import difference
+from flare.evaluation.perplexity import DatasetScore
+from flare.evaluation.recovery import recovery, recovery_of
+from flare.evaluation.report_sections import recovery_section
+from flare.evaluation.verdict import context_verdict, passkey_verdict
+
+
+def curve(*points: tuple[int, int, float]) -> list[dict]:
+    return [{"stage": stage, "tokens": tokens, "loss": loss} for stage, tokens, loss in points]
+
+
+def test_recovery_worked_by_hand():
+    found = recovery(2.0, curve((1, 0, 3.0), (1, 100, 2.5), (1, 200, 2.1), (2, 300, 2.05), (2, 400, 2.02)))
+    assert found.jump == 1.0 and found.remaining == pytest.approx(0.02)
+    assert found.won_back_percent == pytest.approx(98.0)
+    assert found.tokens_to_95_percent == 300  # at 2.05, where exactly 5 % of the jump is left
+    assert found.total_tokens == 400
+
+
+def test_recovery_that_never_comes_and_one_that_goes_beyond():
+    never = recovery(2.0, curve((1, 0, 3.0), (1, 100, 2.5)))
+    assert (never.won_back_percent, never.tokens_to_95_percent) == (pytest.approx(50.0), None)
+    beyond = recovery(2.0, curve((1, 0, 3.0), (1, 100, 1.9)))
+    assert (beyond.won_back_percent, beyond.remaining) == (pytest.approx(110.0), pytest.approx(-0.1))
+    nothing = recovery(2.0, curve((1, 0, 2.001), (1, 100, 1.9)))
+    assert nothing.won_back_percent is None and nothing.tokens_to_95_percent is None
+
+
+def stages() -> dict:
+    """training_metrics.json of two stages: the second counts its tokens from its own start."""
+    return {
+        "2": {"history": [{"tokens": 0, "eval_loss": 2.3}, {"tokens": 50, "eval_loss": 2.04}]},
+        "1": {
+            "history": [
+                {"tokens": 0, "eval_loss": 3.0, "rope_eval_loss": 2.0},
+                {"tokens": 80, "loss": 2.6},
+                {"tokens": 100, "eval_loss": 2.3},
+                {"tokens": 120, "loss": 2.4},
+            ]
+        },
+    }
+
+
+def test_recovery_is_read_from_the_stages_in_order_with_tokens_added_up():
+    found = recovery_of(stages())
+    assert [(p["stage"], p["tokens"], p["loss"]) for p in found.curve] == [
+        (1, 0, 3.0), (1, 100, 2.3), (2, 120, 2.3), (2, 170, 2.04),
+    ]  # fmt: skip
+    assert (found.base_loss, found.untrained_loss, found.tokens_to_95_percent) == (2.0, 3.0, 170)
+    section = recovery_section({"recovery": found.to_json()})
+    assert "| won back | 96.0 % |" in section and "| tokens to 95 % | at most 170 |" in section
+
+
+def test_no_recovery_where_the_base_was_not_measured_or_the_start_is_missing():
+    without_base = stages()
+    del without_base["1"]["history"][0]["rope_eval_loss"]
+    late = stages()
+    late["1"]["history"][0]["tokens"] = 10
+    assert recovery_of(without_base) is recovery_of(late) is recovery_of({}) is None
+
+
+# -- bootstrap ----------------------------------------------------------------------------------------
+
+
+def documents(seed: int, count: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(20, 2000, count)
+    hardness = draw.gamma(4.0, 0.6, count)
+    return tokens, tokens * hardness, tokens * (hardness + draw.normal(0.02, 0.05, count))
+
+
+def test_interval_equals_scipys_paired_percentile_bootstrap():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    tokens, base, other = documents(0)
+    ours = paired_difference(other, tokens, base, tokens)
+    theirs = scipy_stats.bootstrap(
+        (other, base, tokens), lambda a, b, n, axis=-1: a.sum(axis) / n.sum(axis) - b.sum(axis) / n.sum(axis),
+        paired=True, method="percentile", n_resamples=20_000, vectorized=True, rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    width = theirs.high - theirs.low
+    assert ours.value == pytest.approx((other.sum() - base.sum()) / tokens.sum(), rel=1e-12)
+    assert abs(ours.low - theirs.low) < 0.06 * width and abs(ours.high - theirs.high) < 0.06 * width
+    assert ours == paired_difference(other, tokens, base, tokens)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    held = 0
+    for seed in range(200):
+        tokens, base, other = documents(seed)
+        found = paired_difference(other, tokens, base, tokens, seed)
+        held += found.low <= 0.02 <= found.high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def score_of(nll: np.ndarray, tokens: np.ndarray, num_bytes: np.ndarray) -> DatasetScore:
+    fields = dict.fromkeys(DatasetScore.__dataclass_fields__)
+    return DatasetScore(**fields | {"document_nll": nll, "document_tokens": tokens, "document_bytes": num_bytes})
+
+
+def test_other_tokenizers_are_compared_per_byte():
+    tokens, base, _ = documents(3)
+    twice = score_of(base, 2 * tokens, 4 * tokens)  # another tokenizer needs twice the tokens, and knows as much
+    once = score_of(base, tokens, 4 * tokens)
+    assert difference(twice, once, True, 0).value < -0.5
+    per_byte = difference(twice, once, False, 0)
+    assert (per_byte.value, per_byte.is_clear) == (0.0, False)
+
+
+def test_a_score_comes_back_from_plain_json():
+    import json
+
+    tokens, base, _ = documents(4)
+    score = score_of(base, tokens, 4 * tokens)
+    back = DatasetScore.from_dict(json.loads(json.dumps(score.to_dict())))
+    np.testing.assert_array_equal(back.document_nll, base)
+    assert back.document_tokens.dtype == np.int64
+
+
+# -- verdict ------------------------------------------------------------------------------------------
+
+
+def model(label: str, role: str, perplexities: dict[int, float], tokenizer: str = "t") -> dict:
+    rows = [{"context_length": n, "loss": float(np.log(p)), "perplexity": p} for n, p in perplexities.items()]
+    found = [
+        {"context_length": n, "depth_percent": d, "accuracy": a}
+        for n, a in ((4096, 100.0), (16384, 0.0 if role == "base" else 60.0)) for d in (0, 100)
+    ]  # fmt: skip
+    curves = {"pg19": rows} if rows else {}
+    return {"label": label, "role": role, "tokenizer_sha256": tokenizer, "context_lengths": curves, "passkey": found}
+
+
+def test_contexts_in_plain_words():
+    base = model("base", "base", {1024: 11.0, 4096: 10.0, 16384: 410.0})
+    mine = model("stage 2", "trained", {1024: 11.2, 4096: 10.03, 16384: 9.1})
+    assert context_verdict([base, mine], "stage 2", 4096) == (
+        "By context length on pg19: at 4,096 tokens within 0.3 % of base; "
+        "at 16,384 tokens perplexity 9.10 against 410.00 of base. "
+        "Beyond the training length it holds up better than base."
+    )
+    alone = context_verdict([mine], "stage 2", None)
+    assert alone == "By context length on pg19: at 1,024 tokens perplexity 11.20; at 16,384 tokens perplexity 9.10."
+    other = model("base", "base", {4096: 10.0, 16384: 410.0}, tokenizer="another")
+    assert "against" not in context_verdict([other, mine], "stage 2", 4096)
+    assert context_verdict([model("stage 2", "trained", {})], "stage 2", 4096) == ""
+
+
+def test_passkeys_in_plain_words():
+    models = [model("base", "base", {}), model("stage 2", "trained", {})]
+    assert passkey_verdict(models, "stage 2", 4096) == (
+        "Passkeys found: 100 % (base 100 %); beyond the training length 60 % (base 0 %)."
+    )

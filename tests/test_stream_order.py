@@ -1,0 +1,254 @@
+"""The order of streamed rows: pieces, lanes, segments and blocks in this process, with a tokenizer that spells."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flare.data import encode
+from flare.data.encode import Encoder
+from flare.data.files import FileSource
+from flare.data.rows import Piece, Row
+from flare.data.streaming import pieces as pieces_module
+from flare.data.streaming.blocks import Block
+from flare.data.streaming.lanes import Lane
+from flare.data.streaming.messages import Job, Order
+from flare.data.streaming.pieces import streamed_pieces
+from flare.data.streaming.place import MAX_LANES, Cursor, Place, lane_pieces
+from flare.data.streaming.producer import Merge
+from flare.data.streaming.worker import OpenPiece
+from flare.errors import DataError
+
+SEQ_LEN = 7
+END = 999
+
+
+class Spelling:
+    """A tokenizer: a number for each word."""
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict:
+        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+
+ENCODER = Encoder(Spelling(), END, 1000)
+
+
+class Texts(Piece):
+    """Rows in memory."""
+
+    def __init__(self, values: list[object]) -> None:
+        self.values = values
+
+    def rows(self) -> list[Row]:
+        return iter([Row(value, f"row {n}") for n, value in enumerate(self.values)])
+
+
+def corpus(num_pieces: int, seed: int, bad: float = 0.0) -> list[Piece]:
+    """Documents of 1 to 9 words; no two of them begin alike."""
+    rng = random.Random(seed)
+    number = 0
+    found = []
+    for _ in range(num_pieces):
+        values: list[object] = []
+        for _ in range(rng.randint(0, 12)):
+            number += 1
+            words = [number // 30, number % 30, *(rng.randint(0, 900) for _ in range(rng.randint(0, 7)))]
+            values.append(None if rng.random() < bad else " ".join(map(str, words)))
+        found.append(Texts(values))
+    return found
+
+
+def order_of(pieces: list[Piece], directory: Path, place: Place | None = None, **changes: object) -> Order:
+    directory.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "job": Job({}, pieces, [None] * len(pieces), 0), "place": place or Place.start(len(pieces)),
+        "directory": directory, "dtype": ENCODER.dtype, "seed": 5, "seq_len": SEQ_LEN, "block_rows": 6,
+        "step_rows": 1, "max_bad_rows": 0.5, "total_rows": None, "num_workers": 1,
+    }  # fmt: skip
+    return Order(**facts | changes)
+
+
+class Producing:
+    """What the producer does, in one process: lanes are answered in a random order."""
+
+    def __init__(self, order: Order, seed: int) -> None:
+        self.order, self.rng = order, random.Random(seed)
+        pieces = len(order.job.pieces)
+        self.lanes = [Lane(n, order.seed, pieces, order.place) for n in range(len(order.place.cursors))]
+        self.merge = Merge(order, self.lanes)
+
+    def make(self, last_block: int) -> list[Block]:
+        """All blocks up to this number."""
+        while self.merge.place.block <= last_block:
+            if self.merge.step(may_begin=True):
+                continue
+            lane = self.rng.choice([lane for lane in self.lanes if lane.wants_more])
+            _, number, row = lane.question()
+            lane.answered(OpenPiece(self.order.job, ENCODER, number, row).segment())
+        numbers = range(self.order.place.block, last_block + 1)
+        return [Block(self.order.directory / f"{number:08d}", END) for number in numbers]
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 40)
+
+
+def contents(block: Block) -> tuple:
+    return block.tokens.tolist(), block.offsets.tolist(), block.place, block.end, block.num_rows
+
+
+def documents_of(blocks: list[Block]) -> list[tuple[int, ...]]:
+    """The documents of one epoch's blocks; the last one may be cut off."""
+    stream = np.concatenate([blocks[0].tokens[:1], *(block.tokens[1:] for block in blocks)])
+    cuts = np.flatnonzero(stream == END) + 1
+    return [tuple(part.tolist()) for part in np.split(stream, cuts) if len(part)]
+
+
+def by_epoch(blocks: list[Block]) -> dict[int, list[Block]]:
+    epochs: dict[int, list[Block]] = {}
+    for block in blocks:
+        epochs.setdefault(block.place.epoch, []).append(block)
+    return epochs
+
+
+@pytest.mark.parametrize("num_pieces", [1, 5, MAX_LANES, 40])
+def test_every_document_once_an_epoch_and_epochs_differ(tmp_path: Path, num_pieces: int) -> None:
+    pieces = corpus(num_pieces, seed=num_pieces)
+    expected = [(*map(int, text.split()), END) for piece in pieces for text in piece.values]
+    blocks = Producing(order_of(pieces, tmp_path), 0).make(80)
+    epochs = by_epoch(blocks)
+    whole = [epochs[n] for n in range(2)] if len(epochs) > 2 else [epochs[0]]
+    for made in whole:
+        found = documents_of(made)
+        stream = sum(map(len, expected))
+        rows = sum(block.num_rows for block in made)
+        assert rows == (stream - 1) // SEQ_LEN  # as a token cache of these documents gives
+        missing = Counter(expected) - Counter(found[:-1])
+        assert not Counter(found[:-1]) - Counter(expected)
+        assert sum(map(len, missing)) < SEQ_LEN + 9 + sum(map(len, found[-1:]))
+    if num_pieces > 1 and len(whole) == 2:
+        assert documents_of(whole[0]) != documents_of(whole[1])
+
+
+def test_documents_of_the_tail_are_the_only_ones_missing(tmp_path: Path) -> None:
+    """By hand: one piece of three documents, 13 tokens; one row of 7 and its last label; 5 tokens fill no row."""
+    pieces = [Texts(["1 2 3 4", "5 6 7", "8 9 10"])]
+    first, second = Producing(order_of(pieces, tmp_path), 0).make(1)
+    assert first.tokens.tolist() == [1, 2, 3, 4, END, 5, 6, 7]
+    assert first.offsets.tolist() == [0, 5, 8]
+    assert (first.num_rows, first.place.epoch, first.end.epoch, first.end.first_row) == (1, 0, 1, 1)
+    assert second.tokens.tolist() == first.tokens.tolist()
+
+
+@given(st.integers(1, 30), st.integers(0, 1000), st.sampled_from([0.0, 0.2]))
+@settings(max_examples=15, deadline=None)
+def test_order_does_not_depend_on_which_worker_is_faster(
+    tmp_path_factory: pytest.TempPathFactory, num_pieces: int, seed: int, bad: float
+) -> None:
+    pieces = [*corpus(num_pieces, seed, bad), Texts(["1 2 3 4 5 6 7 8"] * 2)]
+    runs = [
+        Producing(order_of(pieces, tmp_path_factory.mktemp("run") / str(n), max_bad_rows=1.0), n).make(12)
+        for n in range(2)
+    ]
+    assert [contents(block) for block in runs[0]] == [contents(block) for block in runs[1]]
+
+
+@given(st.integers(1, 30), st.integers(0, 1000), st.sampled_from([0.0, 0.2]))
+@settings(max_examples=15, deadline=None)
+def test_any_block_can_be_gone_on_from(
+    tmp_path_factory: pytest.TempPathFactory, num_pieces: int, seed: int, bad: float
+) -> None:
+    """From the record of its place, written as JSON and read again, to the same bytes and counts."""
+    pieces = [*corpus(num_pieces, seed, bad), Texts(["1 2 3 4 5 6 7 8"] * 2)]
+    whole = Producing(order_of(pieces, tmp_path_factory.mktemp("whole"), max_bad_rows=1.0), 0).make(12)
+    for start in range(1, 12, 3):
+        for recorded in (whole[start].place, whole[start - 1].end):  # between them, an epoch's tail may be left out
+            place = Place.from_json(json.loads(json.dumps(recorded.to_json())))
+            assert place == recorded
+            directory = tmp_path_factory.mktemp("again")
+            again = Producing(order_of(pieces, directory, place, max_bad_rows=1.0), 7).make(12)
+            assert [contents(block) for block in again] == [contents(block) for block in whole[start:]]
+
+
+def test_a_record_is_small() -> None:
+    assert len(json.dumps(Place((Cursor(1000, 100000),) * MAX_LANES).to_json())) < 1000
+
+
+def test_lanes_share_the_pieces_of_an_epoch() -> None:
+    for epoch in range(3):
+        dealt = [piece for lane in range(MAX_LANES) for piece in lane_pieces(3, epoch, 50, lane)]
+        assert sorted(dealt) == list(range(50))
+    assert lane_pieces(3, 0, 50, 0) != lane_pieces(3, 1, 50, 0)
+
+
+def test_held_out_documents_are_left_out_and_limits_kept(tmp_path: Path) -> None:
+    from flare.data.documents import text_hash
+
+    texts = [f"{n} {n} {n}" for n in range(100, 200)]
+    below = sorted(map(text_hash, texts))[40]
+    order = order_of([Texts(texts)], tmp_path, block_rows=1000)
+    job = Job({}, order.job.pieces, [50], below)
+    (block,) = Producing(order_of([], tmp_path, Place.start(1), job=job, block_rows=1000), 0).make(0)
+    found = {document[0] for document in documents_of([block])}
+    expected = {int(text.split()[0]) for text in texts[:50] if text_hash(text) >= below}
+    assert found <= expected
+    assert len(expected - found) <= 2  # the tail that fills no row
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_too_many_bad_rows_are_an_error_at_the_end_of_the_epoch(tmp_path: Path) -> None:
+    pieces = [Texts(["1 2 3 4 5", None, None, "1 2 3 4 5"] * 8)]
+    with pytest.raises(
+        DataError, match=r"16 of 32 rows hold no usable text \(row 1 is null; row 2 is null\); limit is 40"
+    ):
+        Producing(order_of(pieces, tmp_path, max_bad_rows=0.4), 0).make(9)
+    assert len(list(tmp_path.glob("0*"))) >= 1  # rows were given before that was certain
+
+
+def test_too_many_bad_rows_are_an_error_at_once_when_the_size_is_known(tmp_path: Path) -> None:
+    pieces = [Texts([None] * 3 + ["1 2 3 4 5"] * 97)]
+    with pytest.raises(DataError, match="3 of 100 rows"):
+        Producing(order_of(pieces, tmp_path, max_bad_rows=0.02, total_rows=100), 0).make(9)
+    assert list(tmp_path.glob("0*")) == []
+
+
+def test_an_epoch_of_fewer_rows_than_a_step_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the data gives 24 training tokens in an epoch, one step needs 29"):
+        Producing(order_of([Texts(["1 2 3 4 5"] * 4)], tmp_path, step_rows=4), 0).make(0)
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 120), min_size=1, max_size=40), st.integers(1, 200), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_line_splits_cover_every_line_once(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], piece_bytes: int, ends: bool
+) -> None:
+    """However long the lines are beside the pieces, and with or without a newline at the end."""
+    file = tmp_path_factory.mktemp("split") / "x.jsonl"
+    texts = [f"{number} {'x' * length}" for number, length in enumerate(lengths)]
+    lines = [json.dumps({"text": text}) + "\n" * (1 + number % 2) for number, text in enumerate(texts)]
+    file.write_text("".join(lines).rstrip("\n") + "\n" * ends)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces_module, "PIECE_BYTES", piece_bytes)
+        found = streamed_pieces(FileSource([file], "text"))
+    assert [row.value for piece in found for row in piece.rows()] == texts
+
+
+def test_bad_lines_of_a_split_are_named_by_where_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 40)
+    lines = ['{"text": "good, and some way into it"}\n', '{"text": "good"}\n', "bad\n"]
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    rows = [row for piece in streamed_pieces(FileSource([tmp_path / "x.jsonl"], "text")) for row in piece.rows()]
+    assert rows[0].where == f"{tmp_path}/x.jsonl:1"
+    begin = len(lines[0]) + len(lines[1])
+    assert rows[2].where == f"{tmp_path}/x.jsonl:0 (counted from 0 at byte {begin})"
