@@ -4,6 +4,7 @@ What would make another graph later is held still: attention always gets a mask 
 fixed shape, evaluation runs uncompiled. A last, smaller micro-batch of a step is compiled once, too.
 """
 
+import contextlib
 import os
 import shutil
 from importlib.util import find_spec
@@ -45,3 +46,12 @@ def compile_layers(model: object, backend: str = "inductor") -> None:
         else:
             layer.compile(**how)
     model.compiled = True
+
+
+def uncompiled(model: object) -> contextlib.AbstractContextManager:
+    """Run the layers of a ``TrainingModel`` as they are written, for what is done too rarely to compile for it."""
+    if not model.compiled:
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.compiler.set_stance("force_eager")

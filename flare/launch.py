@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flare.config import Resolved
-from flare.errors import ConfigError, EnvError
+from flare.errors import ConfigError, EnvError, FlareError
 from flare.experiment import Experiment
 from flare.gpus import GpuRequest, Selection, Skipped, select_environment, select_gpus
 from flare.handoff import DEVICE_VARIABLE
@@ -215,7 +215,9 @@ def _report_failure(error: object, workers_files: Path, experiment: Experiment, 
     print(f"error: {message}", file=sys.stderr, flush=True)
     if not failure.told:
         _record_failure(experiment, stage, message)
-    elif failure.rank > 0 and node_rank() == 0:  # rank 0 may have recorded only that the others were gone
+    elif failure.exit_code == FlareError.exit_code and node_rank() == 0:
+        # The run itself failed (other codes are refusals, of a run that another one may own), and rank 0 may have
+        # recorded only that the rank which says why was gone.
         record_status(experiment, stage, "failed", error=message)
     return failure.exit_code
 

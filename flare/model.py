@@ -4,7 +4,6 @@ Leaves to ``flare.nope`` what a NoPE layer is, to ``flare.distributed`` and ``fl
 work.
 """
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flare.attention import KERNELS, document_mask
+from flare.compiler import uncompiled
 from flare.distributed import World, on_main
 from flare.loss import linear_cross_entropy_sum, score_tokens
 from flare.nope.canary import hold_to_canary
@@ -62,7 +62,7 @@ class TrainingModel(torch.nn.Module):
         document_bounds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Per target: NLL (nats) and whether it is the argmax, both (B, T). Arguments as ``forward``."""
-        with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
+        with uncompiled(self):
             hidden, weight = self._final_hidden(input_ids, position_ids, document_bounds)
         losses, hits = score_tokens(hidden, weight, labels.flatten())
         return losses.view_as(labels), hits.view_as(labels)

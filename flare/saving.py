@@ -10,13 +10,14 @@ import torch
 from flare import checkpoint as ckpt
 from flare.balance import Balance
 from flare.checkpoint import Checkpoint
+from flare.compiler import uncompiled
 from flare.distributed import World, on_main
 from flare.files import write_json
 from flare.logs import log
 from flare.metrics_file import record_status
 from flare.model import TrainingModel
 from flare.nope.canary import measure_canary, write_canary
-from flare.nope.canary_file import CANARY_FILE
+from flare.nope.canary_file import CANARY_FILE, Canary
 from flare.nope.load import load_causal_lm
 from flare.optim import optimizer_tensors
 from flare.progress import Progress
@@ -66,9 +67,13 @@ class Saver:
         files = ckpt.model_files(self._config(progress), self.run.init_from)
         if is_sharded(self.model):  # no rank has the whole model: the canary is that of the files
             files[CANARY_FILE] = lambda path: write_canary(load_causal_lm(path.parent), path.parent)
-        elif canary := on_main(self.world, lambda: measure_canary(self.model.causal_lm, self.saved_dtype)):
+        elif canary := on_main(self.world, self._canary):
             files[CANARY_FILE] = lambda path: write_json(path, canary.as_dict())
         ckpt.export_model(self.run.experiment.final_model, self._write_weights, files, self.world)
+
+    def _canary(self) -> Canary | None:
+        with uncompiled(self.model):  # one pass of sequences of another length
+            return measure_canary(self.model.causal_lm, self.saved_dtype)
 
     def record(self, status: str, progress: Progress, **facts: object) -> None:
         """Write how the stage stands."""

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from flare.compiler import check_compiler, compile_layers
+from flare.compiler import check_compiler, compile_layers, uncompiled
 from flare.errors import EnvError
 from flare.hub import read_model_config
 from flare.model import TrainingModel, checkpoint_layers, load_for_training
+from flare.nope.canary import measure_canary
 from flare.nope.format import with_nope
 from flare.trainable import Trainable
 from tests.conftest import train
@@ -82,6 +83,17 @@ def test_no_graph_is_made_after_the_first_step(
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_code_gives_the_loss_and_gradients_of_eager(base: Path, checkpointing: bool) -> None:
     assert run_steps(base, Trainable(False, (1, 3)), checkpointing, "inductor") == [4] * 4
+
+
+def test_the_canary_of_a_compiled_model_is_measured_uncompiled(base: Path) -> None:
+    """Its sequences are long and single, its layers cast to the saved dtype while they run: nothing to compile for."""
+    torch._dynamo.reset()
+    model = load(base, Trainable(True))
+    expected = measure_canary(model.causal_lm)
+    compile_layers(model, "aot_eager")
+    model(**batch(1)).backward()
+    with uncompiled(model):
+        assert measure_canary(model.causal_lm) == expected
 
 
 @pytest.mark.slow
