@@ -48,6 +48,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as a part of one line; its kind when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def join_errors(problems: list[str]) -> str:
     """One message of several problems: alone as it is, else numbered, one a line."""
     if len(problems) == 1:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from flare.data.records import array_elements, csv_values
 from flare.data.rows import BadRow, Piece, Row, missing_column
-from flare.errors import DataError
+from flare.errors import DataError, first_line
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet", ".csv")
 ARCHIVES = {".gz": "gzip", ".zst": "zstd"}
@@ -56,7 +56,7 @@ def open_bytes(file: Path) -> Iterator[BinaryIO]:
             with io.BufferedReader(unpacked, 2**20) as stream:
                 yield stream
         except OSError as error:
-            raise DataError(f"{file} is damaged or cut off ({str(error).splitlines()[0]}); get it anew") from error
+            raise DataError(f"{file} is damaged or cut off ({first_line(error)}); get it anew") from error
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class RowGroups(Piece):
                         yield Row(value, f"{self.file}[{number}]")
                         number += 1
         except (pyarrow.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise DataError(f"{self.file} is damaged after row {number} ({reason}); get it anew") from error
 
 

@@ -15,7 +15,7 @@ from flare.data.file_formats import (
     kind_of,
 )
 from flare.data.rows import PIECE_BYTES, Piece, Source, gather, missing_column
-from flare.errors import ConfigError, DataError
+from flare.errors import ConfigError, DataError, first_line
 
 BATCH_BYTES = 8 * 2**20
 """Text of a parquet file that is decoded at once."""
@@ -162,7 +162,7 @@ def row_groups(file: Path, column: str) -> list[tuple[Piece, int]]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file} is no parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{file} is no parquet file: {first_line(error)}") from error
     with table:
         names = table.schema_arrow.names
         if column not in names:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flare.data.rows import Piece, Row, Source, SourceSpec, missing_column
 from flare.data.saved_sets import table_slices
-from flare.errors import ConfigError, DataError, EnvError
+from flare.errors import ConfigError, DataError, EnvError, FlareError, first_line
 from flare.hub import cached_data_sets
 from flare.logs import log
 
@@ -84,14 +84,18 @@ def _load_hub_dataset(spec: SourceSpec) -> Any:
             f"for a gated one, set HF_ENDPOINT to a mirror, or give local files{_cached(spec)}"
         ) from error
     except (DatasetsError, FileNotFoundError) as error:  # no data files, or damaged ones
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise DataError(f"{name} cannot be read: {reason}") from error
     except ValueError as error:  # unknown configuration or split: the message lists the known ones
         raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
-    except (OSError, ConnectionError) as error:
+    except FlareError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds when the network is down
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise EnvError(
-            f"{name} is no local file and cannot be loaded from the hub ({type(error).__name__}); set HF_ENDPOINT "
-            f"to a mirror, HF_HUB_OFFLINE=1 to use what is cached, or give local files{_cached(spec)}"
+            f"{name} is no local file and cannot be loaded from the hub ({reason}); "
+            "set HF_ENDPOINT to a mirror, HF_HUB_OFFLINE=1 to use what is cached, or give local files"
+            f"{_cached(spec)}"
         ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from flare.data.file_formats import values_of
 from flare.data.files import HashedFiles
 from flare.data.rows import PIECE_BYTES, Piece, Row, SourceSpec, missing_column
-from flare.errors import ConfigError, DataError, nearest
+from flare.errors import ConfigError, DataError, first_line, nearest
 
 BATCH_ROWS = 1000
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -60,7 +60,7 @@ class SavedSource(HashedFiles):
             files = [path / file["filename"] for file in read_json(path / STATE)["_data_files"]]
             self.dataset = load_from_disk(str(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise DataError(f"{path} is no whole data set of save_to_disk ({reason})") from error
         if spec.text_column not in self.dataset.column_names:
             raise missing_column(spec.text_column, path, self.dataset.column_names)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flare.data.file_formats import kind_of
 from flare.data.rows import SourceSpec
-from flare.errors import ConfigError, DataError
+from flare.errors import ConfigError, DataError, first_line
 
 CARD = "README.md"
 
@@ -40,7 +40,7 @@ def snapshot_files(path: Path, spec: SourceSpec) -> list[Path]:
     except ValueError as error:  # unknown configuration: the message lists the known ones
         raise ConfigError(f"data set {path}: {' '.join(str(error).split())}; see --dataset_config") from error
     except (DatasetsError, OSError) as error:
-        raise DataError(f"data set {path}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"data set {path}: {first_line(error)}") from error
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     if spec.dataset_split not in splits:
         raise ConfigError(f"--dataset_split {spec.dataset_split}: {path} has the splits {', '.join(splits) or 'none'}")

@@ -18,7 +18,7 @@ from flare.loss import IGNORE_INDEX, score_tokens
 
 log = logging.getLogger("flare")
 
-PROBE_TOKENS = 32
+PROBE_TOKENS = 8
 
 
 class TokenScorer:
