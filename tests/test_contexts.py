@@ -243,7 +243,7 @@ def packed(*documents: list[int]) -> PackedRows:
     """Rows of documents that end with token 0."""
     ended = [[*document, 0] for document in documents]
     offsets = np.cumsum([0, *map(len, ended)])
-    cache = SimpleNamespace(tokens=np.array(sum(ended, []), dtype=np.uint16), offsets=offsets, end_of_text_id=0)
+    cache = SimpleNamespace(tokens=np.concatenate(ended).astype(np.uint16), offsets=offsets, end_of_text_id=0)
     return PackedRows(cache, np.arange(len(documents)), 8, "document", keep_last=True)
 
 
