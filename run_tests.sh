@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests: ./run_tests.sh [--slow] [any argument of pytest]
+# Run the tests: ./run_tests.sh [--slow] [--faults] [any argument of pytest]
 # Two at a time; FLARE_TEST_PROCESSES=0 runs them in one process, to use a debugger.
 set -euo pipefail
 . "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/env.sh"

@@ -37,6 +37,8 @@ ENVIRONMENT_PREFIXES = (
     "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NODEID",
 )  # fmt: skip
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL", re.I)
+URL_USER = re.compile(r"://[^/@\s]+@")
+"""User and password in a URL, of a mirror or a proxy."""
 STAGE_CONTENT = ("checkpoints", "final_model")
 
 
@@ -202,7 +204,7 @@ def environment_lines() -> list[str]:
     lines += _gpu_lines()
     for name in sorted(os.environ):
         if name.startswith(ENVIRONMENT_PREFIXES) and not SECRET.search(name):
-            lines.append(f"env {name}={os.environ[name]}")
+            lines.append(f"env {name}={URL_USER.sub('://...@', os.environ[name])}")
     return lines
 
 
