@@ -3,15 +3,19 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from flare.data.mixture import MixedRows
+from flare.data.packing import PackedRows
 from flare.errors import ConfigError, DataError
 from flare.evaluation.batches import Engine, length_sorted_batches
 from flare.evaluation.context import beyond_positions, num_targets, score_context_lengths
 from flare.evaluation.corpus import make_corpus
+from flare.evaluation.during_training import long_documents
 from flare.evaluation.perplexity import score_documents
 from flare.evaluation.scorer import TokenScorer
 from flare.evaluation.windows import Window, document_windows, tail_window
@@ -233,3 +237,19 @@ def test_a_curve_that_no_held_out_document_is_long_enough_for_is_refused_with_th
     result = train(*train_flags, "--eval_context_lengths", "8,100000")
     assert result.returncode == 2
     assert "--eval_context_lengths 100000: the longest held-out document has" in result.stderr
+
+
+def packed(*documents: list[int]) -> PackedRows:
+    """Rows of documents that end with token 0."""
+    ended = [[*document, 0] for document in documents]
+    offsets = np.cumsum([0, *map(len, ended)])
+    cache = SimpleNamespace(tokens=np.concatenate(ended).astype(np.uint16), offsets=offsets, end_of_text_id=0)
+    return PackedRows(cache, np.arange(len(documents)), 8, "document", keep_last=True)
+
+
+def test_long_documents_come_from_every_data_set_without_their_end():
+    one, two = packed([1, 2], [3, 4, 5], [6, 7, 8, 9]), packed([10, 11, 12])
+    assert long_documents(one, 3) == [[0, 3, 4, 5], [0, 6, 7, 8, 9]]
+    assert long_documents(MixedRows(["a", "b"], [one, two]), 3) == [[0, 3, 4, 5], [0, 6, 7, 8, 9], [0, 10, 11, 12]]
+    with pytest.raises(ConfigError, match="the longest held-out document has 4 tokens"):
+        long_documents(MixedRows(["a", "b"], [two, one]), 5)

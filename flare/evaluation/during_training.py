@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from flare.data.mixture import MixedRows
 from flare.data.packing import Batch, PackedRows
 from flare.distributed import World
 from flare.errors import ConfigError
@@ -54,7 +55,12 @@ class LengthCurve:
     """
 
     def __init__(
-        self, training_model: nn.Module, rows: PackedRows, lengths: list[int], batch_tokens: int, world: World
+        self,
+        training_model: nn.Module,
+        rows: PackedRows | MixedRows,
+        lengths: list[int],
+        batch_tokens: int,
+        world: World,
     ) -> None:
         scorer = TrainingScorer(training_model, world.device)
         self.engine = Engine(scorer, batch_tokens, world, equal_rounds=is_sharded(training_model))
@@ -66,19 +72,31 @@ class LengthCurve:
         return score_tails(self.engine, self.sequences, self.lengths)
 
 
-def long_documents(rows: PackedRows, num_tokens: int) -> list[list[int]]:
-    """``[end-of-text, tokens...]`` of the first documents with so many tokens, without the end-of-text behind them.
+def long_documents(rows: PackedRows | MixedRows, num_tokens: int) -> list[list[int]]:
+    """``[end-of-text, tokens...]`` of the first documents with so many tokens, without the end-of-text behind them;
+    of several data sets equally many.
 
     Raises: ConfigError when there is none.
     """
-    lengths = rows.starts[1:] - rows.starts[:-1] - 1
-    long = [d for d, length in enumerate(lengths) if length >= num_tokens][:MAX_DOCUMENTS]
-    if not long:
+    parts = rows.parts if isinstance(rows, MixedRows) else [rows]
+    found = [sequence for part in parts for sequence in _first_long(part, num_tokens, MAX_DOCUMENTS // len(parts))]
+    if not found:
+        longest = max(int(_lengths(part).max(initial=0)) for part in parts)
         raise ConfigError(
-            f"--eval_context_lengths {num_tokens}: the longest held-out document has {int(lengths.max(initial=0))} "
-            "tokens; give shorter lengths, or hold out more with --validation_split_percentage"
+            f"--eval_context_lengths {num_tokens}: the longest held-out document has {longest} tokens; give shorter "
+            "lengths, or hold out more with --validation_split_percentage"
         )
-    first, tokens = rows.first, rows.cache.tokens
+    return found
+
+
+def _lengths(rows: PackedRows) -> np.ndarray:
+    """Tokens of each document, the end-of-text not counted."""
+    return rows.starts[1:] - rows.starts[:-1] - 1
+
+
+def _first_long(rows: PackedRows, num_tokens: int, limit: int) -> list[list[int]]:
+    lengths, first, tokens = _lengths(rows), rows.first, rows.cache.tokens
+    long = np.flatnonzero(lengths >= num_tokens)[: max(limit, 1)]
     return [[rows.cache.end_of_text_id, *tokens[first[d] : first[d] + lengths[d]].tolist()] for d in long]
 
 
