@@ -19,7 +19,7 @@ from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.experiment import Experiment, check_output_dir, existing_parent, stage_one_result
 from flare.hub import local_model_dir, read_hub_config, read_model_config
 from flare.nope.canary_file import check_recorded_layers
-from flare.nope.format import nope_layers_of, theta_of, weight_files, with_nope
+from flare.nope.format import nope_layers_of, refuse_foreign_code, theta_of, weight_files, with_nope
 from flare.nope.layers import format_layers, parse_layers
 from flare.nvidia_smi import Gpu
 from flare.options import Options
@@ -247,6 +247,7 @@ def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
         return None, hub_model_config(name, options.cache_dir)
     directory = local_model_dir(name, options.cache_dir)
     raw = read_model_config(directory)
+    refuse_foreign_code(raw, str(directory))
     ModelShape.from_config(raw, str(directory))  # refuses another family, and sizes that are missing
     weight_files(directory)
     check_recorded_layers(directory, nope_layers_of(raw))

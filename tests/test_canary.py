@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from flare.errors import CheckpointError
-from flare.evaluation.session import Evaluation, EvaluationSettings
+from flare.evaluation.batches import ALONE
+from flare.evaluation.models import loaded
+from flare.evaluation.options import EvaluationSettings
+from flare.evaluation.session import Evaluation
 from flare.model import load_for_training, set_trainable
 from flare.nope import canary as canary_module
 from flare.nope.canary import canary_sequences, check_canary, measure_canary, rope_everywhere, write_canary
@@ -380,7 +383,7 @@ def test_evaluation_and_verify_refuse_a_model_that_lies(honest: Path, corpus: Pa
     edit_config(tmp_path / "model", **changes)
     settings = EvaluationSettings(str(tmp_path / "model"), (str(corpus),), tmp_path / "evaluation")
     with pytest.raises(CheckpointError, match=words):
-        Evaluation(settings).run()
+        Evaluation(settings, ALONE, torch.device("cpu")).run()
     with pytest.raises(CheckpointError, match=r"is not the model of its nope_canary\.json"):
         verify_directory(tmp_path / "model")
 
@@ -400,5 +403,5 @@ def test_a_true_model_passes_in_every_precision(
     if precision != "fp16":
         load_for_training(tmp_path / "model", config, Trainable.of(LAYERS), precision, "auto")
     settings = EvaluationSettings(str(tmp_path / "model"), (str(corpus),), tmp_path / "out", precision=precision)
-    with Evaluation(settings)._loaded(tmp_path / "model") as (model, _):
+    with loaded(tmp_path / "model", settings, torch.device("cpu")) as (model, *_):
         assert {str(p.dtype) for p in model.parameters()} == {f"torch.{PRECISIONS[precision]}"}

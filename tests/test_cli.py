@@ -201,13 +201,13 @@ def test_every_command_of_the_guide_parses_and_plans(command: str, tmp_path: Pat
 
 
 def test_evaluation_commands_of_the_guide_parse() -> None:
-    from evaluate_model_enhanced import build_parser
+    from flare.evaluation.options import build_parser
 
-    args = build_parser().parse_args(
+    args = build_parser("").parse_args(
         "--model_path /m --output_dir /o --max_length 2048 --batch_size 1 --max_samples_per_dataset 1000".split()
     )
     assert (args.max_length, args.batch_size, args.max_samples_per_dataset) == (2048, 1, 1000)
-    assert build_parser().parse_args("--model_path /m --use_default_datasets".split()).use_default_datasets
+    assert build_parser("").parse_args("--model_path /m --use_default_datasets".split()).use_default_datasets
 
 
 def test_evaluation_help_and_missing_model() -> None:

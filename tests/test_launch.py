@@ -215,7 +215,11 @@ def test_auto_takes_the_largest_divisor_that_fits_the_smallest_card(base: Path, 
 
 def test_auto_shards_what_does_not_fit_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2.5-7B in stage 2 needs 118 GB a card with DDP; three billion fit on an A800 whole, on four A40 sharded."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def not_reached(*_: object) -> dict:
+        raise EnvError("no hub here")
+
+    monkeypatch.setattr("flare.setup.read_hub_config", not_reached)
     flags = ["--stage", 2, "--dry_run"]
 
     def chosen(model: str, mib: int, count: int, *more: object) -> Run:

@@ -167,6 +167,17 @@ def with_nope(config: dict, nope_layers: list[int], rope_theta: float | None, wh
     }
 
 
+def refuse_foreign_code(config: dict, where: str) -> None:
+    """Nothing of a model's own code is run here but our modelling file; a model that asks for other code is refused.
+
+    Raises: CheckpointError.
+    """
+    asked = config.get("auto_map") or {}
+    ours = str(config.get("model_type", "")).endswith("_nope")
+    if (not ours and asked) or not all(str(value).startswith(f"{MODELING_FILE.stem}.") for value in asked.values()):
+        raise CheckpointError(f"{where} wants to run its own code (auto_map); that is not allowed")
+
+
 def write_config(config: dict, directory: Path) -> None:
     """Write config.json, and the modelling file beside it when the model needs it."""
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

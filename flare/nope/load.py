@@ -25,7 +25,7 @@ from transformers import (
 from flare.errors import CheckpointError
 from flare.hub import read_model_config
 from flare.nope import modeling_nope
-from flare.nope.format import FAMILIES, is_export, nope_layers_of, says_which_layers, weight_files
+from flare.nope.format import FAMILIES, is_export, nope_layers_of, refuse_foreign_code, says_which_layers, weight_files
 from flare.nope.layers import format_layers
 from flare.nope.probe import verify_nope
 
@@ -90,13 +90,12 @@ def _architecture(raw: dict, directory: Path) -> tuple[PreTrainedConfig, type]:
 
     Raises: CheckpointError when it asks for foreign code.
     """
+    refuse_foreign_code(raw, str(directory))
     model_type = raw.get("model_type", "")
     if model_type in OWN_TYPES:
         name = OWN_TYPES[model_type]
         config = getattr(modeling_nope, f"{name}NopeConfig").from_dict(raw)
         return config, getattr(modeling_nope, f"{name}NopeForCausalLM")
-    if "auto_map" in raw:
-        raise CheckpointError(f"{directory} wants to run its own code (auto_map); that is not allowed")
     with quiet_transformers():
         return AutoConfig.for_model(**raw), AutoModelForCausalLM
 
