@@ -169,6 +169,7 @@ def test_a_slow_rank_gets_fewer_rows(tmp_path: Path) -> None:
     assert found.reason == "by measured speed"
 
 
+@pytest.mark.slow
 def test_shares_by_hand_and_resume_with_the_measured_ones(train_flags: list[str], tmp_path: Path) -> None:
     """``3,1`` trains as equal shares do; a run that measured goes on with what it measured."""
     flags = [*train_flags, "--nproc_per_node", "2", "--save_steps", "3"]

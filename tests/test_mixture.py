@@ -226,6 +226,7 @@ def test_a_set_without_a_row_is_named(files: list[Path], base: Path, tmp_path: P
 # -- real runs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_weighted_sets_resumes_on_the_same_rows(
     train_flags: list[str], files: list[Path], tmp_path: Path
 ) -> None:
@@ -254,6 +255,7 @@ def test_a_run_of_weighted_sets_resumes_on_the_same_rows(
     assert f"{files[2]}: file c.jsonl is gone" in less.stderr
 
 
+@pytest.mark.slow
 def test_prepare_only_makes_the_cache_of_every_set(train_flags: list[str], files: list[Path]) -> None:
     flags = [*train_flags, "--dataset_name", ",".join(map(str, files))]
     result = train(*flags, "--prepare_only")

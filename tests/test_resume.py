@@ -130,6 +130,7 @@ def test_a_run_killed_right_after_its_first_evaluation_resumes(train_flags: list
     assert "resumes from checkpoint-0" in result.stderr
 
 
+@pytest.mark.slow
 def test_epochs_stay_epochs_on_another_number_of_processes(train_flags: list[str], run: Path) -> None:
     steps = train_flags.index("--max_steps")
     flags = [*train_flags[:steps], *train_flags[steps + 2 :], "--num_train_epochs", "0.1", "--save_steps", "2"]

@@ -117,7 +117,14 @@ def test_layouts_give_the_same_losses_and_weights(
 
 @pytest.mark.parametrize(
     ("processes", "micro", "parallel"),
-    [(2, 2, "ddp"), (2, 1, "ddp"), (3, 4, "ddp"), (2, 2, "fsdp"), (2, 1, "fsdp"), (3, 1, "fsdp")],
+    [
+        (2, 2, "ddp"),
+        pytest.param(2, 1, "ddp", marks=pytest.mark.slow),
+        (3, 4, "ddp"),
+        pytest.param(2, 2, "fsdp", marks=pytest.mark.slow),
+        (2, 1, "fsdp"),
+        pytest.param(3, 1, "fsdp", marks=pytest.mark.slow),
+    ],  # fmt: skip
     ids=["2x2", "2x1x2 accumulation", "3 unequal", "fsdp 2x2", "fsdp 2x1x2 accumulation", "fsdp 3 unequal"],
 )
 def test_ranks_give_the_loss_and_gradients_of_one_process(
@@ -219,7 +226,7 @@ def wait_until_unlocked(run: Path) -> None:
                 time.sleep(0.1)
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_signal_stops_cleanly_with_a_checkpoint_and_the_run_continues(
     train_flags: list[str], tmp_path: Path, sig: signal.Signals, processes: int

@@ -66,6 +66,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("damage", MODELS)
 def test_a_damaged_model_is_refused_by_name(
     zygote: Zygote, flags: list[str], run: Path, model: Path, damage: str
@@ -101,6 +102,7 @@ def test_an_embedding_larger_than_the_tokenizer_stays_as_large(zygote: Zygote, f
 # -- the data --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_a_huge_document_and_many_empty_ones_are_packed(zygote: Zygote, flags: list[str], tmp_path: Path) -> None:
     """Row 20."""
     with open(tmp_path / "odd.jsonl", "w") as file:
@@ -121,6 +123,7 @@ DATA = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("case", DATA)
 def test_data_that_cannot_be_used_ends_in_one_line(
     zygote: Zygote, flags: list[str], tmp_path: Path, case: str
@@ -136,6 +139,7 @@ def test_data_that_cannot_be_used_ends_in_one_line(
     assert words in error
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("change", ["row added", "order", "touched"])
 def test_changed_data_is_not_resumed_with(
     zygote: Zygote, flags: list[str], whole: Path, run: Path, tmp_path: Path, change: str
@@ -210,6 +214,7 @@ def test_adam_moments_never_cross_to_other_layers(
 # -- names, streams, secrets -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["two words", "'quoted' \"twice\"", "实验 äöü", "$HOME `x`", "x" * 200])
 def test_odd_names_work(zygote: Zygote, flags: list[str], tmp_path: Path, name: str) -> None:
     """Row 41; test_runs.py pastes the recorded command back."""
