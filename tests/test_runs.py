@@ -124,7 +124,7 @@ def test_layouts_give_the_same_losses_and_weights(
         pytest.param(2, 2, "fsdp", marks=pytest.mark.slow),
         (2, 1, "fsdp"),
         pytest.param(3, 1, "fsdp", marks=pytest.mark.slow),
-    ],  # fmt: skip
+    ],
     ids=["2x2", "2x1x2 accumulation", "3 unequal", "fsdp 2x2", "fsdp 2x1x2 accumulation", "fsdp 3 unequal"],
 )
 def test_ranks_give_the_loss_and_gradients_of_one_process(
