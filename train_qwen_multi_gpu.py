@@ -15,7 +15,7 @@ from flare.threads import wait_without_spinning
 
 if TYPE_CHECKING:
     from flare.gpus import Selection
-    from flare.setup import Run
+    from flare.run import Run
 
 SCRIPT = Path(__file__).resolve()
 
@@ -75,7 +75,7 @@ def launch_run(run: "Run", selection: "Selection | None") -> int:
     if run.hardware.use_cuda:
         launch.check_torch_sees_cuda()
     if run.hardware.world_size == 1:
-        from flare.session import run_worker
+        from flare.worker import run_worker
 
         return run_worker(run)
     return launch.start_workers(SCRIPT, run)
@@ -85,8 +85,8 @@ def join(resolved: Resolved) -> NoReturn:
     """Be one of torchrun's workers."""
     from flare.distributed import end_process
     from flare.handoff import told_options, worker_hardware
-    from flare.session import run_worker
     from flare.setup import settle
+    from flare.worker import run_worker
 
     resolved = told_options(resolved)
     end_process(run_worker(settle(resolved, worker_hardware(resolved.options))))

@@ -13,7 +13,7 @@ from flare.gpus import Selection, select_environment
 from flare.hosts import gloo_environment, num_nodes
 from flare.nvidia_smi import Gpu
 from flare.options import Options
-from flare.setup import Hardware, Run
+from flare.run import Hardware, Run
 
 DEVICE_VARIABLE = "FLARE_DEVICE"
 CARDS_VARIABLE = "FLARE_PLANNED_CARDS"

@@ -30,7 +30,7 @@ from flare.nvidia_smi import query_gpus
 from flare.options import Options
 from flare.parent import end_with_parent
 from flare.rooms import MIB, usable_bytes
-from flare.setup import Hardware, Run
+from flare.run import Hardware, Run
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs

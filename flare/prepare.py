@@ -18,7 +18,7 @@ from flare.data.train_rows import TrainRows
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from flare.options import Options
-from flare.setup import Run
+from flare.run import Run
 
 
 def prepare_data(run: Run) -> Corpus | StreamedCorpus:

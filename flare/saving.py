@@ -21,7 +21,7 @@ from flare.nope.canary_file import CANARY_FILE, Canary
 from flare.nope.load import load_causal_lm
 from flare.optim import optimizer_tensors
 from flare.progress import Progress
-from flare.setup import Run
+from flare.run import Run
 from flare.sharding import is_sharded
 from flare.tensor_files import TensorReader, restore_weights, write_pickled, write_tensors
 

@@ -1,38 +1,29 @@
-"""One worker's life: data, process group, experiment directory, model, resume, train, final model.
+"""A stage's session on one rank: model, optimizer, rows and progress are put together, trained and exported."""
 
-``run_worker`` is the same for one process and for many; what only rank 0 may do goes through
-``distributed.on_main``.
-"""
-
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.distributed import PrefixStore
 
-from flare import checkpoint as ckpt
-from flare import distress, distributed
+from flare import distributed
 from flare.attention import KERNELS, use_kernel
 from flare.checkpoint import Checkpoint
 from flare.compiler import compile_layers
-from flare.config import REPO
-from flare.data.corpus import Corpus, what_changed
+from flare.data.corpus import Corpus
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines
 from flare.data.streaming.survey import StreamedCorpus
 from flare.data.train_rows import TrainRows
 from flare.distributed import World
-from flare.errors import CheckpointError, ConfigError, FlareError
+from flare.errors import CheckpointError, FlareError
 from flare.evaluation.during_training import LengthCurve, MoreEvaluation
 from flare.gpus import peak_tflops
 from flare.hub import read_model_config
-from flare.last_words import out_of_memory
-from flare.launch import end_with_launcher, tell_launcher
-from flare.logs import FILES_ONLY, log, start_logging
+from flare.launch import tell_launcher
+from flare.logs import FILES_ONLY, log
 from flare.metrics import MetricsWriter
-from flare.metrics_file import enter_stage, record_status
+from flare.metrics_file import record_status
 from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
 from flare.nope.format import nope_layers_of
 from flare.nope.layers import format_layers
@@ -42,81 +33,15 @@ from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
 from flare.pace import multiply_as_a_layer, settle_balance
 from flare.plan_table import plan_lines
 from flare.prefetch import host_tensors, to_device
-from flare.prepare import max_steps, packed_rows, prepare_data
+from flare.prepare import max_steps
 from flare.progress import STOP_FILE, Progress
+from flare.resume import find_checkpoint, read_progress
+from flare.run import Run
 from flare.saving import Saver
-from flare.setup import Run, check_identity
 from flare.sharding import is_sharded
 from flare.tensor_files import TensorReader, restore_weights
 from flare.trainer import Parts, Trainer
 from flare.watchdog import Limits, Watchdog
-
-
-def run_worker(run: Run) -> int:
-    """Train one stage on this rank. Returns 0; errors are raised, or told to the launcher that started us."""
-    use_cuda = run.hardware.use_cuda
-    rank = distributed.rank_from_environment()
-    start_logging(rank, run.hardware.world_size)
-    end_with_launcher()
-    world = None
-    try:
-        corpus = prepare_data(run)
-        rows = packed_rows(run, corpus)
-        world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
-        distress.listen(world)
-        distributed.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
-        run = open_experiment(run, world)
-        try:
-            Session(run, world, corpus, *rows).train()
-        except torch.OutOfMemoryError as error:
-            raise FlareError(out_of_memory(run.plan(), world.rank, device_name(world.device), error)) from error
-        finally:
-            rows[0].close()
-            run.experiment.unlock()
-        distributed.stop()
-    except FlareError as error:
-        if world:
-            distress.call(world)
-        log.error(f"error: {error}", extra=FILES_ONLY)
-        if tell_launcher(str(error), error.exit_code):
-            return error.exit_code
-        raise
-    except Exception:
-        if world and distress.heard(world):  # the rank that called says why
-            return FlareError.exit_code
-        if world:
-            distress.call(world)
-        raise
-    return 0
-
-
-def open_experiment(run: Run, world: World) -> Run:
-    """Lock and prepare the experiment directory on rank 0; all ranks fail together if that fails."""
-    experiment = run.experiment
-    distributed.on_main(world, lambda: _prepare_directory(run))
-    start_logging(world.rank, world.size, experiment.training_log, experiment.logs)
-    if not run.init_from.exists():  # stage 1's result has just moved to stage1/
-        run = replace(run, init_from=experiment.stage1 / "final_model")
-    return run
-
-
-def _prepare_directory(run: Run) -> None:
-    experiment, options = run.experiment, run.options
-    experiment.lock()
-    if options.overwrite_output_dir:
-        experiment.clear(options.stage)
-    if options.stage == 2:
-        experiment.hand_over()
-    experiment.create()
-    enter_stage(experiment, options.stage)
-    experiment.record_command([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *run.resolved.argv])
-    experiment.record_environment()
-    ckpt.clean_leftovers(experiment.checkpoints)
-    if options.resume == "never" and ckpt.list_checkpoints(experiment.checkpoints):
-        raise ConfigError(
-            f"experiment {experiment.root.name!r} has checkpoints and --resume is never; use --resume auto, "
-            "another --experiment_name, or --overwrite_output_dir"
-        )
 
 
 class Session:
@@ -134,8 +59,8 @@ class Session:
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the end of the stage."""
         self._log_start()
-        resume_from = distributed.on_main(self.world, self._find_checkpoint)
-        progress = self._read_progress(resume_from)
+        resume_from = distributed.on_main(self.world, lambda: find_checkpoint(self.run))
+        progress = read_progress(resume_from, self.saver)
         self._settle_length()
         if self._is_done(progress):
             log.info(
@@ -216,71 +141,6 @@ class Session:
         exported = self.experiment.trained(self.experiment.final_model)
         is_exported = (exported.get("stage"), exported.get("step")) == (self.options.stage, progress.step)
         return is_exported and (progress.step >= self.max_steps or progress.out_of_patience(self.options))
-
-    def _find_checkpoint(self) -> Checkpoint | None:
-        resume = self.options.resume
-        if resume not in ("auto", "never"):
-            path = Path(resume)
-            match = ckpt.NAME.fullmatch(path.name)
-            if not match or not (path / "manifest.json").is_file():
-                raise CheckpointError(f"--resume {resume} is no complete checkpoint (no manifest.json)")
-            chosen = Checkpoint(path, int(match[1]))
-            chosen.verify()
-            return chosen
-        chosen, skipped = ckpt.newest_complete(self.experiment.checkpoints)
-        for reason in skipped:
-            log.warning(f"skipped a damaged checkpoint: {reason}")
-        if chosen is None and skipped:
-            raise CheckpointError(
-                f"no valid checkpoint in {self.experiment.root.name!r} ({skipped[0]}); start anew with "
-                "--overwrite_output_dir"
-            )
-        return chosen
-
-    def _read_progress(self, resume_from: Checkpoint | None) -> Progress:
-        """Progress to go on from; refuses a checkpoint of another run."""
-        if resume_from is None:
-            return Progress()
-        state = resume_from.state()
-        reasons = {"data": what_changed(state.get("data"), self.corpus.facts)}
-        check_identity(self.identity, state["identity"], resume_from.path.name, reasons)
-        self._keep_global_batch(state)
-        log.info(f"resumes from {resume_from.path.name}, {state['progress']['tokens']:,} tokens seen")
-        self._log_changes(state["options"])
-        if resume_from.path.resolve().parent == self.experiment.checkpoints.resolve():
-            for name in distributed.on_main(
-                self.world, lambda: ckpt.set_aside_newer(resume_from.path.parent, resume_from.step)
-            ):
-                log.warning(f"{name} is newer than the checkpoint to resume: renamed to superseded-{name}")
-        progress = Progress(**state["progress"])
-        kept = {c.step for c in ckpt.list_checkpoints(self.experiment.checkpoints)}
-        if self.options.early_stopping_patience and progress.best_step not in kept:
-            progress.forget_best()  # its weights were not kept: the run had no patience then
-        return progress
-
-    def _log_changes(self, then: dict) -> None:
-        """Name what resumes with another value; what must not change has been refused before."""
-        now = self.run.settings()
-        silent = ("resume", "dry_run", "overwrite_output_dir", "experiment_name", "base_output_dir")
-        changes = [f"{k} {then[k]} -> {now[k]}" for k in now if k in then and then[k] != now[k] and k not in silent]
-        if changes:
-            log.warning(f"resumes with changes: {', '.join(changes)}")
-
-    def _keep_global_batch(self, state: dict) -> None:
-        """The recorded global batch goes on, on any number of processes; changed flags are refused."""
-        then, now = state["global_batch_size"], self.saver.global_batch_size
-        if now == then:
-            return
-        asked_then = state.get("rows_per_process", then // state["world_size"])
-        if self.saver.rows_per_process != asked_then:
-            raise CheckpointError(
-                f"checkpoint-{state['progress']['step']} was trained with a global batch of {then} rows, the flags "
-                f"now give {now}; keep --global_batch_size {then}"
-            )
-        if then < self.world.size:
-            raise ConfigError(f"the run's global batch of {then} rows is too small for {self.world.size} processes")
-        log.info(f"{self.world.size} processes, before {state['world_size']}: the global batch stays {then} rows")
-        self.saver.global_batch_size = then
 
     # -- parts -------------------------------------------------------------------------------------
 

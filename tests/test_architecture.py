@@ -21,10 +21,10 @@ LAYERS = [
     ["plan_inputs", "gathered", "memory", "rooms", "suggest", "plan", "plan_table", "last_words"],
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
     ["data"],
-    ["setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "metrics"],
+    ["run", "setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "metrics"],
     ["garbage", "outcomes", "prefetch", "progress"],
     ["trainer", "evaluation"],
-    ["prepare", "prepare_only", "saving", "session", "demo"],
+    ["prepare", "prepare_only", "saving", "resume", "session", "worker", "demo"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted((REPO / "flare").rglob("*.py"))

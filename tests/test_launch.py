@@ -22,7 +22,8 @@ from flare.nvidia_smi import Gpu
 from flare.options import STAGE_DEFAULTS
 from flare.plan import check_fits
 from flare.plan_table import plan_lines
-from flare.setup import Hardware, Run, settle
+from flare.run import Hardware, Run
+from flare.setup import settle
 from tests.conftest import REPO, run_script, script_environment, train
 from tests.fake_nvidia_smi import install
 from tests.test_cli import assert_one_line, guide_server, launch

@@ -11,7 +11,7 @@ from flare import attention
 from flare.attention import TOKENS_PER_DOCUMENT, document_bounds, document_mask, use_kernel
 from flare.compiler import compile_layers
 from flare.errors import ConfigError
-from flare.setup import choose_attention
+from flare.run import choose_attention
 from flare.trainable import Trainable
 from tests.test_training import load
 

@@ -20,7 +20,7 @@ from flare.launch import (
     run_agent,
     tell_launcher,
 )
-from flare.setup import Hardware
+from flare.run import Hardware
 
 
 def start(script: Path, settings: EvaluationSettings, argv: list[str]) -> int:

@@ -1,0 +1,90 @@
+"""One worker's life: data, process group, experiment directory, then the stage's session, and how it ends.
+
+``run_worker`` is the same for one process and for many; what only rank 0 may do goes through
+``distributed.on_main``.
+"""
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from flare import checkpoint as ckpt
+from flare import distress, distributed
+from flare.config import REPO
+from flare.distributed import World
+from flare.errors import ConfigError, FlareError
+from flare.last_words import out_of_memory
+from flare.launch import end_with_launcher, tell_launcher
+from flare.logs import FILES_ONLY, log, start_logging
+from flare.metrics_file import enter_stage
+from flare.prepare import packed_rows, prepare_data
+from flare.run import Run
+from flare.session import Session, device_name
+
+
+def run_worker(run: Run) -> int:
+    """Train one stage on this rank. Returns 0; errors are raised, or told to the launcher that started us."""
+    use_cuda = run.hardware.use_cuda
+    rank = distributed.rank_from_environment()
+    start_logging(rank, run.hardware.world_size)
+    end_with_launcher()
+    world = None
+    try:
+        corpus = prepare_data(run)
+        rows = packed_rows(run, corpus)
+        world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
+        distress.listen(world)
+        distributed.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
+        run = open_experiment(run, world)
+        try:
+            Session(run, world, corpus, *rows).train()
+        except torch.OutOfMemoryError as error:
+            raise FlareError(out_of_memory(run.plan(), world.rank, device_name(world.device), error)) from error
+        finally:
+            rows[0].close()
+            run.experiment.unlock()
+        distributed.stop()
+    except FlareError as error:
+        if world:
+            distress.call(world)
+        log.error(f"error: {error}", extra=FILES_ONLY)
+        if tell_launcher(str(error), error.exit_code):
+            return error.exit_code
+        raise
+    except Exception:
+        if world and distress.heard(world):  # the rank that called says why
+            return FlareError.exit_code
+        if world:
+            distress.call(world)
+        raise
+    return 0
+
+
+def open_experiment(run: Run, world: World) -> Run:
+    """Lock and prepare the experiment directory on rank 0; all ranks fail together if that fails."""
+    experiment = run.experiment
+    distributed.on_main(world, lambda: _prepare_directory(run))
+    start_logging(world.rank, world.size, experiment.training_log, experiment.logs)
+    if not run.init_from.exists():  # stage 1's result has just moved to stage1/
+        run = replace(run, init_from=experiment.stage1 / "final_model")
+    return run
+
+
+def _prepare_directory(run: Run) -> None:
+    experiment, options = run.experiment, run.options
+    experiment.lock()
+    if options.overwrite_output_dir:
+        experiment.clear(options.stage)
+    if options.stage == 2:
+        experiment.hand_over()
+    experiment.create()
+    enter_stage(experiment, options.stage)
+    experiment.record_command([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *run.resolved.argv])
+    experiment.record_environment()
+    ckpt.clean_leftovers(experiment.checkpoints)
+    if options.resume == "never" and ckpt.list_checkpoints(experiment.checkpoints):
+        raise ConfigError(
+            f"experiment {experiment.root.name!r} has checkpoints and --resume is never; use --resume auto, "
+            "another --experiment_name, or --overwrite_output_dir"
+        )
