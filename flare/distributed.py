@@ -193,7 +193,10 @@ def wrap_ddp(module: torch.nn.Module, world: World) -> torch.nn.Module:
     if world.size == 1 or is_sharded(module):
         return module
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+    # Buffers (cos and sin) follow from the configuration: there is nothing to broadcast in each forward pass.
+    return DistributedDataParallel(
+        module, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 @contextlib.contextmanager
