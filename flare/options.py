@@ -335,6 +335,15 @@ class Options:
         kind="float",
         low=0,
     )
+    skip_nonfinite: int = option(
+        TRAINING,
+        "optimisation",
+        "steps that may be left out because loss or gradient is not finite; each is named, its rows are in logs/; one "
+        "more ends the run",
+        0,
+        kind="int",
+        low=0,
+    )
     gradient_checkpointing: bool | str = option(
         TRAINING,
         "optimisation",

@@ -20,6 +20,7 @@ class Progress:
     evaluations_without_gain: int = 0
     history: list[dict] = field(default_factory=list)
     data_place: dict | None = None  # of streamed rows
+    skipped_steps: int = 0  # whose numbers were not finite: --skip_nonfinite
 
     def as_dict(self) -> dict:
         return asdict(self)

@@ -12,7 +12,7 @@ from flare.checkpoint import Checkpoint
 from flare.compiler import compile_layers
 from flare.data.corpus import Corpus
 from flare.data.packing import PackedRows
-from flare.data.preview import row_lines
+from flare.data.preview import row_lines, write_rows
 from flare.data.streaming.survey import StreamedCorpus
 from flare.data.train_rows import TrainRows
 from flare.distributed import World
@@ -82,6 +82,7 @@ class Session:
         try:
             with self._watchdog() as watchdog:
                 trainer.step_watch = watchdog.step
+                trainer.keep_rows = self._keep_rows
                 ended = trainer.train()
             self._finish(ended, progress)
         except BaseException as error:
@@ -90,6 +91,12 @@ class Session:
         finally:
             if metrics:
                 metrics.close()
+
+    def _keep_rows(self, step: int, rows: np.ndarray) -> None:
+        """Write the rows of a step that went wrong to logs/, as token ids and as text."""
+        if self.world.is_main:
+            path = self.experiment.logs / f"nonfinite-stage{self.options.stage}-step{step}.jsonl"
+            write_rows(path, rows, self.train_rows.batch(rows).input_ids, load_tokenizer(self.run.init_from))
 
     def _watchdog(self) -> Watchdog:
         limits = Limits.of(self.options.step_timeout, self.options.ddp_timeout)

@@ -22,6 +22,7 @@ from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import FlareError
 from flare.garbage import steady_collection
+from flare.logs import log
 from flare.metrics import MetricsWriter, Throughput, peak_memory_gib, perplexity
 from flare.model import TrainingModel
 from flare.optim import can_skip_on_device, set_learning_rate
@@ -100,8 +101,9 @@ class Trainer:
             pin=on_card,
             in_step=sharded,
         )
-        # Fused updates of shards take no flag of the device's.
-        lag = 1 if on_card and not sharded and can_skip_on_device(parts.optimizer) else 0
+        # Fused updates of shards take no flag of the device's; and what may be skipped must be known at once.
+        may_lag = on_card and not sharded and not options.skip_nonfinite and can_skip_on_device(parts.optimizer)
+        lag = 1 if may_lag else 0
         self.outcomes = Outcomes(world.device, lag)
         self.throughput = Throughput()
         self.stop_request = StopRequest()
@@ -110,6 +112,8 @@ class Trainer:
         self.asked_to_stop = False
         self.step_watch: Callable[[int], AbstractContextManager] = nullcontext
         """Entered with a step's number around it: the session's watchdog."""
+        self.keep_rows: Callable[[int, np.ndarray], None] = lambda step, rows: None
+        """Told the step and its rows when its numbers are not finite."""
 
     def train(self) -> str:
         """Run to the end, an early stop or a request to stop; returns finished, early_stopped or stopped."""
@@ -151,12 +155,14 @@ class Trainer:
         max_norm = self.options.max_grad_norm or math.inf
         grad_norm = distributed.clip_gradients(self.parameters, max_norm)
         self.outcomes.put(place, loss_sum.double() / data.num_targets, grad_norm, self._wants_stop())
+        finite = True
         if self.outcomes.lag:
             parts.optimizer.found_inf = self.outcomes.failed
         else:
-            self._read_outcomes()
-        set_learning_rate(parts.optimizer, self._learning_rate())
-        parts.optimizer.step()
+            finite = self._read_outcomes()
+        if finite:
+            set_learning_rate(parts.optimizer, self._learning_rate())
+            parts.optimizer.step()
         parts.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.rows += len(data.rows)
@@ -178,26 +184,39 @@ class Trainer:
             self.world.is_main and (self.stop_dir / STOP_FILE).exists()
         )
 
-    def _read_outcomes(self, keep: int = 0) -> None:
-        """Take in what steps came to, all but the ``keep`` newest; on all ranks alike.
+    def _read_outcomes(self, keep: int = 0) -> bool:
+        """Take in what steps came to, all but the ``keep`` newest; on all ranks alike. False when one is skipped.
 
         Raises: FlareError for numbers that are not finite. That update was not made, nor any after it.
         """
+        finite = True
         for place, outcome in self.outcomes.take(keep):
-            if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
-                self._refuse_nonfinite(place, outcome)
-            self.window.append(outcome)
             self.asked_to_stop |= outcome.stop
+            if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+                self._skip_or_refuse(place, outcome)
+                finite = False
+                continue
+            self.window.append(outcome)
             if self.metrics:
                 self.metrics.advance(outcome.loss, self._learning_rate())
+        return finite
 
-    def _refuse_nonfinite(self, place: Place, outcome: Outcome) -> None:
-        progress = self.progress
+    def _skip_or_refuse(self, place: Place, outcome: Outcome) -> None:
+        """Count a step whose numbers are not finite. Raises: FlareError beyond ``--skip_nonfinite``."""
+        progress, allowed = self.progress, self.options.skip_nonfinite
+        self.keep_rows(place.step + 1, place.row_indices)
+        what = (
+            f"step {place.step + 1}: loss {outcome.loss} and gradient norm {outcome.grad_norm} are not finite (rows "
+            f"{place.row_indices[:4].tolist()}...)"
+        )
+        if progress.skipped_steps < allowed:
+            progress.skipped_steps += 1
+            log.warning(f"{what}; skipped, {progress.skipped_steps} of {allowed} (--skip_nonfinite)")
+            return
         progress.step, progress.rows, progress.tokens = place.step, place.rows, place.tokens
         raise FlareError(
-            f"step {place.step + 1}: loss {outcome.loss} and gradient norm {outcome.grad_norm} are not finite (rows "
-            f"{place.row_indices[:4].tolist()}...); the weights were not updated, the last checkpoint is good; lower "
-            "--learning_rate or look at these rows"
+            f"{what}; the weights were not updated, the last checkpoint is good; lower --learning_rate, or look at "
+            "these rows in logs/"
         )
 
     # -- after a step -------------------------------------------------------------------------------
@@ -230,6 +249,8 @@ class Trainer:
 
     def _log(self) -> None:
         window, self.window = self.window, []
+        if not window:  # every step since the last line was skipped
+            return
         seconds, rate = self.throughput.seconds, self.throughput.take()
         mean = math.fsum(outcome.loss for outcome in window) / len(window)
         record = self._place() | {

@@ -300,6 +300,29 @@ def test_nan_stops_before_the_update(cache: TokenCache, base: Path, tmp_path: Pa
     assert runner.progress.step == 0
 
 
+def test_skipped_steps_leave_the_weights_and_one_more_ends_the_run(
+    cache: TokenCache, base: Path, tmp_path: Path
+) -> None:
+    """Steps 2, 3 and 4 of ten are infinite; two may be."""
+    model = load(base, [1], Trainable(True))
+    runner = trainer(model, cache, tmp_path, skip_nonfinite=2)
+    told: list[int] = []
+    runner.keep_rows = lambda step, rows: told.append(step)
+    forward, weights = model.forward, []
+    bad = (1, 2, 3)
+    runner.module.forward = lambda **batch: forward(**batch) * (torch.inf if runner.progress.step in bad else 1.0)
+    for _ in range(3):
+        runner._step()
+        weights.append(model.causal_lm.model.norm.weight.detach().clone())
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+    assert (runner.progress.step, runner.progress.rows, runner.progress.skipped_steps) == (3, 12, 2)
+    assert len(runner.window) == 1  # what is not finite is never logged as a number
+    with pytest.raises(FlareError, match=r"step 4: loss inf .*look at these rows in logs/"):
+        runner._step()
+    assert told == [2, 3, 4]
+    assert torch.equal(weights[0], model.causal_lm.model.norm.weight)
+
+
 def test_untied_head_trains_too(cache: TokenCache, tmp_path: Path) -> None:
     model = load(write_base(tmp_path / "untied", tie_word_embeddings=False), [1], Trainable(True))
     found = gradients(trainer(model, cache, tmp_path))

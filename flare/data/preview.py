@@ -1,4 +1,7 @@
-"""A packed row as people can read it: its documents decoded, boundaries marked, long text cut."""
+"""Packed rows as people can read them: documents decoded, boundaries marked, long text cut; or whole, in a file."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 
@@ -32,3 +35,11 @@ def shortened(text: str) -> str:
     if len(text) > 2 * SHOWN_CHARACTERS + 5:
         text = f"{text[:SHOWN_CHARACTERS]} ... {text[-SHOWN_CHARACTERS:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def write_rows(path: Path, rows: np.ndarray, input_ids: np.ndarray, tokenizer: object) -> None:
+    """Rows (N,) of tokens (N, T) as JSON lines: index, token ids, text."""
+    with open(path, "w", encoding="utf-8") as file:
+        for row, ids in zip(rows.tolist(), input_ids, strict=True):
+            record = {"row": row, "input_ids": ids.tolist(), "text": tokenizer.decode(ids)}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -121,3 +121,19 @@ def in_workers(*fault: object) -> None:
 
 def set_umask(umask: int) -> None:
     os.umask(umask)
+
+
+def poison_gradients(step: int) -> None:
+    """The gradients of one step (from 1) are infinite, as those of a broken kernel."""
+    from flare import distributed
+
+    clip, calls = distributed.clip_gradients, 0
+
+    def poisoned(parameters: list, max_norm: float) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            parameters[0].grad.fill_(float("inf"))
+        return clip(parameters, max_norm)
+
+    distributed.clip_gradients = poisoned
