@@ -13,7 +13,7 @@ import traceback
 
 from tests.faults import injections
 
-IMPORTED = ("flare.session", "flare.launch", "flare.plan", "flare.plan_table", "flare.data.build", "tensorboard")
+IMPORTED = ("flare.worker", "flare.launch", "flare.plan", "flare.plan_table", "flare.data.build", "tensorboard")
 
 
 def main() -> None:
