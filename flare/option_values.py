@@ -21,7 +21,7 @@ def checked(raw: dict[str, Any], label: Callable[[str], str], problems: list[str
         try:
             values[name] = check_value(name, value, from_text=label(name).startswith("--"))
         except ConfigError as error:
-            problems.append(f"{label(name)} {error}")
+            problems.append(f"{label(name)} {error}".replace(" : ", ": ", 1))
     return values
 
 

@@ -61,7 +61,7 @@ def _parse_word(word: str, depth: int, flag: str) -> list[int]:
     match = RANGE.fullmatch(word)
     if match is None:
         hint = "; 'auto', 'none' and 'all' stand alone" if word in WHOLE_SPECS else ""
-        raise ConfigError(f"{flag} cannot read {word!r}; give indices, 20-32, every:4, auto or none{hint}")
+        raise ConfigError(f"{flag}: cannot read {word!r}; give indices, 20-32, every:4, auto or none{hint}")
     first, last = int(match[1]), int(match[2] or match[1])
     if first > last:
         raise ConfigError(f"{flag}: layer range {word} is reversed")
