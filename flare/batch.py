@@ -2,7 +2,6 @@
 
 from flare.errors import ConfigError
 from flare.options import STAGE_DEFAULTS, Options
-from flare.rooms import count_processes
 
 
 def global_batch_size(options: Options, world_size: int, continued: int | None = None) -> int:
@@ -23,7 +22,8 @@ def global_batch_size(options: Options, world_size: int, continued: int | None =
     if asked % unit and (asked != continued or asked < world_size):
         below = asked // unit * unit
         nearest = ", ".join(str(n) for n in (below, below + unit) if n)
-        parts = count_processes(world_size) + ("" if micro == "auto" else f" x --per_device_train_batch_size {micro}")
+        parts = f"{world_size} process{'es' if world_size > 1 else ''}"
+        parts += "" if micro == "auto" else f" x --per_device_train_batch_size {micro}"
         raise ConfigError(f"--global_batch_size {asked} is not divisible by {parts}; nearest: {nearest}")
     return asked
 

@@ -79,8 +79,22 @@ def run_script(main: Callable[[], int]) -> int:
     except OSError as error:
         return _fail(f"{error} (FLARE_DEBUG=1 shows where)", EnvError.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130  # what shells say of a process that Ctrl-C ended
+        return _interrupted()
+    except ImportError as error:
+        if _was_interrupted(error):  # transformers turns a Ctrl-C during its imports into this
+            return _interrupted()
+        raise
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr, flush=True)
+    return 130  # what shells say of a process that Ctrl-C ended
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _fail(message: str, exit_code: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flare.errors import run_script as run_here
 from tests.conftest import REPO, run_script, script_environment, train
 from tests.fake_nvidia_smi import install
 
@@ -213,3 +214,18 @@ def test_evaluation_commands_of_the_guide_parse() -> None:
 def test_evaluation_help_and_missing_model() -> None:
     assert run_script("evaluate_model_enhanced.py", "--help").returncode == 0
     assert_one_line(run_script("evaluate_model_enhanced.py", "--model_path", "./nowhere"), 2, "./nowhere")
+
+
+def test_ctrl_c_while_a_library_is_imported_is_no_traceback(capsys: pytest.CaptureFixture) -> None:
+    """transformers' lazy imports turn a KeyboardInterrupt into a ModuleNotFoundError."""
+
+    def interrupted() -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module") from error
+
+    assert run_here(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(ImportError):
+        run_here(lambda: __import__("no_such_module"))

@@ -56,7 +56,7 @@ CASES: list[tuple[str, int, str]] = [
     ("--dataset_name x.jsonl", 2, "--dataset_name x.jsonl: no such file or directory"),
     ("--dataset_name empty.jsonl", 3, "empty.jsonl is empty (0 bytes)"),
     ("--dataset_name short.jsonl", 3, "the data gives 6 training tokens, one step needs 65; lower --max_seq_length"),
-    ("--dataset_name bad.jsonl", 3, "no usable text (bad.jsonl:2 is not UTF-8 (byte 10)); limit is 0.10%, see --max_bad_rows"),
+    ("--dataset_name bad.jsonl", 3, "(bad.jsonl:2 is not UTF-8 (byte 10)); limit is 0.10%, see --max_bad_rows"),
     ("--text_column content", 2, "column 'content' not in "),
     ("--dataset_weights 0.5,0.5", 2, "--dataset_weights has 2 weights for 1 data set"),
     ("--base_output_dir short.jsonl", 2, "short.jsonl is a file, not a directory"),
