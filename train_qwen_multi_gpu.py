@@ -5,7 +5,6 @@ Started plainly it chooses the cards and starts its own workers; under torchrun 
 """
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -83,8 +82,7 @@ def launch_run(run: "Run", selection: "Selection | None") -> int:
 
 
 def join(resolved: Resolved) -> NoReturn:
-    """Be one of torchrun's workers. Until training handles it, Ctrl-C ends it without a word: the launcher has one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Be one of torchrun's workers."""
     from flare.distributed import end_process
     from flare.handoff import told_options, worker_hardware
     from flare.setup import settle

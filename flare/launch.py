@@ -33,7 +33,9 @@ from flare.rooms import MIB, usable_bytes
 from flare.run import Hardware, Run
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+
+INTERRUPTED = "interrupted"
 
 SHUTDOWN_TIMEOUT_SEC = 600
 """What torchrun's agent grants workers after a signal: a large model's last checkpoint takes minutes."""
@@ -143,8 +145,8 @@ def start_workers(script: Path, run: Run) -> int:
     except SignalException as error:
         if _ended_cleanly(experiment, stage):
             return 0
-        _record_failure(experiment, stage, f"ended by signal {error.sigval.name}")
-        return 128 + error.sigval
+        _record_failure(experiment, stage, f"ended by signal {received(error).name}")
+        return 128 + received(error)
     except ChildFailedError as error:
         return _report_failure(error, Path(logs.root_log_dir), experiment, stage)
     return 0
@@ -181,12 +183,18 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
         ) from error
 
 
-def _on_interrupt(number: int, _frame: object) -> None:
+def _on_interrupt(_number: int, _frame: object) -> None:
     """First Ctrl-C: workers finish their step and write a checkpoint. Second: all end at once."""
     from torch.distributed.elastic.multiprocessing import SignalException
 
     signal.signal(signal.SIGINT, _on_second_interrupt)
-    raise SignalException("interrupted", sigval=signal.Signals(number))
+    raise SignalException(INTERRUPTED, sigval=signal.SIGTERM)
+
+
+def received(error: "SignalException") -> signal.Signals:
+    """The signal that this process got. Ctrl-C goes on to workers as SIGTERM: one that still imports what it needs then
+    ends without a traceback."""
+    return signal.SIGINT if error.args == (INTERRUPTED,) else error.sigval
 
 
 def _on_second_interrupt(_number: int, _frame: object) -> None:

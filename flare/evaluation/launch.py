@@ -17,6 +17,7 @@ from flare.launch import (
     end_with_launcher,
     first_failure,
     hardware_of,
+    received,
     run_agent,
     tell_launcher,
 )
@@ -58,7 +59,7 @@ def _start_workers(script: Path, argv: list[str], local_world_size: int) -> int:
     try:
         run_agent(script, argv, local_world_size)
     except SignalException as error:
-        return 128 + error.sigval
+        return 128 + received(error)
     except ChildFailedError as error:
         failure = first_failure(error, "the lines above")
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
