@@ -192,8 +192,8 @@ def _on_interrupt(_number: int, _frame: object) -> None:
 
 
 def received(error: "SignalException") -> signal.Signals:
-    """The signal that this process got. Ctrl-C goes on to workers as SIGTERM: one that still imports what it needs then
-    ends without a traceback."""
+    """The signal that this process got. Ctrl-C goes on to workers as SIGTERM: one that is still starting then ends
+    without a traceback."""
     return signal.SIGINT if error.args == (INTERRUPTED,) else error.sigval
 
 
