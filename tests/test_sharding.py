@@ -129,8 +129,9 @@ def losses(run: Path) -> list[float]:
 
 
 def test_the_plan_of_a_sharded_step_holds(tmp_path: Path) -> None:
-    """Within 4 % where activations decide. Where embedding and head do, at most a fifth too much: the plan counts
-    gloo's copies and a gathered layer that may not be there at that moment."""
+    """Within 4 % where activations decide. At most a tenth too much where checkpointing leaves few of them, a fifth
+    where embedding and head decide: the plan counts gloo's copies and gathered layers, and when gloo's threads free
+    those differs from run to run."""
     out = tmp_path / "peaks.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
@@ -139,5 +140,5 @@ def test_the_plan_of_a_sharded_step_holds(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for case, (measured, planned) in json.loads(out.read_text()).items():
-        most = 1.2 if "embedding" in case else 1.04
-        assert 0.97 < planned / measured < most, (case, measured, planned)
+        most = 1.2 if "embedding" in case else 1.1 if case == "checkpointing" else 1.04
+        assert 0.95 < planned / measured < most, (case, measured, planned)
