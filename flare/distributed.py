@@ -138,15 +138,6 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
 
-def all_sum(values: list[float]) -> list[float]:
-    """Sums over ranks, in float64. A host sync: call it where one is due anyway."""
-    if not dist.is_initialized():
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
-    dist.all_reduce(tensor)
-    return tensor.tolist()
-
-
 def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
     """The same tensor, summed over ranks. On a card it is only queued: no host sync."""
     if dist.is_initialized():

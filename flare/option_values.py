@@ -21,7 +21,8 @@ def checked(raw: dict[str, Any], label: Callable[[str], str], problems: list[str
         try:
             values[name] = check_value(name, value, from_text=label(name).startswith("--"))
         except ConfigError as error:
-            problems.append(f"{label(name)} {error}".replace(" : ", ": ", 1))
+            space = "" if str(error).startswith(":") else " "  # parse_layers puts a colon behind its flag
+            problems.append(f"{label(name)}{space}{error}")
     return values
 
 

@@ -115,6 +115,7 @@ def test_a_worker_of_a_cpu_run_sees_no_card(clean_environment: pytest.MonkeyPatc
 
 FABRIC_RANK = """
 import os, sys, time
+import torch
 import torch.distributed as dist
 from flare import distributed
 from flare.errors import run_script
@@ -125,7 +126,7 @@ if os.environ["RANK"] == os.environ.get("WRONG"):
     dist.all_reduce = lambda values, **k: true(values.mul_(2), **k)
 def main():
     world = distributed.start(False, 60, (), float(sys.argv[1]))
-    assert distributed.all_sum([world.rank + 1.0]) == [3.0]
+    assert distributed.sum_in_place(torch.tensor([world.rank + 1.0])).tolist() == [3.0]
     distributed.check_agreement(world, {"--seed": int(os.environ.get("SEED", 0)) * world.rank})
     distributed.stop()
     return 0
