@@ -38,6 +38,8 @@ SERVERS: dict[str, list[Card]] = {
         *[A40, Card(A40.name, A40.total, 1500), A40, A40],  # 3 % of the card, and over 1 GiB
     ],
     "h200": [H200],
+    "one_24_gib": [Card("NVIDIA GeForce RTX 4090", 24564)],
+    "node": [A800] * 4,
     "mixed": [A40, Card("NVIDIA RTX A4000", 16376), Card("NVIDIA RTX A400", 4094), A800],
     "mig": [
         Card("NVIDIA H200", 143771, 87, ("1g.18gb", "1g.18gb", "3g.71gb")),

@@ -280,7 +280,7 @@ def test_lm_evals_tasks_run_on_our_model_and_land_in_results_and_report(
     base_model: Path, documents: Path, tmp_path: Path
 ):
     pytest.importorskip("lm_eval")
-    words = [{"text": f"{PROSE.strip()} {word}"} for word in ("one", "two", "three")]
+    words = [{"text": f"{PROSE.strip()} {word}"} for word in ("one", "two", "three", "four")]
     data = tmp_path / "words.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in words))
     (tmp_path / "mine.yaml").write_text(
@@ -304,7 +304,7 @@ metric_list:
     )
     results = evaluate(
         tmp_path / "out", "--model_path", base_model, "--datasets", f"lambada={data}", "--device", "cpu",
-        "--lm_eval_tasks", tmp_path / "mine.yaml",
+        "--lm_eval_tasks", tmp_path / "mine.yaml", "--lm_eval_limit", 3, "--max_samples_per_dataset", 3,
     )  # fmt: skip
     theirs = results["lm_eval"]["tasks"]["local_lambada"]
     ours = results["datasets"]["lambada"]

@@ -1,0 +1,104 @@
+"""Write the pages that the code says by itself: options.md and code.md.
+
+    python -m docs.generate
+
+tests/test_documents.py holds them equal to the code.
+"""
+
+import argparse
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from flare.config import build_parser as training_parser
+from flare.evaluation.options import build_parser as evaluation_parser
+from flare.nope.flags import build_parser as patch_parser
+from flare.options import FIELDS
+
+DOCS = Path(__file__).resolve().parent
+REPO = DOCS.parent
+
+OPTIONS_HEAD = """\
+# Options
+
+Made from the code by `python -m docs.generate`; `--help` of each script says the same.
+
+Training options are also keys of a JSON file (`--config FILE`, `training_config.json` without one), under the section
+that the last column names or beside the sections; a key under `"stages": {"1": {...}, "2": {...}}` is for that stage
+only. Command line > file > environment > defaults. Lists are written `[20, 21]` or `"20-32"` there, `null` means "not
+set".
+"""
+
+CODE_HEAD = """\
+# The code, a line a file
+
+Made from the modules' first lines by `python -m docs.generate`. A tour in reading order is in
+[CONTRIBUTING.md](../CONTRIBUTING.md), why things are as they are in [design.md](design.md).
+"""
+
+
+def main() -> None:
+    for name, make in PAGES.items():
+        (DOCS / name).write_text(make(), encoding="utf-8")
+
+
+def options_page() -> str:
+    """All flags of the three scripts, group by group."""
+    parts = [OPTIONS_HEAD]
+    scripts = [
+        ("train_qwen_multi_gpu.py", training_parser()),
+        ("evaluate_model_enhanced.py", evaluation_parser("")),
+        ("patch_qwen_rope.py", patch_parser()),
+    ]
+    for script, parser in scripts:
+        parts.append(f"## {script}\n")
+        for group in parser._action_groups:
+            actions = [action for action in group._group_actions if action.dest != "help"]
+            if actions:
+                parts.append("\n".join(_group_lines(group.title or "", actions)) + "\n")
+    return "\n".join(parts)
+
+
+def _group_lines(title: str, actions: list[argparse.Action]) -> Iterator[str]:
+    in_file = any(action.dest in FIELDS for action in actions)
+    yield f"### {title}\n"
+    yield "| flag | value | what it does |" + (" in a file under |" if in_file else "")
+    yield "|---|---|---|" + ("---|" if in_file else "")
+    for action in actions:
+        cells = [f"`{action.option_strings[-1]}`", _value(action), (action.help or "").replace("%%", "%")]
+        if in_file:
+            cells.append(FIELDS[action.dest].metadata["section"] if action.dest in FIELDS else "")
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _value(action: argparse.Action) -> str:
+    """What stands behind the flag; empty for a switch."""
+    if action.nargs == 0:
+        return ""
+    value = action.metavar or "{" + ",".join(map(str, action.choices or ())) + "}"
+    return f"`{value}{' ...' if action.nargs in ('*', '+') else ''}`"
+
+
+def code_page() -> str:
+    """Every module of flare/, folder by folder, and the scripts, with the first line of its docstring."""
+    parts = [CODE_HEAD]
+    folders = sorted({path.parent for path in (REPO / "flare").rglob("*.py")})
+    for folder in [REPO, *folders]:
+        parts.append(f"## {'Scripts' if folder == REPO else f'{folder.relative_to(REPO)}/'}\n")
+        lines = ["| file | what it is for |", "|---|---|"]
+        for path in sorted(folder.glob("*.py")):
+            lines.append(f"| `{path.name}` | {first_line(path)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def first_line(path: Path) -> str:
+    """The first paragraph of a module's docstring, on one line."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
+
+
+PAGES = {"options.md": options_page, "code.md": code_page}
+
+if __name__ == "__main__":
+    main()
