@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flare import activations
 from flare.activations import Microbatch
-from flare.chunks import loss_chunk_rows
+from flare.chunks import CPU_BLOCK_ROWS, CPU_SOFTMAX_ROWS, loss_chunk_rows
 from flare.gathered import gathered
 from flare.plan_inputs import PlanInputs
 from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
@@ -183,14 +183,17 @@ def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card:
     """Peak of ``flare.loss.linear_cross_entropy_sum`` beyond its inputs: C rows of V logits at a time.
 
     Gradients of the hidden states (N, H), in their dtype, and of the weight (V, H), in fp32, when it trains.
-    Beside them a chunk's logits (C, V) in fp32, on a card twice. In bf16 these once more in bf16, or on a card
-    the bf16 alone beside the chunk's gradient of the weight; and the weight's bf16 copy when it trains.
+    Beside them a chunk's logits (C, V) in their dtype; on a card also in fp32, on a CPU a few rows of them. In bf16
+    also the weight's copy when it trains, and the chunk's gradient of it, on a CPU a block of that in fp32, too.
     """
-    chunk = min(loss_chunk_rows(shape.vocab_size, on_card), batch.tokens) * shape.vocab_size
-    hidden = batch.compute_bytes * batch.tokens * shape.hidden_size
-    gradients = hidden + (FP32_BYTES * shape.embedding_params if head_trains else 0)
+    rows = min(loss_chunk_rows(shape.vocab_size, on_card), batch.tokens)
+    chunk, head = rows * shape.vocab_size, shape.embedding_params if head_trains else 0
+    gradients = batch.compute_bytes * batch.tokens * shape.hidden_size + FP32_BYTES * head
     if not batch.bf16:
         return gradients + FP32_BYTES * chunk * (2 if on_card else 1)
-    weight = BF16_BYTES * shape.embedding_params if head_trains else 0
-    product = BF16_BYTES * chunk + weight if on_card else 0
-    return gradients + weight + max((FP32_BYTES + BF16_BYTES) * chunk, product)
+    beside = gradients + BF16_BYTES * (chunk + head)
+    if on_card:
+        return beside + max(FP32_BYTES * chunk, BF16_BYTES * head)
+    softmax = FP32_BYTES * min(CPU_SOFTMAX_ROWS, rows) * shape.vocab_size
+    product = (BF16_BYTES + FP32_BYTES) * min(CPU_BLOCK_ROWS * shape.hidden_size, head)
+    return beside + softmax + product

@@ -324,7 +324,7 @@ LONG_CASES = {  # activations and the loss decide
     "layers' backward": {},
     "checkpointing": {"checkpointing": True},
     "no document mask": {"documents": 1},
-    "loss": {"vocab_size": 3000, "checkpointing": True},
+    "loss": {"vocab_size": 12000, "checkpointing": True},
     "accumulation": {"accumulation": 2, "checkpointing": True},
     "long rows": {
         "rows": 1,
@@ -428,7 +428,14 @@ def test_peak_memory_of_the_loss(bf16: bool, head_trains: bool, vocab_size: int,
     shape = replace(TINY, vocab_size=vocab_size, hidden_size=hidden_size)
     expected = loss_bytes(shape, Microbatch(1, 1024, bf16, head_trains), head_trains)
     peak = allocated_peak(lambda: loss.linear_cross_entropy_sum(hidden, weight, labels).backward())
-    assert expected == pytest.approx(peak, rel=0.05)
+    scratch = 0 if head_trains else scratch_of_a_product(1024, weight)  # with its gradient, another moment is the peak
+    assert expected == pytest.approx(peak - scratch, rel=0.05)
+
+
+def scratch_of_a_product(rows: int, weight: torch.Tensor) -> int:
+    """Bytes that oneDNN works in for (rows, V) @ (V, H): a few MB at every size, which no formula has."""
+    gradient, out = weight.new_zeros(rows, len(weight)), weight.new_empty(rows, weight.shape[1])
+    return allocated_peak(lambda: torch.mm(gradient, weight.detach(), out=out))
 
 
 # --- memory of real shapes ---

@@ -94,7 +94,8 @@ def test_fused_loss_and_gradients_are_those_of_float64(frozen_head: bool) -> Non
 
 
 def test_bf16_loss_sums_the_heads_gradient_in_fp32() -> None:
-    """Against float64 on the same bf16 operands: 1.1e-4 of the norm; a bf16 sum over 16 chunks was off by 9e-3."""
+    """Against float64 on the same bf16 operands: 1.9e-3 of the norm, each chunk's product being rounded to bf16; a
+    bf16 sum over 16 chunks was off by 9e-3."""
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(4096, 64).bfloat16(), torch.randn(600, 64) / 8, torch.randint(0, 600, (4096,))
     exact_weight = weight.bfloat16().double().requires_grad_()
@@ -102,7 +103,7 @@ def test_bf16_loss_sums_the_heads_gradient_in_fp32() -> None:
     weight.requires_grad_()
     linear_cross_entropy_sum(hidden, weight, labels, chunk_rows=256).backward()
     assert weight.grad.dtype == torch.float32
-    assert (weight.grad.double() - exact_weight.grad).norm() < 1e-3 * exact_weight.grad.norm()
+    assert (weight.grad.double() - exact_weight.grad).norm() < 3e-3 * exact_weight.grad.norm()
 
 
 def test_a_second_backward_through_the_loss_is_refused() -> None:
