@@ -44,10 +44,11 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.float32)
+        chunk_gradient = _chunk_gradient_on_card if hidden.is_cuda else _chunk_gradient
         for first in range(0, len(hidden), chunk_rows):
             chunk = slice(first, first + chunk_rows)
             rows = hidden[chunk]
-            nll, logits_grad = _chunk_gradient(rows @ compute_weight.T, labels[chunk])
+            nll, logits_grad = chunk_gradient(rows @ compute_weight.T, labels[chunk])
             total += nll
             if weight_grad is not None and not rows.is_cuda:
                 torch.addmm(weight_grad, logits_grad.T, rows.float(), out=weight_grad)
@@ -73,21 +74,37 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
 
 def _chunk_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of NLLs, its gradient by the logits, softmax minus one-hot (C, V) in fp32). May overwrite ``logits``."""
+    """(sum of NLLs, its gradient by the logits, softmax minus one-hot (C, V) in fp32). May overwrite ``logits``: a CPU
+    takes longer to get fresh memory than to compute."""
     wanted = (labels != IGNORE_INDEX)[:, None]
     targets = torch.where(wanted, labels[:, None], 0)
-    if logits.is_cuda:  # one kernel casts and normalises
-        log_probs = torch.log_softmax(logits, 1, dtype=torch.float32)
-        nll = -log_probs.gather(1, targets)
-        gradient = log_probs.exp_().mul_(wanted)
-    else:  # in place: a CPU takes longer to get fresh memory than to compute
-        logits = logits.float()
-        at_target = logits.gather(1, targets)
-        largest = logits.amax(1, keepdim=True)
-        sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
-        nll = sums.log() + largest - at_target
-        gradient = logits.mul_(wanted / sums)
+    logits = logits.float()
+    at_target = logits.gather(1, targets)
+    largest = logits.amax(1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    nll = sums.log() + largest - at_target
+    gradient = logits.mul_(wanted / sums)
     gradient.scatter_add_(1, targets, -wanted.to(gradient.dtype))
+    return torch.where(wanted, nll, 0).sum(), gradient
+
+
+def _chunk_gradient_on_card(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same; the gradient takes the place of ``logits``, in their dtype.
+
+    A card's kernels cast on the way, so one fp32 copy is all that exists beside bf16 logits. ``log_softmax`` with
+    ``dtype=float32`` would make two: it casts inside its kernel from fp16 only.
+    """
+    wanted = (labels != IGNORE_INDEX)[:, None]
+    targets = torch.where(wanted, labels[:, None], 0)
+    largest = logits.amax(1, keepdim=True).float()
+    at_target = logits.gather(1, targets).float()
+    exponentials = (logits - largest).exp_()
+    sums = exponentials.sum(1, keepdim=True)
+    nll = sums.log() + largest - at_target
+    share = wanted / sums
+    gradient = torch.mul(exponentials, share, out=logits)
+    # Subtracted before the rounding: near 1 a bf16 probability is worth two digits.
+    gradient.scatter_(1, targets, (exponentials.gather(1, targets) * share - wanted.float()).to(logits.dtype))
     return torch.where(wanted, nll, 0).sum(), gradient
 
 
