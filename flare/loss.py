@@ -57,6 +57,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 weight_grad += logits_grad.T @ rows
             if hidden_grad is not None:
                 torch.mm(logits_grad, compute_weight, out=hidden_grad[chunk])
+            del logits_grad  # gone before the next chunk's logits come
         ctx.gradients = (hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
