@@ -18,8 +18,8 @@ KERNELS = {"varlen": "flare_varlen", "flash_attention_2": "flare_flash_attention
 """``--attn_implementation`` to the name that transformers knows our function by."""
 
 TOKENS_PER_DOCUMENT = 256
-"""Bounds are padded to one document for so many tokens, so that their shape stays; more documents double it. Empty ones
-are not free: the kernel starts blocks for each, and its backward pass keeps 128 fp32 rows of q's gradient for it.
+"""Bounds are padded to one document for so many tokens, so that their shape stays; more documents double it. Empty
+ones are not free: the kernel starts blocks for each, and its backward pass keeps 128 fp32 rows of q's gradient for it.
 Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp."""
 
 
