@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from flare.last_words import ran_out_of_memory
 from tests.conftest import REPO, script_environment, train
 
 # Put first on PYTHONPATH, it is imported by every Python process before anything else. The third step of rank 1 fails.
@@ -56,6 +60,19 @@ def test_out_of_memory_on_one_rank_ends_all_with_flags_that_need_less(train_flag
     assert stage["status"] == "failed"
     assert stage["error"] == errors[0].removeprefix("error: ")
     assert (run / "checkpoints" / "checkpoint-2" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (torch.distributed.DistBackendError("NCCL error ... Cuda failure 2 'out of memory'"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_full_card_is_told_from_other_errors(error: RuntimeError, is_full: bool) -> None:
+    assert ran_out_of_memory(error) is is_full
 
 
 def test_a_rank_that_is_stuck_ends_when_another_calls() -> None:
