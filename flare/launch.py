@@ -169,7 +169,7 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
         max_restarts=0,
         logs_specs=logs or DefaultLogsSpecs(),
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT,SIGUSR1",
-        shutdown_timeout=SHUTDOWN_TIMEOUT_SEC,
+        **_grant_shutdown(LaunchConfig),
         **rendezvous(),
     )
     signal.signal(signal.SIGINT, _on_interrupt)
@@ -181,6 +181,16 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
             f"the {num_nodes()} hosts of this run do not meet at {address}:{port}: {reason}; "
             "see NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT (another one if it is in use)"
         ) from error
+
+
+def _grant_shutdown(config_class: type) -> dict[str, int]:
+    """What grants workers ``SHUTDOWN_TIMEOUT_SEC``; torch 2.11 has none: there it is a method's default."""
+    if "shutdown_timeout" in config_class.__dataclass_fields__:
+        return {"shutdown_timeout": SHUTDOWN_TIMEOUT_SEC}
+    from torch.distributed.elastic.multiprocessing.api import PContext
+
+    PContext.close.__defaults__ = (None, SHUTDOWN_TIMEOUT_SEC)  # (death_sig, timeout)
+    return {}
 
 
 def _on_interrupt(_number: int, _frame: object) -> None:

@@ -54,6 +54,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 _add_product(weight_grad, logits_grad.T, rows)
             if hidden_grad is not None:
                 torch.mm(logits_grad, head, out=hidden_grad[chunk])
+            del logits_grad  # gone before the next chunk's logits come
         ctx.gradients = (hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
@@ -71,13 +72,23 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
 
 def _chunk_gradient(rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of NLLs, its gradient by the logits (C, V): softmax minus one-hot, in the dtype of ``rows``)."""
+    """(sum of NLLs, its gradient by the logits (C, V): softmax minus one-hot, in the dtype of ``rows``).
+
+    A card's kernels cast on the way, so one fp32 copy is all that exists beside bf16 logits, whose place the gradient
+    takes. ``log_softmax`` with ``dtype=float32`` would make two: it casts inside its kernel from fp16 only.
+    """
+    logits = rows @ head.T
     wanted, targets = _targets(labels)
-    log_probs = torch.log_softmax(rows @ head.T, 1, dtype=torch.float32)  # on a card one kernel casts and normalises
-    nll = -log_probs.gather(1, targets)
-    gradient = log_probs.exp_().mul_(wanted)
-    gradient.scatter_add_(1, targets, -wanted.to(gradient.dtype))
-    return torch.where(wanted, nll, 0).sum(), gradient.to(rows.dtype)
+    largest = logits.amax(1, keepdim=True).float()
+    at_target = logits.gather(1, targets).float()
+    exponentials = (logits - largest).exp_()
+    sums = exponentials.sum(1, keepdim=True)
+    nll = sums.log() + largest - at_target
+    share = wanted / sums
+    gradient = torch.mul(exponentials, share, out=logits)
+    # Subtracted before the rounding: near 1 a bf16 probability is worth two digits.
+    gradient.scatter_(1, targets, (exponentials.gather(1, targets) * share - wanted.float()).to(logits.dtype))
+    return torch.where(wanted, nll, 0).sum(), gradient
 
 
 class _InPlace:

@@ -141,17 +141,19 @@ def _phases(
     chunk = loss_bytes(shape, batch, trainable.everything, bool(inputs.gpus)) + _final_hidden_bytes(shape, batch)
     yield "loss", persistent + kept + graph_copies + shared + chunk + whole.loss
     grown = FP32_BYTES * shape.embedding_params // shards if trainable.everything else 0
+    # The embedding's gradient is dense and, when tied, is added to the head's, which waits for it; the sum of both
+    # is then added to a gradient that is there already.
+    tied = trainable.everything and shape.tie_word_embeddings and shards == 1
+    embedding = FP32_BYTES * shape.embedding_params if tied else 0
+    waiting = embedding if persistent else 0
     for index in reversed(range(len(layers))):
         layer = layers[index]
         below = sum(x.kept + (x.copies if graph_copies else 0) for x in layers[: index + 1])
         own = layer.rerun + (0 if graph_copies else layer.copies) + layer.transient
-        alive = persistent or grown + layer.first_gradient
+        alive = persistent + waiting if persistent else grown + layer.first_gradient
         yield f"backward of layer {first + index}", alive + below + own + held + whole.backward
         grown += layer.gradients
-    # The embedding's gradient is dense and, when tied, is added to the head's.
-    tied = trainable.everything and shape.tie_word_embeddings and shards == 1
-    embedding = FP32_BYTES * shape.embedding_params if tied else 0
-    yield "end of the backward pass", gradients + embedding + whole.end
+    yield "end of the backward pass", gradients + embedding + waiting + whole.end
     yield "optimizer update", gradients + _update_bytes(inputs, shards)
 
 

@@ -98,11 +98,11 @@ class Trainer:
             self.rows_by_rank,
             world.rank,
             options.per_device_train_batch_size,
-            pin=on_card,
+            pin=world.device if on_card else None,
             in_step=sharded,
         )
-        # Fused updates of shards take no flag of the device's; and what may be skipped must be known at once.
-        may_lag = on_card and not sharded and not options.skip_nonfinite and can_skip_on_device(parts.optimizer)
+        # What may be skipped must be known at once.
+        may_lag = on_card and not options.skip_nonfinite and can_skip_on_device(parts.optimizer)
         lag = 1 if may_lag else 0
         self.outcomes = Outcomes(world.device, lag)
         self.throughput = Throughput()

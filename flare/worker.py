@@ -7,14 +7,12 @@
 import sys
 from dataclasses import replace
 
-import torch
-
 from flare import checkpoint as ckpt
 from flare import distress, distributed
 from flare.config import REPO
 from flare.distributed import World
 from flare.errors import ConfigError, FlareError
-from flare.last_words import out_of_memory
+from flare.last_words import out_of_memory, ran_out_of_memory
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics_file import enter_stage
@@ -39,7 +37,9 @@ def run_worker(run: Run) -> int:
         run = open_experiment(run, world)
         try:
             Session(run, world, corpus, *rows).train()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             raise FlareError(out_of_memory(run.plan(), world.rank, device_name(world.device), error)) from error
         finally:
             rows[0].close()

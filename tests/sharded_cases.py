@@ -18,6 +18,7 @@ from flare.nope.format import with_nope
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from flare.options import Options
+from flare.outcomes import Outcomes
 from flare.sharding import is_sharded, whole
 from flare.tensor_files import TensorReader, restore_weights
 from flare.trainable import Trainable
@@ -106,6 +107,29 @@ def round_trip(base: Path, out: Path, world: World) -> dict:
     return found
 
 
+def flagged_updates(base: Path, world: World) -> dict:
+    """Updates of shards under the device's flag, as on cards: a finite step is the same as without one, and of one
+    that is not finite on rank 1 alone nothing reaches weights or moments of any rank."""
+    how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
+    states = []
+    for flagged in (False, True):
+        model = load_sharded(base, *how, world)
+        optimizer = build_optimizer(model.trainable_parameters(), Options(learning_rate=1e-3))
+        outcomes = Outcomes(world.device, lag=1)
+        for poisoned in (False, True)[: 1 + flagged]:
+            factor = float("inf") if poisoned and world.rank == 1 else 1.0
+            loss = model(*rows_of(model, 2)) * factor
+            loss.backward()
+            norm = distributed.clip_gradients([p for _, p in model.trainable_parameters()], 1.0)
+            outcomes.put("", loss.detach(), norm, stop=False)
+            if flagged:
+                optimizer.found_inf = outcomes.failed
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append({**model_tensors(model.causal_lm), **optimizer_tensors(optimizer)})
+    return {"same": same_tensors(*states), "seen": not outcomes.take()[-1][1].loss < float("inf")}
+
+
 def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(whole(one[k]), whole(other[k])) for k in one)
 
@@ -117,6 +141,7 @@ def main() -> None:
         f"{base.name}: {case}": compare(base, case, world)
         for base, case in [*((tied, case) for case in CASES), (untied, "everything"), (untied, "NoPE layers")]
     }
+    found["flagged updates"] = flagged_updates(untied, world)
     found["round trip"] = round_trip(untied, out.parent, world)
     if world.is_main:
         out.write_text(json.dumps(found))

@@ -4,8 +4,14 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import pytest
+import torch
+
+from flare.last_words import ran_out_of_memory
+from flare.watchdog import Limits, Watchdog
 from tests.conftest import REPO, script_environment, train
 
 # Put first on PYTHONPATH, it is imported by every Python process before anything else. The third step of rank 1 fails.
@@ -58,6 +64,19 @@ def test_out_of_memory_on_one_rank_ends_all_with_flags_that_need_less(train_flag
     assert (run / "checkpoints" / "checkpoint-2" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "is_full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (torch.distributed.DistBackendError("NCCL error ... Cuda failure 2 'out of memory'"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_full_card_is_told_from_other_errors(error: RuntimeError, is_full: bool) -> None:
+    assert ran_out_of_memory(error) is is_full
+
+
 def test_a_rank_that_is_stuck_ends_when_another_calls() -> None:
     """Rank 0 hangs where no signal handler runs; without the call it would hang for ever."""
     with socket.socket() as probe:
@@ -74,3 +93,24 @@ def test_a_rank_that_is_stuck_ends_when_another_calls() -> None:
     finally:
         for process in ranks:
             process.kill()
+
+
+def test_a_rank_that_waits_for_an_event_of_its_card_waits_for_others(tmp_path: Path) -> None:
+    """On a card collectives are queued, so that is where a rank stands whose partner is gone."""
+    source = "def synchronize(waits, go_on):\n    waits.set()\n    go_on.wait()\n"
+    names: dict = {}
+    exec(compile(source, torch.cuda.streams.__file__, "exec"), names)
+    waits, go_on = threading.Event(), threading.Event()
+    rank = threading.Thread(target=names["synchronize"], args=(waits, go_on))
+    rank.start()
+    watchdog = Watchdog(0, 1, None, Limits(10, 10), tmp_path, print)
+    try:
+        assert waits.wait(timeout=30)
+        watchdog.main_thread = rank.ident
+        assert watchdog._place() == "waits"
+        watchdog.main_thread = threading.get_ident()
+        assert watchdog._place() != "waits"
+    finally:
+        go_on.set()
+        rank.join()
+        watchdog.file.close()

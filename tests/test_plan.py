@@ -338,6 +338,7 @@ LONG_CASES = {  # activations and the loss decide
 SHORT_CASES = {  # weights, their gradients and their copies decide
     "wide loss": {"vocab_size": 8000, "hidden_size": 512, "seq_len": 300},
     "embedding": {"vocab_size": 9000},
+    "accumulated embedding": {"vocab_size": 9000, "accumulation": 2},
     "untied": {"vocab_size": 9000, "tie_word_embeddings": False},
     "copies": {"accumulation": 2, "intermediate_size": 3000},
     "optimizer": {"vocab_size": 9000, "fused": False},

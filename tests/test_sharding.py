@@ -57,6 +57,11 @@ def test_what_two_ranks_wrote_in_many_files_loads_whole_and_sharded(found: dict)
     assert found["round trip"]["plain"] and found["round trip"]["sharded"]
 
 
+def test_a_flag_of_the_device_turns_updates_of_shards_off(found: dict) -> None:
+    """So that sharded runs on cards need not wait for a step's numbers before its update: see flare/outcomes.py."""
+    assert found["flagged updates"] == {"same": True, "seen": True}
+
+
 def test_files_hold_whole_tensors_in_order_and_ranks_take_turns() -> None:
     sizes = {"a": 5, "b": 5, "c": 20, "d": 1, "e": 9, "f": 1}
     files = files_for(sizes, "model", 2, limit_bytes=10)
