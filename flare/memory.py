@@ -5,6 +5,7 @@ that there is in rooms.py. How the formulas come about, and what they were check
 docs/memory.md.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,11 +13,9 @@ from flare import activations
 from flare.activations import Microbatch
 from flare.chunks import loss_chunk_rows
 from flare.gathered import gathered
+from flare.moments import COMPILED_UPDATE_BYTES, EAGER_UPDATE_BYTES, EIGHT_BIT, moment_bytes
 from flare.plan_inputs import PlanInputs
 from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
-
-ADAM_STATE_BYTES = 2 * FP32_BYTES
-"""AdamW's two fp32 moments, per trainable parameter."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def memory(inputs: PlanInputs) -> Memory:
     params = trainable.params(shape)
     gradients = FP32_BYTES * params // shards
     weights = (inputs.frozen_bytes * (shape.total_params - params) + FP32_BYTES * params) // shards
-    moments = ADAM_STATE_BYTES * params // shards
+    moments = moments_bytes(inputs, shards)
     with_backward = range(trainable.first_backward(shape), shape.num_hidden_layers)
     layers = [_layer(inputs, layer_idx, shards) for layer_idx in with_backward]
     whole = gathered(inputs)
@@ -166,17 +165,20 @@ def _final_hidden_bytes(shape: ModelShape, batch: Microbatch) -> int:
     return batch.compute_bytes * batch.tokens * shape.hidden_size
 
 
+def moments_bytes(inputs: PlanInputs, shards: int = 1) -> int:
+    """AdamW's two moments of all that trains, on one of ``shards`` ranks."""
+    tensors = inputs.what_trains.tensors(inputs.shape)
+    return sum(moment_bytes(tensor, inputs.optimizer, shards) for tensor in tensors)
+
+
 def _update_bytes(inputs: PlanInputs, shards: int) -> int:
     """What an optimizer update allocates: nothing when fused, else temporaries of one tensor at a time."""
     if inputs.optimizer == "adamw_torch_fused":
         return 0
-    shape, trainable = inputs.shape, inputs.what_trains
-    largest = shape.query_size * shape.hidden_size
-    if not trainable.attention_only:
-        largest = shape.intermediate_size * shape.hidden_size
-    if trainable.everything:
-        largest = max(largest, shape.embedding_params)
-    return 2 * FP32_BYTES * largest // shards
+    each = 2 * FP32_BYTES
+    if inputs.optimizer == EIGHT_BIT:
+        each = COMPILED_UPDATE_BYTES if inputs.gpus else EAGER_UPDATE_BYTES
+    return each * max(map(math.prod, inputs.what_trains.tensors(inputs.shape)), default=0) // shards
 
 
 def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card: bool = False) -> int:

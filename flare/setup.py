@@ -13,6 +13,7 @@ from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.experiment import Experiment, check_output_dir, stage_one_result
 from flare.hub import local_model_dir, read_hub_config, read_model_config
+from flare.moments import BLOCKS, EIGHT_BIT, block_size, check_torchao
 from flare.nope.canary_file import check_recorded_layers
 from flare.nope.format import nope_layers_of, refuse_foreign_code, theta_of, weight_files, with_nope
 from flare.nope.layers import format_layers, parse_layers
@@ -55,7 +56,19 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     choose_attention(options.attn_implementation, hardware.use_cuda, run.precision)
     if options.compile:
         check_compiler(hardware.use_cuda)
+    if options.optim == EIGHT_BIT:
+        _check_8bit(run)
     return settle_layout(run)
+
+
+def _check_8bit(run: Run) -> None:
+    """Raises: EnvError without what it needs; ConfigError where no moment would be in 8 bits."""
+    check_torchao(run.hardware.use_cuda)
+    if not any(map(block_size, run.trainable.tensors(ModelShape.from_config(run.config)))):
+        raise ConfigError(
+            f"--optim {EIGHT_BIT} would hold no moment in 8 bits: no matrix that trains has rows of a multiple of "
+            f"{min(BLOCKS)} numbers; use --optim adamw_torch_fused"
+        )
 
 
 def settle_layout(run: Run) -> Run:

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 from flare.memory import memory
+from flare.moments import EIGHT_BIT
 from flare.plan_inputs import PlanInputs
 from flare.rooms import GIB, RESERVE_BYTES, RESERVE_FRACTION, in_gib, rooms
 from flare.shapes import KNOWN_SHAPES
@@ -134,6 +135,9 @@ def _nothing_fits(inputs: PlanInputs, limit_bytes: int) -> str:
         way = replace(modest, trainable=Trainable.of(inputs.nope_layers, fewer))
         if inputs.nope_layers and fits(way, limit_bytes):
             ways.append(f"--train_layers {words} ({in_gib(memory(way).peak_bytes)}, 1 row at a time)")
+    smaller_state = replace(modest, optimizer=EIGHT_BIT)
+    if fits(smaller_state, limit_bytes):
+        ways.append(f"--optim {EIGHT_BIT} ({in_gib(memory(smaller_state).peak_bytes)}, 1 row at a time)")
     ways += _more_cards(modest, limit_bytes)
     needed = math.ceil((memory(modest).peak_bytes + RESERVE_BYTES) / (1 - RESERVE_FRACTION) / GIB)
     ways.append(f"{'cards' if inputs.gpus else 'processes'} with {needed} GiB each, 1 row at a time")

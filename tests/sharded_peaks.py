@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from flare import distributed
-from flare.memory import ADAM_STATE_BYTES, memory
+from flare.memory import memory
+from flare.moments import ADAM_STATE_BYTES
 from flare.optim import parameter_groups
 from flare.plan_inputs import PlanInputs
 from flare.sharding import shard_model

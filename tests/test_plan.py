@@ -20,8 +20,9 @@ from flare.activations import Microbatch
 from flare.checkpoint import model_tensors
 from flare.errors import ConfigError, EnvError
 from flare.flops import attention_forward_flops, token_flops
-from flare.memory import ADAM_STATE_BYTES, loss_bytes, memory
+from flare.memory import loss_bytes, memory
 from flare.model import TrainingModel, checkpoint_layers, set_trainable
+from flare.moments import ADAM_STATE_BYTES
 from flare.nope.layers import auto_band
 from flare.nope.modeling_nope import remove_rope
 from flare.nope.shards import save_tensors
