@@ -14,6 +14,7 @@ from flare.activations import Microbatch
 from flare.chunks import loss_chunk_rows
 from flare.gathered import gathered
 from flare.moments import COMPILED_UPDATE_BYTES, EAGER_UPDATE_BYTES, EIGHT_BIT, moment_bytes
+from flare.options import SELECTIVE
 from flare.plan_inputs import PlanInputs
 from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
 
@@ -106,9 +107,13 @@ def _layer(inputs: PlanInputs, layer_idx: int, shards: int) -> _Layer:
     input_saved = batch.residual_bytes == FP32_BYTES and (
         trainable.everything or layer_idx > trainable.first_backward(shape)
     )
+    kept, rerun = saved, 0
+    if inputs.gradient_checkpointing:
+        products = activations.products_bytes(shape, batch) * (inputs.gradient_checkpointing == SELECTIVE)
+        kept, rerun = own_input + products, saved - input_saved * own_input - products
     return _Layer(
-        kept=own_input if inputs.gradient_checkpointing else saved,
-        rerun=saved - input_saved * own_input if inputs.gradient_checkpointing else 0,
+        kept=kept,
+        rerun=rerun,
         copies=BF16_BYTES * copied,
         gradients=FP32_BYTES * params // shards,
         first_gradient=FP32_BYTES * trainable.mlp(layer_idx) * shape.mlp_params // 3 // shards,

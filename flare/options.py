@@ -11,6 +11,9 @@ from typing import Any
 MODEL, DATA, TRAINING = "model_args", "data_args", "training_args"
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
+SELECTIVE = "selective"
+"""``--gradient_checkpointing`` that recomputes what is cheap; True recomputes all, False nothing."""
+
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_torch_8bit")
 
 STAGE_DEFAULTS: dict[int, dict[str, Any]] = {
@@ -354,8 +357,9 @@ class Options:
     gradient_checkpointing: bool | str = option(
         TRAINING,
         "optimisation",
-        "recompute activations in the backward pass of layers that have one; auto: when the plan does not fit "
-        "without; default auto in stage 1, on in stage 2",
+        "recompute activations in the backward pass of layers that have one; selective: all but matrix products and "
+        "attention, which costs little time; auto: the least that the plan finds to fit, none, selective or all; "
+        "default auto in stage 1, on in stage 2",
         "auto",
         kind="switch",
     )

@@ -53,7 +53,9 @@ def make_plan(inputs: PlanInputs) -> Plan:
         trainable_params=params,
         frozen_params=frozen,
         tokens_per_step=inputs.global_batch_size * inputs.seq_len,
-        flops=token_flops(shape, trainable, inputs.seq_len, inputs.gradient_checkpointing),
+        flops=token_flops(
+            shape, trainable, inputs.seq_len, inputs.gradient_checkpointing, inputs.attn_implementation == "eager"
+        ),
         memory=memory(inputs),
         rooms=rooms(inputs),
         checkpoint_bytes=checkpoint,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from flare.memory import memory
 from flare.moments import EIGHT_BIT
+from flare.options import SELECTIVE
 from flare.plan_inputs import PlanInputs
 from flare.rooms import GIB, RESERVE_BYTES, RESERVE_FRACTION, in_gib, rooms
 from flare.shapes import KNOWN_SHAPES
@@ -52,9 +53,11 @@ def suggest(inputs: PlanInputs, limit_bytes: int | None = None) -> str:
     limit = limit_bytes or min((room.usable_bytes for room in known), default=None)
     if limit is None or fits(inputs, limit):
         return ""
-    checkpointed = replace(inputs, gradient_checkpointing=True)
+    cheaply, checkpointed = (replace(inputs, gradient_checkpointing=how) for how in (SELECTIVE, True))
     ways = [_smaller_batch(inputs, limit), _fewer_processes(inputs) if known else None, _sharded(inputs, limit)]
-    if not inputs.gradient_checkpointing:
+    if not inputs.gradient_checkpointing and fits(cheaply, limit):
+        ways.append(cheaply)
+    elif inputs.gradient_checkpointing is not True:
         ways.append(checkpointed if fits(checkpointed, limit) else _smaller_batch(checkpointed, limit))
     if not any(ways):
         ways.append(_shorter_rows(checkpointed, limit))
@@ -112,8 +115,8 @@ def _flags(inputs: PlanInputs, way: PlanInputs) -> str:
         "--max_seq_length": (inputs.seq_len, way.seq_len),
     }
     words = [f"{flag} {new}" for flag, (old, new) in flags.items() if old != new]
-    if way.gradient_checkpointing and not inputs.gradient_checkpointing:
-        words.append("--gradient_checkpointing")
+    if way.gradient_checkpointing != inputs.gradient_checkpointing:
+        words.append(f"--gradient_checkpointing{'' if way.gradient_checkpointing is True else ' selective'}")
     if way.shards > inputs.shards:
         words.append("--parallel fsdp")
     factor, rest = divmod(way.accumulation, inputs.accumulation)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.allocated import allocated_peak
 from flare import adamw_8bit, moments, optim
 from flare.errors import CheckpointError, EnvError
 from flare.memory import memory, moments_bytes
@@ -26,7 +27,7 @@ from flare.suggest import suggest
 from flare.tensor_files import TensorReader
 from flare.trainable import Trainable
 from tests.conftest import REPO, script_environment, train, write_base
-from tests.test_plan import TINY, allocated_peak, qwen, tiny_training
+from tests.test_plan import TINY, qwen, tiny_training
 
 needs_torchao = pytest.mark.skipif(
     moments.find_spec("torchao") is None, reason="torchao is not installed (requirements-dev.txt)"
