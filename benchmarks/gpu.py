@@ -39,12 +39,12 @@ class Case:
 
     model: str
     stage: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | str
     trainer: str = "flare"
     compile: bool = False
 
     def __str__(self) -> str:
-        recompute = ", checkpointing" if self.gradient_checkpointing else ""
+        recompute = {False: "", True: ", checkpointing"}.get(self.gradient_checkpointing, ", selective checkpointing")
         name = "Flare" if self.trainer == "flare" else "HF Trainer"
         return f"{self.model} stage {self.stage}{recompute}, {name}{', compiled' if self.compile else ''}"
 
@@ -55,6 +55,7 @@ CASES = [
     Case("Qwen/Qwen2.5-3B", 1, False),
     Case("Qwen/Qwen2.5-3B", 2, False, compile=True),
     Case("Qwen/Qwen2.5-3B", 2, True),
+    Case("Qwen/Qwen2.5-3B", 2, "selective"),
     Case("Qwen/Qwen2.5-3B", 2, True, "hf"),
     Case("Qwen/Qwen2.5-7B", 1, False),
     Case("Qwen/Qwen2.5-7B", 1, True),

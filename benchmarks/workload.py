@@ -40,7 +40,7 @@ class Workload:
     warmup_steps: int = 2
     device: str = "cpu"
     precision: str = "fp32"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False  # Flare's: selective, too
     attn_implementation: str = "sdpa"  # for Flare also varlen and flash_attention_2, its own kernels
     compile: bool = False  # Flare's --compile; HF Trainer has torch_compile in hf_options
     processes: int = 1  # CPU ranks of Flare, which share the rows of a step
@@ -145,12 +145,12 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     from flare.distributed import World
     from flare.model import TrainingModel, checkpoint_layers
     from flare.optim import build_optimizer, build_schedule
-    from flare.options import Options
+    from flare.options import SELECTIVE, Options
     from flare.trainer import Parts, Progress, Trainer
 
     causal_lm = random_model(workload)
     if workload.gradient_checkpointing:
-        checkpoint_layers(causal_lm)
+        checkpoint_layers(causal_lm, workload.gradient_checkpointing == SELECTIVE)
     model = TrainingModel(causal_lm, bf16=workload.precision == "bf16", documents=False)
     if workload.attn_implementation in KERNELS:
         use_kernel(causal_lm, workload.attn_implementation)

@@ -29,8 +29,8 @@ EXAMPLES = """examples:
 """
 
 METAVARS = {
-    "int": "N", "float": "X", "bool": "BOOL", "switch": "BOOL|auto", "count": "N|auto", "ids": "ID", "layers": "LAYER",
-    "weights": "W",
+    "int": "N", "float": "X", "bool": "BOOL", "switch": "BOOL|selective|auto", "count": "N|auto", "ids": "ID",
+    "layers": "LAYER", "weights": "W",
 }  # fmt: skip
 
 CLOCK = "clock"

@@ -41,6 +41,12 @@ class _LogFileHandler(logging.FileHandler):
             tqdm.write(f"warning: cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
 
 
+def quiet_torchao() -> None:
+    """Let torchao, which transformers imports when it is there, not tell of kernels for other cards."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def start_logging(rank: int = 0, world_size: int = 1, path: Path | None = None, logs_dir: Path | None = None) -> None:
     """Point the logger at the terminal (rank 0), at training.log and at this rank's own file."""
     for handler in list(log.handlers):

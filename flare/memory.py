@@ -5,6 +5,7 @@ that there is in rooms.py. How the formulas come about, and what they were check
 docs/memory.md.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,11 +13,10 @@ from flare import activations
 from flare.activations import Microbatch
 from flare.chunks import CPU_BLOCK_ROWS, CPU_SOFTMAX_ROWS, loss_chunk_rows
 from flare.gathered import gathered
+from flare.moments import COMPILED_UPDATE_BYTES, EAGER_UPDATE_BYTES, EIGHT_BIT, moment_bytes
+from flare.options import SELECTIVE
 from flare.plan_inputs import PlanInputs
 from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
-
-ADAM_STATE_BYTES = 2 * FP32_BYTES
-"""AdamW's two fp32 moments, per trainable parameter."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def memory(inputs: PlanInputs) -> Memory:
     params = trainable.params(shape)
     gradients = FP32_BYTES * params // shards
     weights = (inputs.frozen_bytes * (shape.total_params - params) + FP32_BYTES * params) // shards
-    moments = ADAM_STATE_BYTES * params // shards
+    moments = moments_bytes(inputs, shards)
     with_backward = range(trainable.first_backward(shape), shape.num_hidden_layers)
     layers = [_layer(inputs, layer_idx, shards) for layer_idx in with_backward]
     whole = gathered(inputs)
@@ -107,9 +107,13 @@ def _layer(inputs: PlanInputs, layer_idx: int, shards: int) -> _Layer:
     input_saved = batch.residual_bytes == FP32_BYTES and (
         trainable.everything or layer_idx > trainable.first_backward(shape)
     )
+    kept, rerun = saved, 0
+    if inputs.gradient_checkpointing:
+        products = activations.products_bytes(shape, batch) * (inputs.gradient_checkpointing == SELECTIVE)
+        kept, rerun = own_input + products, saved - input_saved * own_input - products
     return _Layer(
-        kept=own_input if inputs.gradient_checkpointing else saved,
-        rerun=saved - input_saved * own_input if inputs.gradient_checkpointing else 0,
+        kept=kept,
+        rerun=rerun,
         copies=BF16_BYTES * copied,
         gradients=FP32_BYTES * params // shards,
         first_gradient=FP32_BYTES * trainable.mlp(layer_idx) * shape.mlp_params // 3 // shards,
@@ -168,17 +172,20 @@ def _final_hidden_bytes(shape: ModelShape, batch: Microbatch) -> int:
     return batch.compute_bytes * batch.tokens * shape.hidden_size
 
 
+def moments_bytes(inputs: PlanInputs, shards: int = 1) -> int:
+    """AdamW's two moments of all that trains, on one of ``shards`` ranks."""
+    tensors = inputs.what_trains.tensors(inputs.shape)
+    return sum(moment_bytes(tensor, inputs.optimizer, shards) for tensor in tensors)
+
+
 def _update_bytes(inputs: PlanInputs, shards: int) -> int:
     """What an optimizer update allocates: nothing when fused, else temporaries of one tensor at a time."""
     if inputs.optimizer == "adamw_torch_fused":
         return 0
-    shape, trainable = inputs.shape, inputs.what_trains
-    largest = shape.query_size * shape.hidden_size
-    if not trainable.attention_only:
-        largest = shape.intermediate_size * shape.hidden_size
-    if trainable.everything:
-        largest = max(largest, shape.embedding_params)
-    return 2 * FP32_BYTES * largest // shards
+    each = 2 * FP32_BYTES
+    if inputs.optimizer == EIGHT_BIT:
+        each = COMPILED_UPDATE_BYTES if inputs.gpus else EAGER_UPDATE_BYTES
+    return each * max(map(math.prod, inputs.what_trains.tensors(inputs.shape)), default=0) // shards
 
 
 def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card: bool = False) -> int:

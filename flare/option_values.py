@@ -7,11 +7,12 @@ from typing import Any
 from flare.errors import ConfigError, nearest
 from flare.gpus import parse_gpu_ids
 from flare.nope.layers import parse_layers
-from flare.options import FIELDS
+from flare.options import FIELDS, SELECTIVE
 
 KIND_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
 AUTO_KINDS = {"switch": "bool", "count": "int"}
-"""Kinds that take the word auto, and what else they take."""
+WORDS = {"switch": (SELECTIVE, "auto"), "count": ("auto",)}
+"""Kinds that take words, auto among them; what else they take, and the words."""
 
 
 def checked(raw: dict[str, Any], label: Callable[[str], str], problems: list[str]) -> dict[str, Any]:
@@ -44,16 +45,16 @@ def check_value(name: str, value: Any, from_text: bool = False) -> Any:
     if kind == "weights":
         return _weights(value)
     if kind in AUTO_KINDS:  # auto is settled when model and cards are known (flare.setup)
-        kind = "auto" if value == "auto" else AUTO_KINDS[kind]
-    if kind == "auto":
-        return value
+        if value in WORDS[kind]:
+            return value
+        kind = AUTO_KINDS[kind]
     if from_text and kind != "str":
         value = _from_text(value, kind)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value).__name__ != kind:
         shown = f'the string "{value}"' if isinstance(value, str) else repr(value)
-        also = " or auto" if rules.get("kind") in AUTO_KINDS else ""
+        also = "".join(f" or {word}" for word in WORDS.get(rules.get("kind"), ()))
         raise ConfigError(f"must be {KIND_NAMES[kind]}{also}, got {shown}")
     _check_bounds(value, rules)
     return value

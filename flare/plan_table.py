@@ -42,7 +42,7 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _runs_in_words(inputs: PlanInputs) -> str:
     parallel = f"FSDP2 over {inputs.shards} processes" if inputs.shards > 1 else "DDP"
-    checkpointing = "on" if inputs.gradient_checkpointing else "off"
+    checkpointing = {False: "off", True: "on"}.get(inputs.gradient_checkpointing, inputs.gradient_checkpointing)
     return f"{inputs.precision}, {parallel}, gradient checkpointing {checkpointing}, {inputs.optimizer}"
 
 

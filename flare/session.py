@@ -30,6 +30,7 @@ from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
+from flare.options import SELECTIVE
 from flare.pace import multiply_as_a_layer, settle_balance
 from flare.plan_table import plan_lines
 from flare.prefetch import host_tensors, to_device
@@ -156,8 +157,9 @@ class Session:
         run = self.run
         self.model = self._load_model(run.init_from, resume_from)
         if run.gradient_checkpointing:
-            layers = checkpoint_layers(self.model.causal_lm)
-            log.info(f"gradient checkpointing on layers {format_layers(layers)}")
+            selective = run.gradient_checkpointing == SELECTIVE
+            layers = checkpoint_layers(self.model.causal_lm, selective)
+            log.info(f"{'selective ' if selective else ''}gradient checkpointing on layers {format_layers(layers)}")
         self.optimizer = build_optimizer(self.model.trainable_parameters(), self.options)
         if resume_from and resume_from.step > 0:  # before its first step Adam has no state
             reader = TensorReader.of_state(resume_from.path, "optimizer")

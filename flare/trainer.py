@@ -25,7 +25,7 @@ from flare.garbage import steady_collection
 from flare.logs import log
 from flare.metrics import MetricsWriter, Throughput, peak_memory_gib, perplexity
 from flare.model import TrainingModel
-from flare.optim import can_skip_on_device, set_learning_rate
+from flare.optim import can_skip_on_device, take_step
 from flare.options import Options
 from flare.outcomes import Outcome, Outcomes
 from flare.prefetch import StepLoader, cut, host_tensors, to_device
@@ -161,8 +161,7 @@ class Trainer:
         else:
             finite = self._read_outcomes()
         if finite:
-            set_learning_rate(parts.optimizer, self._learning_rate())
-            parts.optimizer.step()
+            take_step(parts.optimizer, self._learning_rate())
         parts.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.rows += len(data.rows)

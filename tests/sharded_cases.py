@@ -17,7 +17,7 @@ from flare.model import TrainingModel, checkpoint_layers, load_for_training, loa
 from flare.nope.format import with_nope
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from flare.options import Options
+from flare.options import SELECTIVE, Options
 from flare.outcomes import Outcomes
 from flare.sharding import is_sharded, whole
 from flare.tensor_files import TensorReader, restore_weights
@@ -29,6 +29,7 @@ CASES = {
     "everything, checkpointed": (Trainable.of("all"), "fp32", True),
     "NoPE layers": (Trainable.of(LAYERS), "fp32", False),
     "attention of NoPE layers, checkpointed": (Trainable.of(LAYERS, True), "fp32", True),
+    "everything, selective": (Trainable.of("all"), "fp32", SELECTIVE),
     "bf16, everything": (Trainable.of("all"), "bf16", False),
     "bf16, attention of NoPE layers": (Trainable.of(LAYERS, True), "bf16", False),
 }
@@ -66,7 +67,7 @@ def compare(base: Path, case: str, world: World) -> dict:
     plain = load_for_training(base, config, trainable, precision, "auto")
     sharded = load_sharded(base, config, trainable, precision, "auto", world)
     for model in (plain, sharded) if checkpointed else ():
-        checkpoint_layers(model.causal_lm)
+        checkpoint_layers(model.causal_lm, checkpointed == SELECTIVE)
     verify_nope(sharded.causal_lm, LAYERS, decode=sharded.decode)
     rows = rows_of(plain, 2 * world.size)
     mine = [tensor[2 * world.rank : 2 * world.rank + 2] for tensor in rows]

@@ -11,7 +11,7 @@ LAYERS = [
     ["errors", "files", "parent", "threads", "__init__"],
     ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "sharding", "compiler", "distributed", "distress"],
-    ["data.order"],
+    ["data.order", "moments", "adamw_8bit", "recompute"],
     ["experiment", "hub", "logs", "metrics_file", "watchdog", "nope.modeling_nope", "balance", "pace"],
     ["nope.flags", "nope.tensors", "nope.temperature", "nope.staging", "nope.format", "nope.shards"],
     ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "tensor_files", "optim"],

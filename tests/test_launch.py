@@ -22,7 +22,7 @@ from flare.hosts import check_hosts, rendezvous
 from flare.jsonc import read_jsonc
 from flare.launch import SHUTDOWN_TIMEOUT_SEC, _grant_shutdown
 from flare.nvidia_smi import Gpu
-from flare.options import STAGE_DEFAULTS
+from flare.options import SELECTIVE, STAGE_DEFAULTS
 from flare.plan import check_fits
 from flare.plan_table import plan_lines
 from flare.run import Hardware, Run
@@ -265,6 +265,20 @@ def test_auto_prefers_a_smaller_micro_batch_to_checkpointing(base: Path, tmp_pat
     run = run_of(gpus(900), base, tmp_path, *flags, "--gradient_checkpointing", "auto")
     assert not run.gradient_checkpointing
     assert run.micro_batch_size > 1
+
+
+def test_auto_takes_the_least_checkpointing_that_fits(base: Path, tmp_path: Path) -> None:
+    """Smaller and smaller cards: none, selective, everything; whatever the flag says, the same rows a step."""
+    flags = ["--global_batch_size", 2, "--per_device_train_batch_size", 2, "--max_seq_length", 512]
+    found = [
+        run_of(gpus(mib), base, tmp_path, *flags, "--gradient_checkpointing", "auto").gradient_checkpointing
+        for mib in range(1000, 700, -1)
+    ]
+    assert list(dict.fromkeys(found)) == [False, SELECTIVE, True]
+    given = run_of(gpus(1000), base, tmp_path, *flags, "--gradient_checkpointing", SELECTIVE)
+    assert given.gradient_checkpointing == SELECTIVE
+    with pytest.raises(ConfigError, match='must be true or false or selective or auto, got the string "some"'):
+        run_of(gpus(1000), base, tmp_path, *flags, "--gradient_checkpointing", "some")
 
 
 def test_global_batch_that_processes_cannot_share_is_refused(base: Path, tmp_path: Path) -> None:

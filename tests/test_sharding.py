@@ -16,7 +16,8 @@ from tests.conftest import REPO, script_environment, train, write_base
 
 CASES = [
     "qwen2: everything", "qwen2: everything, checkpointed", "qwen2: NoPE layers",
-    "qwen2: attention of NoPE layers, checkpointed", "untied: everything", "untied: NoPE layers",
+    "qwen2: attention of NoPE layers, checkpointed", "qwen2: everything, selective",
+    "untied: everything", "untied: NoPE layers",
 ]  # fmt: skip
 
 
@@ -145,5 +146,5 @@ def test_the_plan_of_a_sharded_step_holds(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for case, (measured, planned) in json.loads(out.read_text()).items():
-        most = 1.2 if "embedding" in case else 1.1 if case == "checkpointing" else 1.04
+        most = 1.2 if "embedding" in case else {"checkpointing": 1.1, "selective": 1.05}.get(case, 1.04)
         assert 0.95 < planned / measured < most, (case, measured, planned)
