@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flare.data import rows
 from flare.data.build import Builder, Ledger, build_token_cache
 from flare.data.encode import end_of_text_id
 from flare.data.rows import SourceSpec
@@ -141,6 +142,21 @@ def test_bytes_do_not_depend_on_the_number_of_workers(folder: Path, base: Path, 
     assert (meta["bad_rows"], places) == (3, ["1.jsonl:10 is null", "3.jsonl:26 is null", "5.jsonl:42 is null"])
 
 
+def test_bytes_do_not_depend_on_how_a_file_is_cut(
+    folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file, whole and in pieces of a few lines: the same cache, bad rows named by the same lines."""
+    one = tmp_path / "one.jsonl"
+    one.write_bytes(b"".join(file.read_bytes() for file in sorted(folder.glob("*.jsonl"))))
+    whole = contents(cache_of(one, base, tmp_path / "whole", max_bad_rows=0.5))
+    for most_bytes, workers in ((1, 1), (700, 2)):
+        monkeypatch.setattr(rows, "LEAST_PIECE_BYTES", most_bytes)
+        monkeypatch.setattr(rows, "PIECE_BYTES", most_bytes)
+        assert len(open_source(SourceSpec(str(one)), tmp_path / f"c{most_bytes}").pieces()) > 5
+        cut = cache_of(one, base, tmp_path / f"c{most_bytes}", max_bad_rows=0.5, num_workers=workers)
+        assert contents(cut) == whole
+
+
 @pytest.mark.parametrize("size", [1, 9, 10, 11, 40, 1000])
 def test_dataset_size_counts_rows_over_pieces_as_over_one_file(
     folder: Path, base: Path, tmp_path: Path, size: int
@@ -195,7 +211,7 @@ def test_a_killed_build_is_taken_over(folder: Path, base: Path, tmp_path: Path, 
     blocked.unlink()
     blocked.write_bytes(content)
     builder = Builder(
-        FileByFile(folder), load_tokenizer(base), work.with_name(work.name[1:].removesuffix(".parts")),
+        FileByFile(folder), load_tokenizer(base), work.with_name(work.name.split(".")[1]),
         TokenSettings(max_bad_rows=0.1, num_workers=1),
     )  # fmt: skip
     builder.take_over()

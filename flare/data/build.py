@@ -93,7 +93,8 @@ class Builder:
         self.encoder = Encoder.of(tokenizer)
         self.directory = directory
         self.settings = settings
-        self.work = directory.with_name(f".{directory.name}.parts")
+        # the number tells cuts apart: parts of other pieces, of another version of ours, are not taken over
+        self.work = directory.with_name(f".{directory.name}.{len(self.pieces)}.parts")
         self.ledger = Ledger(len(self.pieces), settings.dataset_size)
 
     def build(self, key: dict) -> None:
@@ -109,7 +110,8 @@ class Builder:
         join_parts(parts, temporary, self.encoder.dtype.itemsize)
         write_json(temporary / "meta.json", key | meta)
         temporary.rename(self.directory)
-        shutil.rmtree(self.work)
+        for work in self.work.parent.glob(f".{self.directory.name}.*parts"):
+            shutil.rmtree(work)
         seconds = time.perf_counter() - t0
         log.info(f"tokenised {meta['num_documents']:,} documents, {meta['num_tokens']:,} tokens in {seconds:.1f} s")
 

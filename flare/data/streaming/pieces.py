@@ -59,7 +59,7 @@ def _file_parts(file: Path, column: str, piece_bytes: int) -> list[tuple[Piece, 
     """(piece, bytes) of one file."""
     kind, size = kind_of(file), file.stat().st_size
     if kind == ".parquet":
-        return row_groups(file, column)
+        return row_groups(file, column, PIECE_BYTES)
     if kind != ".jsonl" or is_archive(file):
         return [(WholeFile(file, kind, column), size)]
     cuts = [*range(0, size, piece_bytes), size]

@@ -16,7 +16,7 @@ from flare.data.child import Child, ignore_stop_signals
 from flare.data.documents import BadRows
 from flare.data.streaming.blocks import BlockWriter
 from flare.data.streaming.lanes import Item, Lane
-from flare.data.streaming.messages import WINDOW_BLOCKS, Job, Order, Segment
+from flare.data.streaming.messages import WINDOW_BLOCKS, Order, Segment
 from flare.data.streaming.place import Cursor, Place
 from flare.errors import DataError, EnvError, FlareError
 
@@ -149,8 +149,8 @@ class Merge:
 class Worker(Child):
     """A tokenising process and whether it was asked for something."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__("flare.data.streaming.worker", job)
+    def __init__(self) -> None:
+        super().__init__("flare.data.streaming.worker")
         self.is_busy = False
 
     def ask(self, question: tuple[int, int, int]) -> None:
@@ -193,7 +193,9 @@ class Producer:
     def run(self) -> None:
         """Make blocks until there is no one left to read them. Raises: what readers raise; EnvError, DataError."""
         count = max(1, min(self.order.num_workers, len(self.lanes)))
-        self.workers = [Worker(self.order.job) for _ in range(count)]
+        self.workers = [Worker() for _ in range(count)]
+        for worker in self.workers:
+            worker.tell(self.order.job)
         while True:
             self._make_blocks()
             self._ask()
