@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
-from flare.data.build import check_bad_rows
+from flare.data.build import check_bad_rows, too_many_bad
 from flare.data.child import Child, ignore_stop_signals
 from flare.data.documents import BadRows
 from flare.data.streaming.blocks import BlockWriter
@@ -24,8 +24,6 @@ MOST_BLOCKS = 8
 """Blocks on disk at most when they are short: a small corpus is not tokenised far ahead for nothing. The rows of the
 steps that are kept may lie in seven."""
 PARENT_CHECK_SEC = 5.0
-JUDGED_AFTER_ROWS = 100_000
-"""Rows after which too large a share of bad ones ends the run before the epoch does."""
 
 
 class Merge:
@@ -137,12 +135,10 @@ class Merge:
 
     def _judge(self, is_whole: bool) -> None:
         """Raises: DataError when the bad rows are too many: of the whole epoch, of what ``--dataset_size`` says
-        that it will be, or of enough rows to tell."""
-        rows, share = self.rows_read, self.order.max_bad_rows
-        total = self.order.total_rows
-        if total is not None and self.bad.count > share * total:
-            check_bad_rows(self.bad, total - self.bad.count, share, quiet=True)
-        if is_whole or (total is None and rows >= JUDGED_AFTER_ROWS):
+        that it will be, or of the rows so far."""
+        share, total = self.order.max_bad_rows, self.order.total_rows
+        rows = self.rows_read if is_whole or total is None else total
+        if is_whole or too_many_bad(self.bad.count, rows, share, total):
             check_bad_rows(self.bad, rows - self.bad.count, share, quiet=True)
 
 
