@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from flare.data.tokens import TokenSettings
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from tests.conftest import train, write_corpus
+from tests.test_order_kills import STEPS, Runs
 from tests.test_stream import ALONE, read, rows_of
 
 WEIGHTS = [5.0, 3.0, 1.0]
@@ -131,26 +131,29 @@ def test_an_error_names_the_set(files: list[Path], base: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_run_resumes_on_the_same_rows(train_flags: list[str], files: list[Path], tmp_path: Path) -> None:
-    """To the same weights, bit by bit; other weights are refused by name."""
-    flags = [
-        *train_flags, "--streaming", "--dataset_name", ",".join(map(str, files)), "--dataset_weights", "0.5,0.3,0.2",
-        "--save_steps", "2",
-    ]  # fmt: skip
-    whole = train(*flags)
-    assert whole.returncode == 0, whole.stderr
-    run = tmp_path / "out" / "run"
-    weights = (run / "final_model" / "model.safetensors").read_bytes()
-    for directory in ("checkpoints/checkpoint-6", "checkpoints/checkpoint-4", "final_model"):
-        shutil.rmtree(run / directory)
-    resumed = train(*flags, "--nproc_per_node", 2, "--per_device_train_batch_size", 1)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumes from checkpoint-2" in resumed.stderr
-    for directory in ("checkpoints/checkpoint-6", "checkpoints/checkpoint-4", "final_model"):
-        shutil.rmtree(run / directory)
-    again = train(*flags)
-    assert again.returncode == 0, again.stderr
-    assert (run / "final_model" / "model.safetensors").read_bytes() == weights
-    changed = train(*flags, "--max_steps", 8, "--dataset_weights", "0.3,0.5,0.2")
+def test_a_run_killed_on_one_two_and_three_processes_reads_the_same_rows(
+    files: list[Path], base: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to all processes twice; the rows by hash, and of every five rows three of the first set."""
+    names = ",".join(map(str, files[:2]))
+    extra = ["--streaming", "--streaming_buffer_rows", "120", "--dataset_weights", "3,2"]
+    whole, killed = (Runs(base, names, tmp_path / name, extra) for name in ("whole", "killed"))
+    whole.finish()
+    expected = whole.reading()
+    assert sorted(expected) == list(range(STEPS))
+    rows = [row for step in sorted(expected) for row, _ in expected[step]]
+    assert [row % 2 for row in rows] == [0, 1, 0, 1, 0] * (len(rows) // 5) + [0, 1][: len(rows) % 5]
+    killed.kill_after(7, processes=2)
+    killed.kill_after(15, processes=1, micro=4)
+    killed.finish(processes=3)
+    assert killed.reading() == expected
+
+
+@pytest.mark.slow
+def test_other_weights_are_refused_by_name(train_flags: list[str], files: list[Path]) -> None:
+    flags = [*train_flags, "--streaming", "--dataset_name", ",".join(map(str, files)), "--dataset_weights"]
+    first = train(*flags, "0.5,0.3,0.2")
+    assert first.returncode == 0, first.stderr
+    changed = train(*flags, "0.3,0.5,0.2", "--max_steps", 8)
     assert changed.returncode == 2
     assert "dataset_weights: 0.5,0.3,0.2 -> 0.3,0.5,0.2" in changed.stderr
