@@ -142,11 +142,12 @@ def test_bytes_do_not_depend_on_the_number_of_workers(folder: Path, base: Path, 
     assert (meta["bad_rows"], places) == (3, ["1.jsonl:10 is null", "3.jsonl:26 is null", "5.jsonl:42 is null"])
 
 
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])
 def test_bytes_do_not_depend_on_how_a_file_is_cut(
-    folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """One file, whole and in pieces of a few lines: the same cache, bad rows named by the same lines."""
-    one = tmp_path / "one.jsonl"
+    """One file of JSON lines, whole and in pieces of a few: the same cache, bad rows named by the same lines."""
+    one = tmp_path / f"one{kind}"
     one.write_bytes(b"".join(file.read_bytes() for file in sorted(folder.glob("*.jsonl"))))
     whole = contents(cache_of(one, base, tmp_path / "whole", max_bad_rows=0.5))
     for most_bytes, workers in ((1, 1), (700, 2)):

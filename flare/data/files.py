@@ -11,7 +11,7 @@ from flare.data.file_formats import (
     LineRange,
     RowGroups,
     WholeFile,
-    is_archive,
+    holds_lines,
     kind_of,
 )
 from flare.data.rows import Piece, Source, gather, missing_column, piece_bytes
@@ -125,11 +125,12 @@ class FileSource(HashedFiles):
         return gather(parts, most_bytes)
 
     def _parts(self, file: Path, facts: FileFacts, most_bytes: int) -> list[tuple[Piece, int]]:
-        """(piece, bytes) of one file."""
+        """(piece, bytes) of one file. An archive, a JSON array and a .csv, where a line may end within a value, are
+        one piece each."""
         kind = kind_of(file)
         if kind == ".parquet":
             return row_groups(file, self.text_column, most_bytes)
-        if kind != ".jsonl" or is_archive(file):
+        if not holds_lines(file):
             return [(WholeFile(file, kind, self.text_column), facts.size)]
         starts = [(0, 1), *facts.cuts]
         ends = [byte for byte, _ in facts.cuts] + [facts.size]

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from flare.data.file_formats import LineRange, WholeFile, is_archive, kind_of
+from flare.data.file_formats import LineRange, WholeFile, holds_lines, kind_of
 from flare.data.files import MAX_LISTED_FILES, FileSource, row_groups
 from flare.data.hub_sets import HubSource
 from flare.data.rows import PIECE_BYTES, Piece, Row, Source, gather
@@ -60,7 +60,7 @@ def _file_parts(file: Path, column: str, piece_bytes: int) -> list[tuple[Piece, 
     kind, size = kind_of(file), file.stat().st_size
     if kind == ".parquet":
         return row_groups(file, column, PIECE_BYTES)
-    if kind != ".jsonl" or is_archive(file):
+    if not holds_lines(file):
         return [(WholeFile(file, kind, column), size)]
     cuts = [*range(0, size, piece_bytes), size]
     return [(LineSplit(file, column, begin, end), end - begin) for begin, end in pairwise(cuts)]
