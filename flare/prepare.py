@@ -100,7 +100,7 @@ def rows_of_stream(
         cache_dir=default_cache_dir(options.cache_dir),
         num_workers=options.preprocessing_num_workers or spare_cores(),
     )
-    train_rows, eval_rows = streamed_rows(corpus, settings, run.global_batch_size)
+    train_rows, eval_rows = streamed_rows(corpus, settings)
     check_can_evaluate(eval_rows)
     return train_rows, eval_rows
 

@@ -41,7 +41,7 @@ def mixture_of(files: list[Path], base: Path, cache_dir: Path, weights: list[flo
 @contextmanager
 def started(mixture: StreamedMixture, cache_dir: Path, place: dict | None = None, workers: int = 2) -> Iterator:
     settings = StreamSettings(32, "document", 3, BLOCK_ROWS, cache_dir, workers)
-    rows = MixedStreams(mixture, settings, STEP_ROWS)
+    rows = MixedStreams(mixture, settings)
     rows.start(ALONE, place, STEP_ROWS)
     try:
         yield rows
@@ -58,7 +58,7 @@ def test_each_turn_reads_the_next_row_of_its_set(files: list[Path], base: Path, 
         assert rows.epochs(steps * STEP_ROWS) > 1
     turns = Turns([5, 3, 1]).sets
     sets = turns[np.arange(len(mixed)) % len(turns)]
-    assert blocks == [50, 30, 10]
+    assert blocks == [70, 50, 30]
     for k, corpus in enumerate(mixture.corpora):
         alone = rows_of(corpus, tmp_path, seed=seed_of(3, k), block_rows=blocks[k])
         alone.start(ALONE, None, 1)
@@ -96,7 +96,9 @@ def test_no_step_has_more_rows_of_a_set_than_is_said(counts: list[int], step_row
         held[k] = end - begin
         assert len(places) == held[k]
     assert held.sum() == step_rows
-    assert (held <= most_rows(turns, step_rows)).all()
+    most = most_rows(turns, step_rows)
+    assert (held <= most).all()
+    assert (most <= step_rows * turns.counts / turns.block + len(counts) + 1).all()
 
 
 def test_held_out_documents_are_those_of_all_sets(files: list[Path], base: Path, tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_an_error_names_the_set(files: list[Path], base: Path, tmp_path: Path) -
     small = write_corpus(tmp_path / "small.jsonl", 3)
     mixture = mixture_of([small, files[0]], base, tmp_path, [100.0, 1.0])
     settings = StreamSettings(512, "document", 3, BLOCK_ROWS, tmp_path, 1)
-    rows = MixedStreams(mixture, settings, STEP_ROWS)
+    rows = MixedStreams(mixture, settings)
     rows.start(ALONE, None, STEP_ROWS)
     with pytest.raises(DataError, match=rf"data set {re.escape(str(small))}: the data gives \d+ training tokens"):
         rows.rows(0, STEP_ROWS)
@@ -150,10 +152,13 @@ def test_a_run_killed_on_one_two_and_three_processes_reads_the_same_rows(
 
 
 @pytest.mark.slow
-def test_other_weights_are_refused_by_name(train_flags: list[str], files: list[Path]) -> None:
+def test_more_processes_go_on_and_other_weights_are_refused_by_name(train_flags: list[str], files: list[Path]) -> None:
     flags = [*train_flags, "--streaming", "--dataset_name", ",".join(map(str, files)), "--dataset_weights"]
     first = train(*flags, "0.5,0.3,0.2")
     assert first.returncode == 0, first.stderr
-    changed = train(*flags, "0.3,0.5,0.2", "--max_steps", 8)
+    more = train(*flags, "0.5,0.3,0.2", "--max_steps", 8, "--nproc_per_node", 2)
+    assert more.returncode == 0, more.stderr
+    assert "the global batch stays 2 rows" in more.stderr
+    changed = train(*flags, "0.3,0.5,0.2", "--max_steps", 10)
     assert changed.returncode == 2
     assert "dataset_weights: 0.5,0.3,0.2 -> 0.3,0.5,0.2" in changed.stderr

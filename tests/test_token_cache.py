@@ -16,6 +16,7 @@ import pytest
 
 from flare.data import rows
 from flare.data.build import Builder, Ledger, build_token_cache
+from flare.data.child import child_environment
 from flare.data.encode import end_of_text_id
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
@@ -256,6 +257,16 @@ def is_alive(pid: str) -> bool:
         return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def test_workers_ask_for_huge_pages_beside_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in (
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ):
+        monkeypatch.setenv("GLIBC_TUNABLES", before)
+        assert child_environment(1)["GLIBC_TUNABLES"] == after
 
 
 def test_two_builders_at_once_build_once(folder: Path, base: Path, tmp_path: Path) -> None:

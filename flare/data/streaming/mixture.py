@@ -91,12 +91,12 @@ def open_streams(
 class MixedStreams(TrainRows):
     """Rows of several streams by position in the run. Index ``i * num_sets + k`` is row i of set k.
 
-    Each stream shuffles its share of ``block_rows``, and has its share of the cores, at least one.
+    Each stream has its share of the cores, at least one, and shuffles its share of ``block_rows`` and a few rows more:
+    a step may hold that many above a set's share, and a block must have the rows of ``KEPT_STEPS`` + 1.
     """
 
-    def __init__(self, mixture: StreamedMixture, settings: StreamSettings, step_rows: int) -> None:
+    def __init__(self, mixture: StreamedMixture, settings: StreamSettings) -> None:
         self.names, self.turns = mixture.names, Turns(mixture.counts)
-        self.rows_of_step, self.step_rows = step_rows, most_rows(self.turns, step_rows)
         self.begun: list[dict | None] = []
         self.share = self.turns.counts / self.turns.block
         self.streams = [
@@ -104,19 +104,19 @@ class MixedStreams(TrainRows):
         ]
 
     def _settings_of(self, k: int, settings: StreamSettings) -> StreamSettings:
-        least = (KEPT_STEPS + 1) * self.step_rows[k]
+        share = -(-settings.block_rows * int(self.turns.counts[k]) // self.turns.block)
+        more = len(self.names) + 1  # either end of a step is within half of that of the share
         return replace(
             settings,
             seed=seed_of(settings.seed, k),
-            block_rows=max(round(settings.block_rows * self.share[k]), least),
+            block_rows=share + (KEPT_STEPS + 1) * more,
             num_workers=max(round(settings.num_workers * self.share[k]), 1),
         )
 
     def start(self, world: World, recorded: dict | None, step_rows: int) -> None:
-        """Begin to tokenise all sets. A collective. ``step_rows`` is what it was made with."""
-        assert step_rows == self.rows_of_step
+        """Begin to tokenise all sets. A collective. Arguments: as ``StreamedRows.start``."""
         self.begun = recorded["sets"] if recorded else [None] * len(self.streams)
-        for stream, begun, most in zip(self.streams, self.begun, self.step_rows, strict=True):
+        for stream, begun, most in zip(self.streams, self.begun, most_rows(self.turns, step_rows), strict=True):
             stream.start(world, begun and begun["place"], most)
 
     def close(self) -> None:
@@ -198,10 +198,10 @@ def most_rows(turns: Turns, step_rows: int) -> list[int]:
 
 
 def streamed_rows(
-    corpus: StreamedCorpus | StreamedMixture, settings: StreamSettings, step_rows: int
+    corpus: StreamedCorpus | StreamedMixture, settings: StreamSettings
 ) -> tuple[StreamedRows | MixedStreams, PackedRows | MixedRows]:
     """(training rows, held-out rows)."""
     held_out = corpus.held_out_rows(settings.seq_len, settings.packing)
     if isinstance(corpus, StreamedMixture):
-        return MixedStreams(corpus, settings, step_rows), held_out
+        return MixedStreams(corpus, settings), held_out
     return StreamedRows(corpus, settings), held_out
