@@ -218,12 +218,8 @@ def _impossible(options: Options, sources: dict[str, str]) -> list[str]:
         problems.append("nothing to train: neither --max_steps nor --num_train_epochs is set")
     if options.streaming and options.num_train_epochs is not None:
         problems.append("--num_train_epochs needs the number of rows, which --streaming never knows; give --max_steps")
-    if options.streaming and options.dataset_weights:
-        problems.append("--dataset_weights is for several data sets, and --streaming takes one; give one of the two")
     if options.streaming and options.prepare_only:
         problems.append("--prepare_only makes a token cache, and --streaming uses none; give one")
-    if options.streaming and options.dataset_weights:
-        problems.append("--dataset_weights mixes several data sets, and --streaming takes one; leave one of them out")
     if not options.streaming and sources.get("streaming_buffer_rows") == "command line":
         problems.append("--streaming_buffer_rows is for --streaming; give both or none")
     if options.gpu_ids is not None and options.gpu_type not in (None, "manual"):

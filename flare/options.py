@@ -199,7 +199,7 @@ class Options:
         DATA,
         "data",
         "shares of the training tokens of several data sets: 0.7,0.3; default in proportion to their size, every "
-        "row once an epoch",
+        "row once an epoch (--streaming needs shares)",
         None,
         kind="weights",
         many=True,

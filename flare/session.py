@@ -10,10 +10,8 @@ from flare import distributed
 from flare.attention import KERNELS, use_kernel
 from flare.checkpoint import Checkpoint
 from flare.compiler import compile_layers
-from flare.data.corpus import Corpus
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines, write_rows
-from flare.data.streaming.survey import StreamedCorpus
 from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import CheckpointError, FlareError
@@ -34,7 +32,7 @@ from flare.options import SELECTIVE
 from flare.pace import multiply_as_a_layer, settle_balance
 from flare.plan_table import plan_lines
 from flare.prefetch import host_tensors, to_device
-from flare.prepare import max_steps
+from flare.prepare import AnyCorpus, max_steps
 from flare.progress import STOP_FILE, Progress
 from flare.resume import find_checkpoint, read_progress
 from flare.run import Run
@@ -49,7 +47,7 @@ class Session:
     """Model, optimizer and progress of one stage, put together and run."""
 
     def __init__(
-        self, run: Run, world: World, corpus: Corpus | StreamedCorpus, train_rows: TrainRows, eval_rows: PackedRows
+        self, run: Run, world: World, corpus: AnyCorpus, train_rows: TrainRows, eval_rows: PackedRows
     ) -> None:
         self.run, self.world, self.corpus = run, world, corpus
         self.train_rows, self.eval_rows = train_rows, eval_rows

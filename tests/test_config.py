@@ -50,8 +50,6 @@ def test_weights_are_numbers_above_zero_in_every_spelling(tmp_path: Path) -> Non
     for wrong in (["0.7,"], ["0.7,zero"], ["1,0"], ["-1,2"], ["nan,1"], ["inf,1"], []):
         with pytest.raises(ConfigError, match=r"--dataset_weights must be numbers above 0"):
             resolve(["--dataset_weights", *wrong])
-    with pytest.raises(ConfigError, match=r"--dataset_weights is for several data sets, and --streaming takes one"):
-        resolve(["--dataset_weights", "1,2", "--streaming"])
 
 
 def test_shipped_config_says_what_the_built_in_defaults_say() -> None:
