@@ -8,6 +8,7 @@ from torch.distributed import PrefixStore
 
 from flare import distributed
 from flare.attention import KERNELS, use_kernel
+from flare.board import hyperparameters
 from flare.checkpoint import Checkpoint
 from flare.compiler import compile_layers
 from flare.data.corpus import Corpus
@@ -75,6 +76,8 @@ class Session:
         metrics = None
         if self.world.is_main:
             metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
+            facts = hyperparameters(self.run, self.saver.global_batch_size, self.max_steps)
+            metrics.board.describe(facts, plan_lines(self.run.plan()))
         trainer = Trainer(
             self._parts(), self.options, self.world, progress, self.saver.checkpoint, self.experiment.root, metrics
         )

@@ -21,7 +21,7 @@ LAYERS = [
     ["plan_inputs", "gathered", "memory", "rooms", "suggest", "plan", "plan_table", "last_words"],
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
     ["data"],
-    ["run", "setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "metrics"],
+    ["run", "setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "board", "metrics"],
     ["garbage", "outcomes", "prefetch", "progress"],
     ["trainer", "evaluation"],
     ["prepare", "prepare_only", "saving", "resume", "session", "worker", "demo"],

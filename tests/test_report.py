@@ -264,18 +264,33 @@ def test_plots_are_drawn_and_a_diverged_run_too(tmp_path):
         assert len(image.getcolors(1 << 20)) > len(blank.getcolors(1 << 20))
 
 
-def test_tensorboard_holds_scalars_the_curve_and_the_plots(tmp_path):
+def events_of(directory: Path) -> EventAccumulator:
+    return EventAccumulator(str(directory)).Reload()
+
+
+def test_tensorboard_holds_scalars_the_curves_of_every_model_the_tables_and_the_plots(tmp_path):
     results = hand_made()
     add_failure(results, "missing", "no file")
+    curve = [{"context_length": n, "perplexity": p} for n, p in ((64, 9.0), (128, None))]
+    results["context_lengths"] = {"embedded": curve}
+    base = {"label": "base (a/b)", "datasets": {"embedded": {"perplexity": 7.0}}, "context_lengths": {"embedded": curve}}
+    results["milestones"] = [base, {"label": "stage 2"}]
     picture = plot_loss_by_position({"a": results["datasets"]["embedded"]["loss_by_position"]}, tmp_path / "p.png")
-    write_tensorboard(results, tmp_path / "tb", [Plot(picture, "plots/loss_by_position", "")])
-    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    plots = [Plot(picture, "plots/loss_by_position", "")]
+    for _ in range(2):  # an evaluation before leaves nothing behind
+        write_tensorboard(results, tmp_path / "tb", plots, "stage 2", "# Title\n| a | b |\n\n## Plots\n![x](y)")
+    events, other = events_of(tmp_path / "tb"), events_of(tmp_path / "tb" / "base (a_b)")
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    assert scalars["eval/embedded/perplexity"][0].value == pytest.approx(math.exp(STAGE2), rel=1e-6)
-    assert [(e.step, e.value) for e in scalars["eval/embedded/loss_by_position"]] == [(0, 4.0), (1, 3.0)]
-    assert "eval/embedded/word_perplexity" not in scalars  # overflowed: None
+    assert scalars["results/embedded/perplexity"][0].value == pytest.approx(math.exp(STAGE2), rel=1e-6)
+    assert [(e.step, e.value) for e in scalars["by_position/embedded"]] == [(0, 4.0), (1, 3.0)]
+    assert "results/embedded/word_perplexity" not in scalars  # overflowed: None
     assert not any("missing" in tag for tag in scalars)
     assert events.Tags()["images"] == ["plots/loss_by_position"]
+    assert events.Tensors("report/text_summary")[0].tensor_proto.string_val[0] == b"# Title\n| a | b |\n"
+    for run in (events, other):
+        assert [(e.step, e.value) for e in run.Scalars("by_context/embedded")] == [(64, 9.0)]
+    assert other.Scalars("results/embedded/perplexity")[0].value == 7.0
+    assert not (tmp_path / "tb" / "stage 2").exists()
 
 
 def test_comparison_row_of_a_results_file():

@@ -117,11 +117,12 @@ class Evaluation:
         curves = Curves(stages, control_curve(recovered, _control_stages(ordered)))
         plots = settings.output_dir / "plots"
         figures = draw_figures(results, model.who.label, _positions(ordered), curves, plots)
-        write_tensorboard(results, settings.output_dir / "tensorboard", figures)
-        if experiment is not None:  # beside the stages' curves, too
-            write_tensorboard(results, experiment.tensorboard / "evaluation", figures)
         report = settings.output_dir / "evaluation_report.md"
         write_report(results, report, figures, rows, model.who.label, trained)
+        boards = [settings.output_dir / "tensorboard"]
+        boards += [experiment.tensorboard / "evaluation"] if experiment else []  # beside the stages' curves, too
+        for board in boards:
+            write_tensorboard(results, board, figures, model.who.label, report.read_text(encoding="utf-8"))
         if complete:
             self.parts.clear()
         log.info(f"report: {report}")
