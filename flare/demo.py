@@ -16,6 +16,7 @@ import textwrap
 import time
 from pathlib import Path
 
+from flare.command_line import OneLineParser
 from flare.config import REPO
 from flare.data.tokens import default_cache_dir
 from flare.errors import FlareError, run_script
@@ -55,11 +56,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./run_training.sh demo", description=__doc__.split("\n")[0])
+    parser = OneLineParser("./run_training.sh demo", "[flags]", __doc__.split("\n")[0], "")
     place = Path(os.environ.get("FLARE_OUTPUT_DIR") or REPO) / "demo_output"
-    parser.add_argument("--output_dir", metavar="DIR", default=str(place), help="where all of it goes [%(default)s]")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the base's weights and the row order [0]")
-    parser.add_argument(
+    group = parser.add_argument_group("all of them may be left out")
+    group.add_argument("--output_dir", metavar="DIR", default=str(place), help="where all of it goes [%(default)s]")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="of the base's weights and the row order [0]")
+    group.add_argument(
         "--control",
         action="store_true",
         help="also give the base the same two stages with RoPE kept, and compare with that (a minute more)",
@@ -74,6 +76,7 @@ class Demo:
         self.root = root
         self.seed = seed
         self.with_control = with_control
+        self.verdict_is_told = False
         self.start = root / "base_start"
         self.base = Experiment(root / "base")
         self.patched = root / "patched"
@@ -93,6 +96,7 @@ class Demo:
         if self.with_control:
             self.step("control, stage 1: the same layers, RoPE kept", self.control_stage1_model, self.control_stage1)
             self.step("control, stage 2: everything, RoPE kept", self.control.result_of(2), self.control_stage2)
+        self.verdict_is_told = not self.is_compared()  # the evaluation ends with it
         self.step("evaluate", self.results if self.is_compared() else None, self.evaluate)
 
     def step(self, title: str, result: Path | None, work: object) -> None:
@@ -188,7 +192,8 @@ class Demo:
 
         results = self.read_results()
         print("\n" + milestones_table(results, "embedded"))
-        print("\n" + textwrap.fill(results["verdict"], 100))
+        if not self.verdict_is_told:
+            print("\n" + textwrap.fill(results["verdict"], 100))
         print("\n" + textwrap.fill(TOY, 100))
         if not self.with_control:
             print("\nthe control:  ./run_training.sh demo --control   (a minute more; what is done stays)")

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import resource
+import sys
 import time
 
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from flare.board import Board
 from flare.experiment import Experiment
 from flare.logs import log
+from flare.terminal import columns
 
 WORTH_A_WORD = 0.02
 """Share of the time spent waiting for data from which on the log line tells it."""
@@ -75,7 +77,9 @@ class MetricsWriter:
         step = history[-1]["step"] if history else 0
         self._restore_jsonl(history)
         self.board = Board(experiment, stage, history)
-        self.bar = tqdm(total=max_steps, initial=step, unit="step", desc=f"stage {stage}", disable=None)
+        self.bar = tqdm(
+            total=max_steps, initial=step, unit="step", desc=f"stage {stage}", disable=None, ncols=columns(sys.stderr)
+        )  # fmt: skip
 
     def _restore_jsonl(self, history: list[dict]) -> None:
         """Keep other stages' lines; of this stage keep what the checkpoint knows."""

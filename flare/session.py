@@ -40,6 +40,7 @@ from flare.resume import find_checkpoint, read_progress
 from flare.run import Run
 from flare.saving import Saver
 from flare.sharding import is_sharded
+from flare.summary import summary_lines
 from flare.tensor_files import TensorReader, restore_weights
 from flare.trainer import Parts, Trainer
 from flare.watchdog import Limits, Watchdog
@@ -94,6 +95,9 @@ class Session:
         finally:
             if metrics:
                 metrics.close()
+        if ended != "stopped":  # below the bar
+            for line in summary_lines(self.experiment, self.options.stage, progress.history, progress.tokens):
+                log.info(line)
 
     def _keep_rows(self, step: int, rows: np.ndarray) -> None:
         """Write the rows of a step that went wrong to logs/, as token ids and as text."""

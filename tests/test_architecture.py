@@ -8,11 +8,11 @@ import pytest
 from tests.conftest import REPO
 
 LAYERS = [
-    ["errors", "files", "parent", "threads", "__init__"],
-    ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
+    ["errors", "files", "parent", "terminal", "threads", "__init__"],
+    ["command_line", "nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "sharding", "compiler", "distributed", "distress"],
     ["data.order"],
-    ["experiment", "hub", "logs", "metrics_file", "watchdog", "nope.modeling_nope", "balance", "pace"],
+    ["experiment", "hub", "logs", "metrics_file", "summary", "watchdog", "nope.modeling_nope", "balance", "pace"],
     ["nope.flags", "nope.tensors", "nope.temperature", "nope.staging", "nope.format", "nope.shards"],
     ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "tensor_files", "optim"],
     ["nope.canary_file", "nope.canary", "nope.endpoint"],

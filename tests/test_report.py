@@ -273,8 +273,8 @@ def test_tensorboard_holds_scalars_the_curves_of_every_model_the_tables_and_the_
     add_failure(results, "missing", "no file")
     curve = [{"context_length": n, "perplexity": p} for n, p in ((64, 9.0), (128, None))]
     results["context_lengths"] = {"embedded": curve}
-    base = {"label": "base (a/b)", "datasets": {"embedded": {"perplexity": 7.0}}, "context_lengths": {"embedded": curve}}
-    results["milestones"] = [base, {"label": "stage 2"}]
+    scores = {"datasets": {"embedded": {"perplexity": 7.0}}, "context_lengths": {"embedded": curve}}
+    results["milestones"] = [{"label": "base (a/b)", **scores}, {"label": "stage 2"}]
     picture = plot_loss_by_position({"a": results["datasets"]["embedded"]["loss_by_position"]}, tmp_path / "p.png")
     plots = [Plot(picture, "plots/loss_by_position", "")]
     for _ in range(2):  # an evaluation before leaves nothing behind

@@ -125,6 +125,7 @@ class Evaluation:
             write_tensorboard(results, board, figures, model.who.label, report.read_text(encoding="utf-8"))
         if complete:
             self.parts.clear()
+        log.info(results["verdict"])
         log.info(f"report: {report}")
 
 
