@@ -103,6 +103,6 @@ def _fail(message: str, exit_code: int) -> int:
     """Print the line, after the traceback when one is asked for; returns the code."""
     if os.environ.get("FLARE_DEBUG") == "1":
         traceback.print_exc()
-    text = fold(f"error: {message}", sys.stderr)
-    print(text.replace("error:", paint("error:", "red", sys.stderr), 1), file=sys.stderr, flush=True)
+    text = fold(f"error: {message}", sys.stderr).removeprefix("error:")
+    print(paint("error:", "red", sys.stderr) + text, file=sys.stderr, flush=True)
     return exit_code
