@@ -103,6 +103,11 @@ def _fail(message: str, exit_code: int) -> int:
     """Print the line, after the traceback when one is asked for; returns the code."""
     if os.environ.get("FLARE_DEBUG") == "1":
         traceback.print_exc()
+    print_error(message)
+    return exit_code
+
+
+def print_error(message: str) -> None:
+    """The one line on stderr; on a terminal folded to its width, and the first word red."""
     text = fold(f"error: {message}", sys.stderr).removeprefix("error:")
     print(paint("error:", "red", sys.stderr) + text, file=sys.stderr, flush=True)
-    return exit_code
