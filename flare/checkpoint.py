@@ -18,9 +18,16 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # python -m flare.checkpoint: --help before torch is imported
+    from flare.checkpoint_cli import main
+    from flare.errors import run_script
+
+    sys.exit(run_script(main))
 
 import torch
 from transformers import PreTrainedModel
@@ -267,12 +274,3 @@ def _replace(part: Path, target: Path, files: dict[str, Callable[[Path], None]])
         os.rename(target, old)
     os.rename(part, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-if __name__ == "__main__":  # python -m flare.checkpoint list|verify DIR
-    import sys
-
-    from flare.checkpoint_cli import main
-    from flare.errors import run_script
-
-    sys.exit(run_script(main))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flare.command_line import OneLineParser
 from flare.config_file import ConfigFile, read_config_file
 from flare.errors import ConfigError, join_errors, nearest
 from flare.option_values import checked
@@ -21,11 +22,12 @@ REPO = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = REPO / "training_config.json"
 
 EXAMPLES = """examples:
-  python train_qwen_multi_gpu.py --stage 1 --gpu_type A800 --experiment_name my_experiment
-  python train_qwen_multi_gpu.py --stage 2 --gpu_ids 0 1 4 5 --experiment_name my_experiment
-  python train_qwen_multi_gpu.py --stage 1 --gpu_type cpu --nproc_per_node 2 --model_name_or_path ./tiny_qwen \\
-      --dataset_name embedded --base_output_dir ./runs --max_seq_length 256 --max_steps 20
-  python train_qwen_multi_gpu.py --stage 1 --model_name_or_path Qwen/Qwen2.5-7B --dry_run
+  python train_qwen_multi_gpu.py --stage 1 --gpu_type A800 --experiment_name x
+  python train_qwen_multi_gpu.py --stage 2 --gpu_ids 0 1 4 5 --experiment_name x
+  python train_qwen_multi_gpu.py --stage 1 --gpu_type cpu --nproc_per_node 2 \\
+      --model_name_or_path ./tiny_qwen --dataset_name embedded \\
+      --base_output_dir ./runs --max_seq_length 256 --max_steps 20
+  python train_qwen_multi_gpu.py --model_name_or_path Qwen/Qwen2.5-7B --dry_run
 """
 
 METAVARS = {
@@ -66,21 +68,13 @@ class Resolved:
         return self.given(name) or ": stages." in self.sources.get(name, "")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as everywhere in Flare."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(message[0].lower() + message[1:] + "; see --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``train_qwen_multi_gpu.py``, made from the option fields."""
     parser = OneLineParser(
-        prog="train_qwen_multi_gpu.py",
-        description="Staged continued pretraining of Qwen models with NoPE layers.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "train_qwen_multi_gpu.py",
+        "[--stage N] [--gpu_type NAME | --gpu_ids ID ...]",
+        "Staged continued pretraining of Qwen models with NoPE layers.",
+        EXAMPLES,
         argument_default=argparse.SUPPRESS,
     )
     # argparse of Python < 3.14 takes -1e-5 for a flag; as a value it gets a useful error instead.

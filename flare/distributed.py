@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -185,9 +186,12 @@ def wrap_ddp(module: torch.nn.Module, world: World) -> torch.nn.Module:
         return module
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
     # Buffers (cos and sin) follow from the configuration: there is nothing to broadcast in each forward pass.
-    return DistributedDataParallel(
-        module, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    with warnings.catch_warnings():
+        # torch 2.13 has another name for it, which 2.11 does not know.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            module, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What users see when something is wrong. Imports nothing of ours.
+"""What users see when something is wrong. Imports only how a terminal shows it.
 
 Every error carries the exit code of its kind (contract, section 8) and a message of one line:
 what, the value, where, and the way out. Scripts print ``error: MESSAGE`` and no traceback, unless
@@ -10,6 +10,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+
+from flare.terminal import fold, paint
 
 
 class FlareError(Exception):
@@ -101,5 +103,11 @@ def _fail(message: str, exit_code: int) -> int:
     """Print the line, after the traceback when one is asked for; returns the code."""
     if os.environ.get("FLARE_DEBUG") == "1":
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print_error(message)
     return exit_code
+
+
+def print_error(message: str) -> None:
+    """The one line on stderr; on a terminal folded to its width, and the first word red."""
+    text = fold(f"error: {message}", sys.stderr).removeprefix("error:")
+    print(paint("error:", "red", sys.stderr) + text, file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flare.config import Resolved
-from flare.errors import ConfigError, EnvError, FlareError
+from flare.errors import ConfigError, EnvError, FlareError, print_error
 from flare.experiment import Experiment
 from flare.gpus import GpuRequest, Selection, Skipped, select_environment, select_gpus
 from flare.handoff import DEVICE_VARIABLE
@@ -230,7 +230,7 @@ def _report_failure(error: object, workers_files: Path, experiment: Experiment, 
     """Print the first worker's error once, record it, and return its exit code."""
     failure = first_failure(error, experiment.logs, workers_files)
     message = failure.message
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print_error(message)
     if not failure.told:
         _record_failure(experiment, stage, message)
     elif failure.exit_code == FlareError.exit_code and node_rank() == 0:

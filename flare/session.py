@@ -8,6 +8,7 @@ from torch.distributed import PrefixStore
 
 from flare import distributed
 from flare.attention import KERNELS, use_kernel
+from flare.board import hyperparameters
 from flare.checkpoint import Checkpoint
 from flare.compiler import compile_layers
 from flare.data.packing import PackedRows
@@ -38,6 +39,7 @@ from flare.resume import find_checkpoint, read_progress
 from flare.run import Run
 from flare.saving import Saver
 from flare.sharding import is_sharded
+from flare.summary import summary_lines
 from flare.tensor_files import TensorReader, restore_weights
 from flare.trainer import Parts, Trainer
 from flare.watchdog import Limits, Watchdog
@@ -74,6 +76,8 @@ class Session:
         metrics = None
         if self.world.is_main:
             metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
+            facts = hyperparameters(self.run, self.saver.global_batch_size, self.max_steps)
+            metrics.board.describe(facts, plan_lines(self.run.plan()))
         trainer = Trainer(
             self._parts(), self.options, self.world, progress, self.saver.checkpoint, self.experiment.root, metrics
         )
@@ -90,6 +94,9 @@ class Session:
         finally:
             if metrics:
                 metrics.close()
+        if ended != "stopped":  # below the bar
+            for line in summary_lines(self.experiment, self.options.stage, progress.history, progress.tokens):
+                log.info(line)
 
     def _keep_rows(self, step: int, rows: np.ndarray) -> None:
         """Write the rows of a step that went wrong to logs/, as token ids and as text."""

@@ -6,12 +6,16 @@ usage: sharded_cases.py QWEN2 QWEN3_UNTIED OUT
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from flare import distributed, tensor_files
 from flare.checkpoint import Checkpoint, model_tensors, write_checkpoint
+from flare.data.packing import PackedRows
 from flare.distributed import World
+from flare.evaluation.during_training import LengthCurve
 from flare.hub import read_model_config
 from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
 from flare.nope.format import with_nope
@@ -131,6 +135,26 @@ def flagged_updates(base: Path, world: World) -> dict:
     return {"same": same_tensors(*states), "seen": not outcomes.take()[-1][1].loss < float("inf")}
 
 
+def length_curves(base: Path, world: World) -> list[list[list[dict]]]:
+    """Curves of a sharded model and of a whole one: over seven batches, so that of two ranks the last has one fewer,
+    and over a single batch, so that it has none."""
+    how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
+    models = load_sharded(base, *how, world), load_for_training(base, *how)
+    return [
+        [LengthCurve(model, documents(count, 64), lengths, batch_tokens=64, world=world)() for model in models]
+        for count, lengths in ((5, [16, 64]), (1, [64]))
+    ]
+
+
+def documents(count: int, num_tokens: int) -> PackedRows:
+    """Random documents of so many tokens, the same on every rank; token 0 ends each."""
+    tokens = np.random.default_rng(0).integers(1, 300, (count, num_tokens + 1)).astype(np.uint16)
+    tokens[:, -1] = 0
+    offsets = np.arange(count + 1) * (num_tokens + 1)
+    cache = SimpleNamespace(tokens=tokens.ravel(), offsets=offsets, end_of_text_id=0)
+    return PackedRows(cache, np.arange(count), 32, "document", keep_last=True)
+
+
 def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(whole(one[k]), whole(other[k])) for k in one)
 
@@ -143,6 +167,7 @@ def main() -> None:
         for base, case in [*((tied, case) for case in CASES), (untied, "everything"), (untied, "NoPE layers")]
     }
     found["flagged updates"] = flagged_updates(untied, world)
+    found["length curves"] = length_curves(tied, world)
     found["round trip"] = round_trip(untied, out.parent, world)
     if world.is_main:
         out.write_text(json.dumps(found))
