@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flare.errors import ConfigError, nearest
+from flare.errors import ConfigError, nearest, one_line
 from flare.jsonc import read_jsonc
 from flare.option_values import checked
 from flare.options import FIELDS, SECTIONS
@@ -33,10 +33,16 @@ def read_config_file(typed: str, problems: list[str]) -> ConfigFile:
         return file
     stages = content.pop("stages", {})
     file.values = checked_block(content, file.name, problems)
-    for stage, block in stages.items() if isinstance(stages, dict) else ():
+    if not isinstance(stages, dict):
+        problems.append(f'stages in {file.name} must be an object {{"1": {{...}}, "2": {{...}}}}')
+        return file
+    for stage, block in stages.items():
         if stage not in ("1", "2"):
-            problems.append(f'unknown key "{stage}" in {file.name} under stages; stages are "1" and "2"')
+            problems.append(f'unknown key "{one_line(stage)}" in {file.name} under stages; stages are "1" and "2"')
+            continue
         file.by_stage[stage] = checked_block(block, f"{file.name}: stages.{stage}", problems)
+        if "stage" in file.by_stage[stage]:
+            problems.append(f"stage in {file.name}: stages.{stage} says it again; leave it out there")
     return file
 
 
@@ -82,11 +88,14 @@ def checked_block(block: Any, where: str, problems: list[str]) -> dict[str, Any]
     flat: dict[str, Any] = {}
     paths: dict[str, str] = {}
     for key, value in block.items():
-        inside = value.items() if key in SECTIONS and isinstance(value, dict) else [(key, value)]
+        if key in SECTIONS and not isinstance(value, dict):
+            problems.append(f'"{key}" in {where} must be an object {{...}}')
+            continue
+        inside = value.items() if key in SECTIONS else [(key, value)]
         for name, item in inside:
             path = f"{key}.{name}" if key in SECTIONS else name
             if name not in FIELDS:
-                problems.append(f'unknown key "{path}" in {where}{nearest(name, FIELDS)}')
+                problems.append(f'unknown key "{one_line(path)}" in {where}{nearest(name, FIELDS)}')
             elif key in SECTIONS and FIELDS[name].metadata["section"] != key:
                 section = FIELDS[name].metadata["section"]
                 problems.append(f'"{path}" in {where}: {name} belongs under "{section}"')

@@ -2,10 +2,11 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from flare.errors import ConfigError
+from flare.errors import ConfigError, first_line, one_line
 
 COMMENT_OR_STRING = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
@@ -35,11 +36,11 @@ def parse_jsonc(text: str, name: str) -> Any:
     plain = COMMENT_OR_STRING.sub(lambda m: m[0] if m[0][0] == '"' else " " * len(m[0]), text)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
                 lines = [str(i) for i, line in enumerate(plain.splitlines(), 1) if f'"{key}"' in line]
-                raise ConfigError(f'{name}: key "{key}" appears twice (lines {" and ".join(lines)})')
+                where = f" (lines {' and '.join(lines)})" if lines else ""
+                raise ConfigError(f'{name}: key "{one_line(key)}" appears twice{where}')
         return dict(pairs)
 
     def no_constant(word: str) -> None:
@@ -49,6 +50,8 @@ def parse_jsonc(text: str, name: str) -> Any:
         return json.loads(plain, object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name} line {error.lineno} column {error.colno}: {_reason(plain, error)}") from error
+    except (ValueError, RecursionError) as error:  # numbers or nesting beyond all measure
+        raise ConfigError(f"{name} cannot be read: {first_line(error)}") from error
 
 
 def _reason(text: str, error: json.JSONDecodeError) -> str:
