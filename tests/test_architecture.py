@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPO
 
 LAYERS = [
-    ["errors", "files", "parent", "threads", "__init__"],
+    ["errors", "files", "parent", "phase", "threads", "__init__"],
     ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "sharding", "compiler", "distributed", "distress"],
     ["data.order"],

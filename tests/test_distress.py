@@ -48,7 +48,9 @@ def test_out_of_memory_on_one_rank_ends_all_with_flags_that_need_less(train_flag
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "Traceback" not in result.stderr
-    assert errors[0].startswith("error: rank 1 (cpu (1 threads)) ran out of memory (CUDA out of memory. Tried to allo")
+    assert errors[0].startswith(
+        "error: rank 1 (cpu (1 threads)) ran out of memory while training (CUDA out of memory. Trie"
+    )
     assert "the plan is 0.00 GiB at the peak" in errors[0]
     assert "what fits: --per_device_train_batch_size 1 --gradient_accumulation_steps 2" in errors[0]
     run = tmp_path / "out" / "run"

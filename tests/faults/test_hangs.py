@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Ended, Zygote, complete_steps, stage
+from tests.faults.harness import Ended, Zygote, complete_steps, stage, workers
 
 
 def test_a_hanging_process_is_ended_with_its_stacks(zygote: Zygote, flags: list[str], run: Path) -> None:
@@ -35,17 +35,6 @@ def test_a_slow_save_is_no_hang(zygote: Zygote, flags: list[str]) -> None:
 
 
 # -- several processes -------------------------------------------------------------------------------------------
-
-
-def workers(launcher: int) -> dict[int, int]:
-    """Rank -> process id of a launcher's workers."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    ranks = {}
-    for pid in children:
-        variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
-        if "RANK" in variables:
-            ranks[int(variables["RANK"])] = int(pid)
-    return ranks
 
 
 def assert_told_with_stacks(ended: Ended, run: Path, pids: dict[int, int]) -> None:
