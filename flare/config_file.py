@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flare.errors import ConfigError, nearest, one_line
-from flare.jsonc import read_jsonc
+from flare.jsonc import is_there, read_jsonc
 from flare.option_values import checked
 from flare.options import FIELDS, SECTIONS
 
@@ -49,7 +49,7 @@ def read_config_file(typed: str, problems: list[str]) -> ConfigFile:
 def split_name(typed: str) -> tuple[Path, str | None]:
     """(path, block's name or None) of ``FILE#NAME``; a file whose own name holds a # is taken as it is."""
     path, separator, name = typed.rpartition("#")
-    if not separator or Path(typed).exists():
+    if not separator or is_there(Path(typed)):
         return Path(typed), None
     return Path(path), name
 
@@ -60,7 +60,7 @@ def choose_block(content: Any, typed: str, wanted: str | None) -> Any:
     Raises: ConfigError that lists the names when a file of blocks is not asked for one that it has.
     """
     blocks = content if isinstance(content, dict) and _holds_blocks(content) else {}
-    names = ", ".join(blocks)
+    names = ", ".join(map(one_line, blocks))
     path = typed if wanted is None else typed.removesuffix(f"#{wanted}")
     if wanted is None:
         if blocks:

@@ -16,19 +16,28 @@ def read_jsonc(path: Path) -> Any:
 
     Raises: ConfigError for a file that is missing, a directory, empty, not UTF-8 or not JSON.
     """
+    shown = one_line(str(path))
+    if not is_there(path):
+        raise ConfigError(f"config not found: {shown} (looked in {Path.cwd()})")
     if path.is_dir():
-        raise ConfigError(f"config is a directory: {path}; give a .json file")
-    if not path.exists():
-        raise ConfigError(f"config not found: {path} (looked in {Path.cwd()})")
+        raise ConfigError(f"config is a directory: {shown}; give a .json file")
     try:
         text = path.read_text(encoding="utf-8-sig")  # an editor's byte order mark is no mistake of the user
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        raise ConfigError(f"{shown} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read {shown}: {error.strerror}") from error
     if not text.strip():
-        raise ConfigError(f"{path} is empty; write at least {{}}")
+        raise ConfigError(f"{shown} is empty; write at least {{}}")
     return parse_jsonc(text, path.name)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or directory of this name, which may be no possible one."""
+    try:
+        return path.exists()
+    except OSError:  # far too long
+        return False
 
 
 def parse_jsonc(text: str, name: str) -> Any:

@@ -99,6 +99,19 @@ def slow_save(seconds: float) -> None:
     Saver.checkpoint = slow
 
 
+def slow_evaluation(seconds: float) -> None:
+    """Each evaluation takes this long, on all ranks."""
+    from flare import trainer
+
+    evaluate_rows = trainer.evaluate_rows
+
+    def slow(*arguments: object) -> tuple[float, float]:
+        time.sleep(seconds)
+        return evaluate_rows(*arguments)
+
+    trainer.evaluate_rows = slow
+
+
 def hang_in_step(step: int, rank: int = 0) -> None:
     """This rank reads its rows for ever."""
     from flare.data.order import RowOrder

@@ -28,9 +28,10 @@ def test_a_hanging_process_is_ended_with_its_stacks(zygote: Zygote, flags: list[
     assert not list((run / "logs").glob("stacks-*"))
 
 
-def test_a_slow_save_is_no_hang(zygote: Zygote, flags: list[str]) -> None:
+@pytest.mark.parametrize("slow", ["slow_save", "slow_evaluation"])
+def test_a_slow_save_or_evaluation_is_no_hang(zygote: Zygote, flags: list[str], slow: str) -> None:
     """Row 47, one process; tests of several processes follow."""
-    ended = zygote.run(*flags, "--step_timeout", 0.5, "--max_steps", 4, fault=("slow_save", 2))
+    ended = zygote.run(*flags, "--step_timeout", 0.5, "--max_steps", 4, fault=(slow, 1))
     assert ended.returncode == 0, ended.stderr
 
 
@@ -88,6 +89,15 @@ def test_a_rank_that_works_for_ever_is_named_beside_those_that_wait(
     (error,) = ended.errors
     assert re.search(r"step 6 did not end within 4 s: rank 1 is in prefetch\.py:\d+ \(\w+\);", error)
     assert "in hanging" in (run / "logs" / "stacks-rank1.txt").read_text()
+
+
+@pytest.mark.faults
+def test_an_evaluation_slower_than_the_limits_is_no_hang(zygote: Zygote, flags: list[str], run: Path) -> None:
+    limits = ("--step_timeout", 2, "--ddp_timeout", 6)
+    fault = ("in_workers", "slow_evaluation", 8)
+    ended = zygote.run(*flags, "--nproc_per_node", 2, "--max_steps", 2, *limits, fault=fault)
+    assert ended.returncode == 0, ended.stderr
+    assert complete_steps(run) == [2]
 
 
 @pytest.mark.faults

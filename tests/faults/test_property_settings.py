@@ -149,9 +149,11 @@ def test_a_damaged_config_file_is_options_or_an_error(tmp_path_factory: pytest.T
     options_of(tmp_path_factory.getbasetemp() / "changed.json", changed(SHIPPED, changes))
 
 
+TYPED = st.text(st.characters(exclude_characters="\0"), max_size=8)  # no command line holds a NUL
+TYPICAL = ("auto", "1", "-1", "1e999", "9" * 5000, "0-3", ".", "#")
 FLAGS = st.tuples(
-    st.sampled_from(NAMES),
-    st.lists(TEXT | st.sampled_from(("auto", "1", "-1", "1e999", "9" * 5000, "0-3")), max_size=2),
+    st.sampled_from([*NAMES, "config", "output_dir", "stage1_max_seq_len"]),
+    st.lists(TYPED | st.sampled_from(TYPICAL), max_size=2),
 )
 
 
