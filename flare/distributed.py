@@ -22,7 +22,7 @@ from flare.errors import ConfigError, EnvError, FlareError, first_line
 from flare.fabric import LIMIT_SEC, check_fabric, meet
 from flare.gpus import check_card
 from flare.nvidia_smi import Gpu
-from flare.phase import current_phase, is_out_of_memory
+from flare.phase import is_out_of_memory, while_phase
 from flare.sharding import is_sharded, whole
 
 T = TypeVar("T")
@@ -236,7 +236,7 @@ def together(world: World, work: Callable[[], T]) -> list[T]:
         failure = error
     except Exception as error:  # whatever it is: the others must not wait for a rank that is gone
         if is_out_of_memory(error):
-            failure = FlareError(f"rank {world.rank} ran out of memory while {current_phase()} ({first_line(error)})")
+            failure = FlareError(f"rank {world.rank} ran out of memory{while_phase()} ({first_line(error)})")
         elif isinstance(error, OSError):
             failure = EnvError(str(error))
         else:

@@ -1,7 +1,7 @@
 """What a rank that ran out of memory says: the plan's numbers, and flags that need less. No torch."""
 
 from flare.errors import first_line
-from flare.phase import current_phase
+from flare.phase import while_phase
 from flare.plan import Plan
 from flare.rooms import in_gib
 from flare.suggest import suggest
@@ -15,7 +15,7 @@ def out_of_memory(plan: Plan, rank: int, device: str, error: Exception) -> str:
     need = plan.memory.peak_bytes
     reason = first_line(error.__cause__ or error).split(". GPU")[0].rstrip(".")
     return (
-        f"rank {rank} ({device}) ran out of memory while {current_phase()} ({reason}); the plan is {in_gib(need)} at "
+        f"rank {rank} ({device}) ran out of memory{while_phase()} ({reason}); the plan is {in_gib(need)} at "
         f"the peak ({plan.memory.peak_phase}); nothing is lost but the steps since the last checkpoint; "
         f"{suggest(plan.inputs, int(NEEDS_LESS * need))}"
     )

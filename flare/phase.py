@@ -20,9 +20,9 @@ def during(what: str) -> Iterator[None]:
     del _phases[depth:]
 
 
-def current_phase() -> str:
-    """The innermost phase that has begun and not ended."""
-    return _phases[-1] if _phases else "starting"
+def while_phase() -> str:
+    """The innermost phase that has begun and not ended, as the end of a clause; nothing when none has."""
+    return f" while {_phases[-1]}" if _phases else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from flare.last_words import out_of_memory
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics_file import enter_stage, record_status
-from flare.phase import during, is_out_of_memory
+from flare.phase import during, is_out_of_memory, while_phase
 from flare.prepare import packed_rows, prepare_data
 from flare.run import Run
 from flare.session import Session, device_name
@@ -54,9 +54,7 @@ def run_worker(run: Run) -> int:
             return error.exit_code
         raise
     except Exception as error:
-        if world and (
-            distress.heard(world) or distributed.is_lost_peer(error)
-        ):  # who called, or the launcher, says why
+        if world and (distress.heard(world) or distributed.is_lost_peer(error)):  # told by who called, or the launcher
             log.error(f"another rank is gone: {first_line(error)}", extra=FILES_ONLY)
             return FlareError.exit_code
         if world:
@@ -71,8 +69,10 @@ def _prepared(run: Run) -> tuple:
         with during("preparing the data"):
             corpus = prepare_data(run)
             return corpus, *packed_rows(run, corpus)
-    except MemoryError as error:
-        raise FlareError(f"out of memory while preparing the data ({first_line(error)})") from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FlareError(f"out of memory{while_phase()} ({first_line(error)})") from error
 
 
 def _last_words(run: Run, world: World, error: Exception) -> FlareError:

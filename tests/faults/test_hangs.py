@@ -94,7 +94,7 @@ def test_a_rank_that_works_for_ever_is_named_beside_those_that_wait(
 @pytest.mark.faults
 def test_an_evaluation_slower_than_the_limits_is_no_hang(zygote: Zygote, flags: list[str], run: Path) -> None:
     limits = ("--step_timeout", 2, "--ddp_timeout", 6)
-    fault = ("in_workers", "slow_evaluation", 8)
+    fault = ("in_workers", "slow_evaluation", 7)
     ended = zygote.run(*flags, "--nproc_per_node", 2, "--max_steps", 2, *limits, fault=fault)
     assert ended.returncode == 0, ended.stderr
     assert complete_steps(run) == [2]

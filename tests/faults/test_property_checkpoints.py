@@ -141,7 +141,9 @@ def add_weights_of_another_kind(path: Path, number: int) -> None:
 
 
 def add_a_note(path: Path, number: int) -> None:
-    (path.parent / f"note{number % 3}.txt").write_text("mine")
+    note = path.parent / f"note{number % 3}.txt"
+    if not note.is_dir():
+        note.write_text("mine")
 
 
 DAMAGES = (

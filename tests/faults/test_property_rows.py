@@ -19,7 +19,7 @@ from flare.data.documents import BadRows, usable_texts
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
 from flare.errors import FlareError
-from tests.faults.test_property_settings import CHANGES, changed
+from tests.faults.changes import CHANGES, changed
 
 GOOD = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)
 BAD_LINES = (

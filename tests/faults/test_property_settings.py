@@ -19,6 +19,7 @@ from flare.nope.layers import format_layers, parse_layers
 from flare.nvidia_smi import Gpu, query_gpus
 from flare.options import FIELDS, SECTIONS
 from tests.fake_nvidia_smi import install_raw
+from tests.faults.changes import CHANGES, changed
 
 TEXT = st.text(max_size=8)
 JSON = st.recursive(
@@ -128,20 +129,6 @@ def is_plain(name: str) -> bool:
 
 
 SHIPPED = (Path(__file__).resolve().parents[2] / "training_config.json").read_bytes()
-CHANGES = st.lists(
-    st.tuples(st.integers(0, 10**6), st.sampled_from(("put", "cut", "add")), st.integers(0, 255)),
-    min_size=1,
-    max_size=4,
-)
-
-
-def changed(content: bytes, changes: list[tuple[int, str, int]]) -> bytes:
-    """Bytes replaced, cut out and put in."""
-    for place, how, byte in changes:
-        at = place % (len(content) + 1)
-        behind = content[at:] if how == "add" else content[at + 1 :] if how == "put" else content[at + byte :]
-        content = content[:at] + (b"" if how == "cut" else bytes([byte])) + behind
-    return content
 
 
 @given(CHANGES)
