@@ -63,17 +63,18 @@ def print_line(path: Path, hashed: bool) -> bool:
     try:
         if not (path / "manifest.json").is_file():
             raise CheckpointError("manifest.json is missing: never finished, or half deleted")
+        checkpoint.listed_files()
         if hashed:
             checkpoint.verify()
             state = "complete, every hash is right"
         facts = checkpoint.manifest()
-    except (CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, OSError) as error:
         state = f"NOT WHOLE: {str(error).removeprefix(f'{path.name}: ')}"
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**30
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     name = f"stage1/{path.name}" if path.parent.parent.name == "stage1" else path.name
-    tokens = facts.get("tokens", "?")
-    print(COLUMNS.format(name, tokens if tokens == "?" else f"{tokens:,}", f"{size:.3f}", written, state))
+    tokens = f"{facts['tokens']:,}" if isinstance(facts.get("tokens"), int) else "?"
+    print(COLUMNS.format(name, tokens, f"{size:.3f}", written, state))
     return not state.startswith("NOT")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from flare.command_line import OneLineParser
 from flare.config_file import ConfigFile, read_config_file
-from flare.errors import ConfigError, join_errors, nearest
+from flare.errors import ConfigError, join_errors, nearest, one_line
 from flare.option_values import checked
 from flare.options import FIELDS, GROUPS, STAGE_DEFAULTS, Options
 
@@ -158,7 +158,7 @@ def _unknown_arguments(words: list[str]) -> list[str]:
     """A line for each unknown flag; the values behind it are no second mistake."""
     known = [f"--{name}" for name in [*FIELDS, "config"]]
     flags = [word for word in words if word.startswith("-")] or words
-    return [f"unknown argument {word}{nearest(word.split('=')[0], known)}" for word in flags]
+    return [f"unknown argument {one_line(word)}{nearest(word.split('=')[0], known)}" for word in flags]
 
 
 def _old_names(typed: dict[str, Any], warnings: list[str]) -> dict[str, Any]:

@@ -7,11 +7,14 @@ what, the value, where, and the way out. Scripts print ``error: MESSAGE`` and no
 
 import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 
 from flare.terminal import fold, paint
+
+URL_USER = re.compile(r"://[^/@\s]+@")
 
 
 class FlareError(Exception):
@@ -53,7 +56,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What another library's error says, as a part of one line; its kind when it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return without_users(lines[0][:200]) if lines else type(error).__name__
+
+
+def without_users(text: str) -> str:
+    """The text with the users and passwords in its URLs, of a mirror or a proxy, left out."""
+    return URL_USER.sub("://...@", text)
+
+
+def one_line(text: str, limit: int = 160) -> str:
+    """``text`` of another program or person, fit for one line of an error: no control characters, cut."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 8 * limit]).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def join_errors(problems: list[str]) -> str:

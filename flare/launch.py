@@ -145,6 +145,7 @@ def start_workers(script: Path, run: Run) -> int:
     except SignalException as error:
         if _ended_cleanly(experiment, stage):
             return 0
+        _kill_workers()  # that are left when another signal came while they were waited for: the third one
         _record_failure(experiment, stage, f"ended by signal {received(error).name}")
         return 128 + received(error)
     except ChildFailedError as error:
@@ -208,12 +209,16 @@ def received(error: "SignalException") -> signal.Signals:
 
 
 def _on_second_interrupt(_number: int, _frame: object) -> None:
+    _kill_workers()
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def _kill_workers() -> None:
     """Workers have sessions of their own, so the terminal's Ctrl-C does not reach them: end them from here."""
     for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         with contextlib.suppress(OSError):
             os.killpg(int(pid), signal.SIGKILL)
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
 
 
 def _ended_cleanly(experiment: Experiment, stage: int) -> bool:
@@ -261,8 +266,12 @@ def first_failure(error: object, logs: Path | str, workers_files: Path | None = 
     told = _told_error(failure.error_file) or (_told_by_any(workers_files) if workers_files else None)
     if told:
         return Failure(rank, told["message"], told["exit_code"], True)
+    # One that was killed comes before those that ended because they waited for it.
+    rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
     if failure.exitcode < 0:
-        return Failure(rank, f"rank {rank} was ended by {failure.signal_name()} (pid {failure.pid})", 5, False)
+        hint = "; the kernel does so when memory is short, see dmesg" if failure.exitcode == -signal.SIGKILL else ""
+        message = f"rank {rank} was ended by {failure.signal_name()} (pid {failure.pid}){hint}"
+        return Failure(rank, message, 5, False)
     return Failure(rank, f"rank {rank} failed with exit code {failure.exitcode}; see {logs}", 5, False)
 
 

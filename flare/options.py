@@ -392,7 +392,12 @@ class Options:
     )
     save_steps: int = option(TRAINING, "logging", "steps between checkpoints", 500, kind="int", low=1)
     save_total_limit: int | None = option(
-        TRAINING, "logging", "checkpoints kept (the newest and the best always are)", 3, kind="int", low=1
+        TRAINING,
+        "logging",
+        "checkpoints kept (the newest and, with early stopping, the best always are)",
+        3,
+        kind="int",
+        low=1,
     )
     early_stopping_patience: int | None = option(
         TRAINING,

@@ -22,6 +22,9 @@ from flare.run import Run
 
 AnyCorpus = Corpus | StreamedCorpus | StreamedMixture
 
+BLOCK_ROWS = 2**20
+"""Rows asked at once whether they have targets: usually the first block says yes."""
+
 
 def prepare_data(run: Run) -> AnyCorpus:
     """The tokenised data of this run; built when missing, by one process while the others wait on its lock.
@@ -74,7 +77,8 @@ def packed_rows(run: Run, corpus: AnyCorpus) -> tuple[TrainRows, PackedRows | Mi
             f"the data gives {train_rows.num_tokens:,} training tokens, one step needs "
             f"{run.global_batch_size * options.max_seq_length + 1:,}; lower --max_seq_length or the batch size"
         )
-    check_can_evaluate(eval_rows)
+    check_can_train(train_rows)
+    check_can_evaluate(eval_rows, options.max_eval_samples)
     return train_rows, eval_rows
 
 
@@ -101,7 +105,7 @@ def rows_of_stream(
         num_workers=options.preprocessing_num_workers or spare_cores(),
     )
     train_rows, eval_rows = streamed_rows(corpus, settings)
-    check_can_evaluate(eval_rows)
+    check_can_evaluate(eval_rows, options.max_eval_samples)
     return train_rows, eval_rows
 
 
@@ -110,9 +114,16 @@ def spare_cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) - int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def check_can_evaluate(eval_rows: PackedRows) -> None:
-    """Raises: DataError when the held-out documents have no target."""
-    if eval_rows.num_targets(np.arange(len(eval_rows))) == 0:
+def check_can_train(train_rows: TrainRows) -> None:
+    """Raises: DataError when no row has a target. Some that have none are passed over."""
+    blocks = (np.arange(i, min(i + BLOCK_ROWS, len(train_rows))) for i in range(0, len(train_rows), BLOCK_ROWS))
+    if not any(train_rows.num_targets(rows) for rows in blocks):
+        raise DataError("the training documents are single tokens: nothing can be learned; give longer documents")
+
+
+def check_can_evaluate(eval_rows: PackedRows, max_rows: int | None) -> None:
+    """Raises: DataError when the held-out documents, as far as they are used, have no target."""
+    if eval_rows.num_targets(np.arange(len(eval_rows))[:max_rows]) == 0:
         raise DataError("the held-out documents are single tokens: nothing can be evaluated; give longer documents")
 
 

@@ -31,6 +31,7 @@ from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
 from flare.options import SELECTIVE
 from flare.pace import multiply_as_a_layer, settle_balance
+from flare.phase import during
 from flare.plan_table import plan_lines
 from flare.prefetch import host_tensors, to_device
 from flare.prepare import AnyCorpus, max_steps
@@ -157,6 +158,7 @@ class Session:
 
     # -- parts -------------------------------------------------------------------------------------
 
+    @during("loading the model")
     def _build(self, resume_from: Checkpoint | None) -> None:
         """Load weights and make the optimizer; from a checkpoint, both as they were."""
         run = self.run

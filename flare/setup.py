@@ -30,6 +30,7 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     """
     options = resolved.options
     check_output_dir(options.base_output_dir)
+    _check_resume(options.resume)
     parse_weights(options.balance, hardware.world_size)
     experiment = Experiment(options.experiment_dir)
     _check_stage_order(experiment, options)
@@ -69,6 +70,12 @@ def _check_8bit(run: Run) -> None:
             f"--optim {EIGHT_BIT} would hold no moment in 8 bits: no matrix that trains has rows of a multiple of "
             f"{min(BLOCKS)} numbers; use --optim adamw_torch_fused"
         )
+
+
+def _check_resume(resume: str) -> None:
+    """``--resume PATH``: that there is such a checkpoint. Whether it is whole is seen when it is opened."""
+    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
+        raise CheckpointError(f"--resume {resume} is no complete checkpoint (no manifest.json)")
 
 
 def settle_layout(run: Run) -> Run:

@@ -41,7 +41,12 @@ class Trainable:
                     "with --train_layers (the RoPE control run: --train_layers 20-32)"
                 )
             return cls.of(nope_layers, words == ["nope_attention"])
-        return cls.of(parse_layers(words, depth, "--train_layers"))
+        layers = parse_layers(words, depth, "--train_layers")
+        if not layers:
+            raise ConfigError(
+                f"stage {stage}: nothing to train, --train_layers {' '.join(words)}; name layers, or all"
+            )
+        return cls.of(layers)
 
     def __str__(self) -> str:
         if self.everything:

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPO
 
 LAYERS = [
-    ["errors", "files", "parent", "terminal", "threads", "__init__"],
+    ["errors", "files", "parent", "phase", "terminal", "threads", "__init__"],
     ["command_line", "nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "sharding", "compiler", "distributed", "distress"],
     ["data.order", "moments", "adamw_8bit", "recompute"],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flare.last_words import ran_out_of_memory
+from flare.phase import is_out_of_memory
 from flare.watchdog import Limits, Watchdog
 from tests.conftest import REPO, script_environment, train
 
@@ -54,7 +54,9 @@ def test_out_of_memory_on_one_rank_ends_all_with_flags_that_need_less(train_flag
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "Traceback" not in result.stderr
-    assert errors[0].startswith("error: rank 1 (cpu (1 threads)) ran out of memory (CUDA out of memory. Tried to allo")
+    assert errors[0].startswith(
+        "error: rank 1 (cpu (1 threads)) ran out of memory while training (CUDA out of memory. Trie"
+    )
     assert "the plan is 0.00 GiB at the peak" in errors[0]
     assert "what fits: --per_device_train_batch_size 1 --gradient_accumulation_steps 2" in errors[0]
     run = tmp_path / "out" / "run"
@@ -74,7 +76,7 @@ def test_out_of_memory_on_one_rank_ends_all_with_flags_that_need_less(train_flag
     ],
 )
 def test_a_full_card_is_told_from_other_errors(error: RuntimeError, is_full: bool) -> None:
-    assert ran_out_of_memory(error) is is_full
+    assert is_out_of_memory(error) is is_full
 
 
 def test_a_rank_that_is_stuck_ends_when_another_calls() -> None:

@@ -84,8 +84,9 @@ def _state(file: Path) -> list[int]:
 def _read_memo(memo: Path) -> dict:
     try:
         content = json.loads(memo.read_text(encoding="utf-8"))
-        return content["files"] if content["format"] == FORMAT_VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        notes = content["files"].items() if content["format"] == FORMAT_VERSION else ()
+        return {name: note for name, note in notes if note["state"] and _from_note(note["facts"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
