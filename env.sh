@@ -6,7 +6,9 @@
 FLARE_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 flare_fail() { # exit code, message
-  printf 'error: %s\n' "$2" >&2
+  local red='' plain=''
+  if [ -t 2 ] && [ -z "${NO_COLOR:-}" ] && [ "${TERM:-dumb}" != dumb ]; then red=$'\033[1;31m' plain=$'\033[0m'; fi
+  printf '%serror:%s %s\n' "$red" "$plain" "$2" >&2
   exit "$1"
 }
 

@@ -5,14 +5,15 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: ./run_training.sh STAGE GPU [NAME] [IDS] [flags of train_qwen_multi_gpu.py ...]
-       ./run_training.sh demo [--seed N] [--output_dir DIR]
+usage: ./run_training.sh STAGE GPU [NAME] [IDS] [--FLAG VALUE ...]
+       ./run_training.sh demo [--control] [--seed N] [--output_dir DIR]
 
   STAGE  1 (train the NoPE layers only) or 2 (train everything)
-  GPU    words of a model name that nvidia-smi prints (A800, A40, h200), auto (all free cards),
-         manual (IDS needed) or cpu
+  GPU    words of a model name that nvidia-smi prints (A800, A40, h200),
+         auto (all free cards), manual (IDS needed) or cpu
   NAME   name of the experiment; default stage<STAGE>_<date>_<time>
   IDS    nvidia-smi's card numbers for manual: "0,1,2,3"
+  --FLAG any flag of train_qwen_multi_gpu.py; its --help lists them in groups
 
   --dry_run anywhere prints the plan and the command and starts nothing.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from flare.config import Resolved, resolve
 from flare.errors import run_script
+from flare.logs import quiet_torchao
 from flare.threads import wait_without_spinning
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ SCRIPT = Path(__file__).resolve()
 
 def main(argv: list[str] | None = None) -> int:
     wait_without_spinning()
+    quiet_torchao()
     resolved = resolve(sys.argv[1:] if argv is None else argv)
     if resolved.options.prepare_only:
         return prepare(resolved)

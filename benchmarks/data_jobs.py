@@ -89,6 +89,11 @@ def encode_batch(corpus: Path, tokenizer: Path, _work: Path) -> dict:
     return {"tokens": tokens, "seconds": seconds}
 
 
+def encode_batch_huge_pages(corpus: Path, tokenizer: Path, work: Path) -> dict:
+    """The same, started as Flare starts its workers (``flare.data.child.HUGE_PAGES``)."""
+    return encode_batch(corpus, tokenizer, work)
+
+
 def flare(corpus: Path, tokenizer: Path, work: Path) -> dict:
     """From the file to packed rows: fingerprint, parse, check, tokenise, write, split, pack."""
     cache, seconds = open_rows(corpus, tokenizer, work)
@@ -198,7 +203,10 @@ def read_rows(corpus: Path, tokenizer: Path, work: Path) -> dict:
     return {"rows": position, "tokens": position * seq_len, "seconds": seconds}
 
 
-JOBS = {job.__name__: job for job in (encode_batch, flare, streaming, run_clm, cached_start, read_rows)}
+JOBS = {
+    job.__name__: job
+    for job in (encode_batch, encode_batch_huge_pages, flare, streaming, run_clm, cached_start, read_rows)
+}
 
 
 def main(argv: list[str] | None = None) -> int:

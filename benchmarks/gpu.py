@@ -2,12 +2,15 @@
 
     python -m benchmarks.gpu [--only 3B]
 
-Beside each of Flare's runs HF Trainer with SDPA does the same work. Peaks are ``torch.cuda.max_memory_allocated``
-of a process of its own; nothing is downloaded.
+Beside Flare's runs of 3B HF Trainer with SDPA does the same work. Peaks are ``torch.cuda.max_memory_allocated`` of a
+process of its own; nothing is downloaded. results/gpu.json is written anew after each case, so that what ends the
+script loses one case. ``--rehearse`` is the same on a CPU with a tiny model: its numbers mean nothing.
 """
 
 import argparse
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks import record
@@ -18,13 +21,16 @@ from flare.nope.layers import auto_band
 from flare.plan import Plan, make_plan
 from flare.plan_inputs import PlanInputs
 from flare.rooms import rooms
-from flare.shapes import known_shape
+from flare.shapes import ModelShape, known_shape
 from flare.suggest import largest_micro_batch
 
 SEQ_LEN = 4096
 MAX_BATCH_SIZE = 4
 """More rows at a time win nothing once a micro-batch holds 16,384 tokens, and steps would take longer."""
 STEPS, WARMUP_STEPS = 8, 3
+BUDGET_SEC, CASE_LIMIT_SEC = 500.0, 150.0
+"""No case is begun after the first; one that takes longer than the second is ended. A lent card is lent for ten
+minutes."""
 
 
 @dataclass(frozen=True)
@@ -33,47 +39,71 @@ class Case:
 
     model: str
     stage: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | str
     trainer: str = "flare"
     compile: bool = False
 
     def __str__(self) -> str:
-        recompute = ", checkpointing" if self.gradient_checkpointing else ""
+        recompute = {False: "", True: ", checkpointing"}.get(self.gradient_checkpointing, ", selective checkpointing")
         name = "Flare" if self.trainer == "flare" else "HF Trainer"
         return f"{self.model} stage {self.stage}{recompute}, {name}{', compiled' if self.compile else ''}"
 
 
 CASES = [
-    Case("Qwen/Qwen2.5-0.5B", 1, False),
-    Case("Qwen/Qwen2.5-0.5B", 2, False),
-    Case("Qwen/Qwen2.5-1.5B", 1, False),
-    Case("Qwen/Qwen2.5-1.5B", 2, False),
-    Case("Qwen/Qwen2.5-3B", 1, False),
     Case("Qwen/Qwen2.5-3B", 2, False),
-    Case("Qwen/Qwen2.5-3B", 2, False, compile=True),
     Case("Qwen/Qwen2.5-3B", 2, False, "hf"),
+    Case("Qwen/Qwen2.5-3B", 1, False),
+    Case("Qwen/Qwen2.5-3B", 2, False, compile=True),
     Case("Qwen/Qwen2.5-3B", 2, True),
+    Case("Qwen/Qwen2.5-3B", 2, "selective"),
     Case("Qwen/Qwen2.5-3B", 2, True, "hf"),
     Case("Qwen/Qwen2.5-7B", 1, False),
     Case("Qwen/Qwen2.5-7B", 1, True),
+    Case("Qwen/Qwen2.5-1.5B", 1, False),
+    Case("Qwen/Qwen2.5-1.5B", 2, False),
+    Case("Qwen/Qwen2.5-0.5B", 1, False),
+    Case("Qwen/Qwen2.5-0.5B", 2, False),
 ]
-"""The most telling first: the script has nine minutes."""
+"""The most telling first."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the cases run on."""
+
+    card: str
+    memory_mib: int
+    device: str = "cuda"
+    precision: str = "bf16"
+    attention: str = "varlen"  # Flare's
+    seq_len: int = SEQ_LEN
+    shape_of: Callable[[str], ModelShape] = known_shape
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    name, memory_mib = card()
-    rows = [run(case, name, memory_mib) for case in CASES if args.only in str(case)]
+    place, rows, t0 = rehearsal() if args.rehearse else card(), [], time.monotonic()
+    for case in CASES:
+        if args.only not in str(case):
+            continue
+        if time.monotonic() - t0 > BUDGET_SEC:
+            rows.append({"case": str(case), "error": f"not begun within {BUDGET_SEC:.0f} s"})
+        else:
+            print(case, flush=True)
+            rows.append(run(case, place))
+        print(" | ".join(line(rows[-1])), flush=True)
+        path = record.write("gpu", {"seq_len": place.seq_len, "rehearsal": args.rehearse, "rows": rows})
     header = ["run", "rows", "tokens/s", "MFU", "executed", "peak GiB", "plan GiB", "plan/peak"]
     print("\n" + record.table(header, [line(row) for row in rows]))
-    print(f"\n{record.write('gpu', {'seq_len': SEQ_LEN, 'rows': rows})}")
+    print(f"\n{path if rows else 'no case has that in its name'}")
     return 0
 
 
-def card() -> tuple[str, int]:
-    """(name, memory in MiB) of the first card.
+def card() -> Place:
+    """The first card.
 
     Raises: EnvError without one.
     """
@@ -82,36 +112,60 @@ def card() -> tuple[str, int]:
     if not torch.cuda.is_available():
         raise EnvError("this benchmark needs a CUDA card, and torch sees none; see nvidia-smi")
     properties = torch.cuda.get_device_properties(0)
-    return properties.name, properties.total_memory >> 20
+    return Place(properties.name, properties.total_memory >> 20)
 
 
-def planned(case: Case, card_name: str, memory_mib: int) -> Plan | None:
+def rehearsal() -> Place:
+    """A tiny model on the CPU in the place of all models, planned as on an H100."""
+    sizes = {
+        "model_type": "qwen2", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    shape = ModelShape.from_config(sizes)
+    return Place("NVIDIA H100 80GB HBM3", 81559, "cpu", "fp32", "sdpa", 64, lambda _: shape)
+
+
+def planned(case: Case, place: Place) -> Plan | None:
     """The plan of this case with the largest batch that fits the card; None when not one row does."""
-    shape = known_shape(case.model)
+    shape = place.shape_of(case.model)
     inputs = PlanInputs(
-        shape, case.stage, tuple(auto_band(shape.num_hidden_layers)), seq_len=SEQ_LEN,
-        gradient_checkpointing=case.gradient_checkpointing, gpus=((card_name, memory_mib),), document_mask=False,
+        shape, case.stage, tuple(auto_band(shape.num_hidden_layers)), seq_len=place.seq_len, precision=place.precision,
+        gradient_checkpointing=case.gradient_checkpointing, gpus=((place.card, place.memory_mib),),
+        document_mask=False,
     )  # fmt: skip
     fitting = largest_micro_batch(inputs, rooms(inputs)[0].usable_bytes)
     return make_plan(replace(inputs, per_device_batch=min(fitting, MAX_BATCH_SIZE))) if fitting else None
 
 
-def run(case: Case, card_name: str, memory_mib: int) -> dict:
-    """Measure one case; what fails is told in the table, not hidden."""
-    print(case, flush=True)
-    plan = planned(case, card_name, memory_mib)
+def run(case: Case, place: Place) -> dict:
+    """Measure one case; what fails is told in the table, not hidden.
+
+    HF Trainer gets the rows that fit Flare. Where they are too many, for either, half of them are tried, and so on;
+    the row says so.
+    """
+    plan, too_many = planned(case, place), []
     if plan is None:
         return {"case": str(case), "error": "the plan says that one row does not fit"}
-    inputs = plan.inputs
-    workload = Workload(
+    while True:
+        try:
+            row = numbers(case, plan, measure(workload(case, plan, place), CASE_LIMIT_SEC), peak_tflops(place.card))
+            return row | ({"out_of_memory_at_rows": too_many} if too_many else {})
+        except RuntimeError as error:
+            batch = plan.inputs.per_device_batch
+            if "out of memory" not in str(error) or batch == 1:
+                return {"case": str(case), "error": str(error), "out_of_memory_at_rows": too_many}
+            too_many.append(batch)
+            plan = make_plan(replace(plan.inputs, per_device_batch=batch // 2))
+
+
+def workload(case: Case, plan: Plan, place: Place) -> Workload:
+    inputs, attention = plan.inputs, place.attention if case.trainer == "flare" else "sdpa"
+    return Workload(
         case.trainer, inputs.shape.to_config(), case.stage, list(inputs.nope_layers), inputs.per_device_batch,
-        SEQ_LEN, STEPS, WARMUP_STEPS, "cuda", "bf16", case.gradient_checkpointing,
-        "varlen" if case.trainer == "flare" else "sdpa", case.compile,
+        place.seq_len, STEPS, WARMUP_STEPS, place.device, place.precision, case.gradient_checkpointing, attention,
+        case.compile,
     )  # fmt: skip
-    try:
-        return numbers(case, plan, measure(workload), peak_tflops(card_name))
-    except RuntimeError as error:
-        return {"case": str(case), "error": str(error)}
 
 
 def numbers(case: Case, plan: Plan, measured: Measured, tflops: float | None) -> dict:

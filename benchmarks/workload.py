@@ -8,6 +8,7 @@ updates on both sides: rows of random tokens joined as ``run_clm`` joins them (`
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -39,7 +40,7 @@ class Workload:
     warmup_steps: int = 2
     device: str = "cpu"
     precision: str = "fp32"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False  # Flare's: selective, too
     attn_implementation: str = "sdpa"  # for Flare also varlen and flash_attention_2, its own kernels
     compile: bool = False  # Flare's --compile; HF Trainer has torch_compile in hf_options
     processes: int = 1  # CPU ranks of Flare, which share the rows of a step
@@ -86,18 +87,28 @@ class RandomRows(TrainRows):
         return Batch(tokens[:, :-1], tokens[:, 1:], np.tile(np.arange(self.seq_len), (len(rows), 1)))
 
 
-def measure(workload: Workload) -> Measured:
+def measure(workload: Workload, limit_sec: float | None = None) -> Measured:
     """Run it in a fresh process.
 
-    Raises: RuntimeError with the last line that it wrote, when it fails.
+    Raises: RuntimeError with the last line that it wrote, when it fails, or when it takes longer than ``limit_sec``.
     """
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workload.processes}"]
     launcher = start if workload.processes > 1 else []
     command = [sys.executable, "-W", "ignore", *launcher, "-m", "benchmarks.workload", json.dumps(asdict(workload))]
-    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=limit_sec)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"no result within {limit_sec:.0f} s") from error
     if result.returncode:
-        raise RuntimeError((result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1])
+        raise RuntimeError(last_error(result.stderr) or f"exit code {result.returncode}")
     return Measured(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def last_error(text: str) -> str:
+    """The line of a traceback that says what went wrong: the last one, or the last that names an exception."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or [""])[-1]
 
 
 def random_model(workload: Workload) -> object:
@@ -134,12 +145,12 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     from flare.distributed import World
     from flare.model import TrainingModel, checkpoint_layers
     from flare.optim import build_optimizer, build_schedule
-    from flare.options import Options
+    from flare.options import SELECTIVE, Options
     from flare.trainer import Parts, Progress, Trainer
 
     causal_lm = random_model(workload)
     if workload.gradient_checkpointing:
-        checkpoint_layers(causal_lm)
+        checkpoint_layers(causal_lm, workload.gradient_checkpointing == SELECTIVE)
     model = TrainingModel(causal_lm, bf16=workload.precision == "bf16", documents=False)
     if workload.attn_implementation in KERNELS:
         use_kernel(causal_lm, workload.attn_implementation)

@@ -113,8 +113,21 @@ def layer_saved_bytes(shape: ModelShape, batch: Microbatch, trainable: Trainable
 
 
 def layer_input_bytes(shape: ModelShape, batch: Microbatch) -> int:
-    """All that a checkpointed layer keeps: its input."""
+    """All that a checkpointed layer keeps, unless selectively: its input."""
     return batch.residual_bytes * batch.tokens * shape.hidden_size
+
+
+def products_bytes(shape: ModelShape, batch: Microbatch) -> int:
+    """What a selectively checkpointed layer keeps beside its input: what matrix products and attention gave.
+
+    q, k, v, o, gate and up; not down_proj, whose output nothing in the layer reads. The kernel's output and its fp32
+    logsumexp; eager attention keeps nothing.
+    """
+    widths = shape.query_size + 2 * shape.key_value_size + shape.hidden_size + 2 * shape.intermediate_size
+    if batch.eager_attention:
+        return batch.compute_bytes * batch.tokens * widths
+    logsumexp = FP32_BYTES * batch.tokens * shape.num_attention_heads
+    return batch.compute_bytes * batch.tokens * (widths + shape.query_size) + logsumexp
 
 
 def rotary_bytes(shape: ModelShape, batch: Microbatch) -> int:

@@ -17,8 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 KERNELS = {"varlen": "flare_varlen", "flash_attention_2": "flare_flash_attention_2"}
 """``--attn_implementation`` to the name that transformers knows our function by."""
 
-TOKENS_PER_DOCUMENT = 64
-"""Bounds are padded to one document for so many tokens, so that their shape stays; more documents double it."""
+TOKENS_PER_DOCUMENT = 256
+"""Bounds are padded to one document for so many tokens, so that their shape stays; more documents double it. Empty
+ones are not free: the kernel starts blocks for each, and its backward pass keeps 128 fp32 rows of q's gradient for it.
+Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp."""
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
@@ -75,13 +77,8 @@ def _torch_varlen(query, key, value, bounds, longest, scale):
     """(B*T, heads, D) each. ``longest`` is the row's length, not the longest document's: a constant."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = {}
-    if query.shape[1] != key.shape[1]:
-        if TAKES_GROUPED_HEADS:
-            grouped["enable_gqa"] = True
-        else:  # torch 2.11
-            repeats = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    # The kernel shares key-value heads in every torch; from 2.12 on the function wants to be told so.
+    grouped = {"enable_gqa": True} if MUST_TELL_GROUPED_HEADS and query.shape[1] != key.shape[1] else {}
     return varlen_attn(
         query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **grouped
     )
@@ -95,7 +92,7 @@ def _flash_attn_varlen(query, key, value, bounds, longest, scale):
     )
 
 
-def _takes_grouped_heads() -> bool:
+def _must_tell_grouped_heads() -> bool:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -103,5 +100,5 @@ def _takes_grouped_heads() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-TAKES_GROUPED_HEADS = _takes_grouped_heads()
-"""Whether this torch's kernel shares key-value heads itself (2.12 on; settled here, for a compiler cannot ask)."""
+MUST_TELL_GROUPED_HEADS = _must_tell_grouped_heads()
+"""Settled here, for a compiler cannot ask."""

@@ -10,7 +10,7 @@ tensors are in safetensors files: nothing here ever unpickles.
       optimizer.safetensors   optimizer state by parameter name
                               (large ones in several files with an index, as transformers names them)
       trainer_state.json      progress, history, and what the run must still agree with at resume
-      manifest.json           bytes and sha256 of every file
+      manifest.json           bytes and sha256 of every file, and the sha256 of what it says itself
 """
 
 import hashlib
@@ -18,20 +18,28 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # python -m flare.checkpoint: --help before torch is imported
+    from flare.checkpoint_cli import main
+    from flare.errors import run_script
+
+    sys.exit(run_script(main))
 
 import torch
 from transformers import PreTrainedModel
 
 from flare.distributed import World, on_main, together
-from flare.errors import CheckpointError, EnvError
+from flare.errors import CheckpointError, EnvError, first_line
 from flare.files import write_json
 from flare.nope.format import write_config
 from flare.tensor_files import write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of manifests. Those of 1 have no hash of their own."""
 NAME = re.compile(r"checkpoint-(\d+)")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -57,20 +65,43 @@ class Checkpoint:
 
         Raises: CheckpointError naming the first file that differs.
         """
-        try:
-            files = self.manifest()["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path.name}: manifest.json cannot be read ({error})") from error
-        for name, entry in files.items():
+        files = self.listed_files()
+        for name, (size, digest) in files.items():
             path = self.path / name
             if not path.is_file():
                 raise CheckpointError(f"{self.path.name}: {name} is missing")
-            if path.stat().st_size != entry["bytes"]:
-                raise CheckpointError(
-                    f"{self.path.name}: {name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-                )
-            if sha256(path) != entry["sha256"]:
+            if path.stat().st_size != size:
+                raise CheckpointError(f"{self.path.name}: {name} has {path.stat().st_size} bytes instead of {size}")
+            if sha256(path) != digest:
                 raise CheckpointError(f"{self.path.name}: {name} is damaged (its sha256 differs)")
+        foreign = sorted({path.name for path in self.path.glob("*.safetensors*")} - set(files))
+        if foreign:  # a reader would take an index, and what it names, for ours
+            raise CheckpointError(f"{self.path.name}: {foreign[0]} is not in its manifest")
+
+    def listed_files(self) -> dict[str, tuple[int, str]]:
+        """Name -> (bytes, sha256) of the manifest's files.
+
+        Raises: CheckpointError for a manifest that is damaged, or that of another checkpoint.
+        """
+        try:
+            manifest = self.manifest()
+            files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+            has_hash = manifest["format_version"] != 1 or "sha256" in manifest
+            is_damaged = has_hash and manifest["sha256"] != manifest_sha256(manifest)
+            step = manifest["step"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{self.path.name}: manifest.json cannot be read ({first_line(error)})") from error
+        if is_damaged:
+            raise CheckpointError(f"{self.path.name}: manifest.json is damaged (its sha256 differs)")
+        if step != self.step:
+            raise CheckpointError(f"{self.path.name}: manifest.json is that of step {step}")
+        return files
+
+
+def manifest_sha256(manifest: dict) -> str:
+    """Hex digest of what a manifest says, but for that digest itself."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -150,7 +181,7 @@ def _commit(part: Path, target: Path, files: dict[str, Callable[[Path], None]], 
         write(part / name)
     entries |= {path.name: _seal(path) for path in sorted(part.iterdir()) if path.name not in entries}
     manifest = {"format_version": FORMAT_VERSION, **facts, "files": dict(sorted(entries.items()))}
-    write_json(part / "manifest.json", manifest)
+    write_json(part / "manifest.json", manifest | {"sha256": manifest_sha256(manifest)})
     if target.exists():  # an older, damaged or unfinished one of the same step
         remove_checkpoint(target)
     os.rename(part, target)
@@ -267,12 +298,3 @@ def _replace(part: Path, target: Path, files: dict[str, Callable[[Path], None]])
         os.rename(target, old)
     os.rename(part, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-if __name__ == "__main__":  # python -m flare.checkpoint list|verify DIR
-    import sys
-
-    from flare.checkpoint_cli import main
-    from flare.errors import run_script
-
-    sys.exit(run_script(main))

@@ -3,24 +3,29 @@
 DIR is an experiment, its checkpoints/ directory, or one checkpoint-N. Reads and hashes; changes nothing.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
-from flare.checkpoint import NAME, Checkpoint
+from flare.command_line import OneLineParser
 from flare.errors import CheckpointError, run_script
 
-COLUMNS = "{:<28} {:>9} {:>14} {:>10}  {:<16}  {}"
+EXAMPLES = """examples:
+  python -m flare.checkpoint list /data/runs/mine
+  python -m flare.checkpoint verify /data/runs/mine/checkpoints/checkpoint-500
+"""
+COLUMNS = "{:<24} {:>15} {:>9}  {:<16}  {}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flare.checkpoint", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("list", "verify"), help="verify hashes every file, 1 GB a second or so")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="experiment, checkpoints/ or checkpoint-N")
+    what = "Which checkpoints are there, and whether they are whole. Reads and hashes; changes nothing."
+    parser = OneLineParser("python -m flare.checkpoint", "list|verify DIR", what, EXAMPLES)
+    group = parser.add_argument_group("what and where")
+    group.add_argument("command", choices=("list", "verify"), help="verify hashes every file, 1 GB a second or so")
+    group.add_argument("directory", type=Path, metavar="DIR", help="experiment, checkpoints/ or checkpoint-N")
     args = parser.parse_args(argv)
     paths = checkpoint_paths(args.directory)
-    print(COLUMNS.format("checkpoint", "step", "tokens", "GiB", "written", "state"))
+    print(COLUMNS.format("checkpoint", "tokens", "GiB", "written", "state"))
     states = [print_line(path, hashed=args.command == "verify") for path in paths]
     if args.command == "verify" and not all(states):
         raise CheckpointError(f"{states.count(False)} of {len(states)} checkpoints are not whole; resuming skips them")
@@ -32,6 +37,8 @@ def checkpoint_paths(directory: Path) -> list[Path]:
 
     Raises: CheckpointError when there is nothing.
     """
+    from flare.checkpoint import NAME  # here, for it imports torch: --help needs none
+
     if NAME.fullmatch(directory.name):
         paths = [directory] if directory.is_dir() else []
     else:
@@ -45,28 +52,29 @@ def checkpoint_paths(directory: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    return int(path.name.rpartition("-")[2])
 
 
 def print_line(path: Path, hashed: bool) -> bool:
     """One checkpoint's line. Returns whether it is whole, as far as was looked."""
+    from flare.checkpoint import Checkpoint
+
     checkpoint, facts, state = Checkpoint(path, step_of(path)), {}, "complete"
     try:
         if not (path / "manifest.json").is_file():
             raise CheckpointError("manifest.json is missing: never finished, or half deleted")
+        checkpoint.listed_files()
         if hashed:
             checkpoint.verify()
             state = "complete, every hash is right"
         facts = checkpoint.manifest()
-    except (CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, OSError) as error:
         state = f"NOT WHOLE: {str(error).removeprefix(f'{path.name}: ')}"
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**30
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     name = f"stage1/{path.name}" if path.parent.parent.name == "stage1" else path.name
-    tokens = facts.get("tokens", "?")
-    print(
-        COLUMNS.format(name, step_of(path), tokens if tokens == "?" else f"{tokens:,}", f"{size:.3f}", written, state)
-    )
+    tokens = f"{facts['tokens']:,}" if isinstance(facts.get("tokens"), int) else "?"
+    print(COLUMNS.format(name, tokens, f"{size:.3f}", written, state))
     return not state.startswith("NOT")
 
 

@@ -2,13 +2,19 @@
 
 from flare.shapes import FP32_BYTES
 
-CPU_CHUNK_BYTES = 160_000_000
+CPU_CHUNK_BYTES = 320_000_000
 CUDA_CHUNK_BYTES = 640_000_000
-"""fp32 logits of a chunk: 256 rows of Qwen's vocabulary on a CPU, 1024 on a card.
+"""fp32 logits of a chunk: 512 rows of Qwen's vocabulary on a CPU, 1024 on a card.
 
 Each chunk adds to the head's whole weight gradient. On a card, reading and writing that for 256 rows takes
-longer than their matmuls (an estimate from the H100's bandwidth and rate, not measured yet); a CPU gains
-nothing from larger chunks (docs/experiments.md)."""
+longer than their matmuls (an estimate from the H100's bandwidth and rate, not measured yet); on a CPU 256 rows
+take as long as 512 in fp32, and 1.25 times as long in bf16 (docs/experiments.md)."""
+
+CPU_BLOCK_ROWS = 8192
+"""Rows of the head whose bf16 weight gradient a CPU makes at a time, to add it to the fp32 sum."""
+
+CPU_SOFTMAX_ROWS = 32
+"""Rows of logits that a CPU makes the gradient of at a time, in fp32: they stay in its cache."""
 
 ROUND_TO_ROWS = 128
 

@@ -15,20 +15,20 @@ GRAPHS = 64
 """Graphs that the code of a decoder layer may have: RoPE or NoPE, what trains in it, sizes of micro-batches."""
 
 
-def check_compiler(use_cuda: bool) -> None:
-    """Refuse ``--compile`` where code could not be made. No torch.
+def check_compiler(use_cuda: bool, flag: str = "--compile") -> None:
+    """Refuse ``--compile``, or another flag whose work is compiled, where code could not be made. No torch.
 
     Raises: EnvError when the C++ compiler (CPU), or triton or its C compiler (cards), is missing.
     """
     if use_cuda and find_spec("triton") is None:
-        raise EnvError("--compile needs triton, which is not installed; pip install triton, or leave --compile out")
+        raise EnvError(f"{flag} needs triton, which is not installed; pip install triton, or leave {flag} out")
     variable, usual = ("CC", ("gcc", "clang")) if use_cuda else ("CXX", ("g++",))
     asked = os.environ.get(variable)
     if not any(shutil.which(name) for name in ([asked] if asked else usual)):
         missing = f"{variable}={asked}" if asked else " or ".join(usual)
         raise EnvError(
-            f"--compile needs a compiler, and {missing} is not found; install one, name it in {variable}, or leave "
-            "--compile out"
+            f"{flag} needs a compiler, and {missing} is not found; install one, name it in {variable}, or leave "
+            f"{flag} out"
         )
 
 

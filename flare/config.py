@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flare.command_line import OneLineParser
 from flare.config_file import ConfigFile, read_config_file
-from flare.errors import ConfigError, join_errors, nearest
+from flare.errors import ConfigError, join_errors, nearest, one_line
 from flare.option_values import checked
 from flare.options import FIELDS, GROUPS, STAGE_DEFAULTS, Options
 
@@ -21,16 +22,17 @@ REPO = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = REPO / "training_config.json"
 
 EXAMPLES = """examples:
-  python train_qwen_multi_gpu.py --stage 1 --gpu_type A800 --experiment_name my_experiment
-  python train_qwen_multi_gpu.py --stage 2 --gpu_ids 0 1 4 5 --experiment_name my_experiment
-  python train_qwen_multi_gpu.py --stage 1 --gpu_type cpu --nproc_per_node 2 --model_name_or_path ./tiny_qwen \\
-      --dataset_name embedded --base_output_dir ./runs --max_seq_length 256 --max_steps 20
-  python train_qwen_multi_gpu.py --stage 1 --model_name_or_path Qwen/Qwen2.5-7B --dry_run
+  python train_qwen_multi_gpu.py --stage 1 --gpu_type A800 --experiment_name x
+  python train_qwen_multi_gpu.py --stage 2 --gpu_ids 0 1 4 5 --experiment_name x
+  python train_qwen_multi_gpu.py --stage 1 --gpu_type cpu --nproc_per_node 2 \\
+      --model_name_or_path ./tiny_qwen --dataset_name embedded \\
+      --base_output_dir ./runs --max_seq_length 256 --max_steps 20
+  python train_qwen_multi_gpu.py --model_name_or_path Qwen/Qwen2.5-7B --dry_run
 """
 
 METAVARS = {
-    "int": "N", "float": "X", "bool": "BOOL", "switch": "BOOL|auto", "count": "N|auto", "ids": "ID", "layers": "LAYER",
-    "weights": "W",
+    "int": "N", "float": "X", "bool": "BOOL", "switch": "BOOL|selective|auto", "count": "N|auto", "ids": "ID",
+    "layers": "LAYER", "weights": "W",
 }  # fmt: skip
 
 CLOCK = "clock"
@@ -66,21 +68,13 @@ class Resolved:
         return self.given(name) or ": stages." in self.sources.get(name, "")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as everywhere in Flare."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(message[0].lower() + message[1:] + "; see --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``train_qwen_multi_gpu.py``, made from the option fields."""
     parser = OneLineParser(
-        prog="train_qwen_multi_gpu.py",
-        description="Staged continued pretraining of Qwen models with NoPE layers.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "train_qwen_multi_gpu.py",
+        "[--stage N] [--gpu_type NAME | --gpu_ids ID ...]",
+        "Staged continued pretraining of Qwen models with NoPE layers.",
+        EXAMPLES,
         argument_default=argparse.SUPPRESS,
     )
     # argparse of Python < 3.14 takes -1e-5 for a flag; as a value it gets a useful error instead.
@@ -164,7 +158,7 @@ def _unknown_arguments(words: list[str]) -> list[str]:
     """A line for each unknown flag; the values behind it are no second mistake."""
     known = [f"--{name}" for name in [*FIELDS, "config"]]
     flags = [word for word in words if word.startswith("-")] or words
-    return [f"unknown argument {word}{nearest(word.split('=')[0], known)}" for word in flags]
+    return [f"unknown argument {one_line(word)}{nearest(word.split('=')[0], known)}" for word in flags]
 
 
 def _old_names(typed: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
@@ -218,12 +212,8 @@ def _impossible(options: Options, sources: dict[str, str]) -> list[str]:
         problems.append("nothing to train: neither --max_steps nor --num_train_epochs is set")
     if options.streaming and options.num_train_epochs is not None:
         problems.append("--num_train_epochs needs the number of rows, which --streaming never knows; give --max_steps")
-    if options.streaming and options.dataset_weights:
-        problems.append("--dataset_weights is for several data sets, and --streaming takes one; give one of the two")
     if options.streaming and options.prepare_only:
         problems.append("--prepare_only makes a token cache, and --streaming uses none; give one")
-    if options.streaming and options.dataset_weights:
-        problems.append("--dataset_weights mixes several data sets, and --streaming takes one; leave one of them out")
     if not options.streaming and sources.get("streaming_buffer_rows") == "command line":
         problems.append("--streaming_buffer_rows is for --streaming; give both or none")
     if options.gpu_ids is not None and options.gpu_type not in (None, "manual"):

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flare.errors import ConfigError, nearest
-from flare.jsonc import read_jsonc
+from flare.errors import ConfigError, nearest, one_line
+from flare.jsonc import is_there, read_jsonc
 from flare.option_values import checked
 from flare.options import FIELDS, SECTIONS
 
@@ -33,17 +33,23 @@ def read_config_file(typed: str, problems: list[str]) -> ConfigFile:
         return file
     stages = content.pop("stages", {})
     file.values = checked_block(content, file.name, problems)
-    for stage, block in stages.items() if isinstance(stages, dict) else ():
+    if not isinstance(stages, dict):
+        problems.append(f'stages in {file.name} must be an object {{"1": {{...}}, "2": {{...}}}}')
+        return file
+    for stage, block in stages.items():
         if stage not in ("1", "2"):
-            problems.append(f'unknown key "{stage}" in {file.name} under stages; stages are "1" and "2"')
+            problems.append(f'unknown key "{one_line(stage)}" in {file.name} under stages; stages are "1" and "2"')
+            continue
         file.by_stage[stage] = checked_block(block, f"{file.name}: stages.{stage}", problems)
+        if "stage" in file.by_stage[stage]:
+            problems.append(f"stage in {file.name}: stages.{stage} says it again; leave it out there")
     return file
 
 
 def split_name(typed: str) -> tuple[Path, str | None]:
     """(path, block's name or None) of ``FILE#NAME``; a file whose own name holds a # is taken as it is."""
     path, separator, name = typed.rpartition("#")
-    if not separator or Path(typed).exists():
+    if not separator or is_there(Path(typed)):
         return Path(typed), None
     return Path(path), name
 
@@ -54,7 +60,7 @@ def choose_block(content: Any, typed: str, wanted: str | None) -> Any:
     Raises: ConfigError that lists the names when a file of blocks is not asked for one that it has.
     """
     blocks = content if isinstance(content, dict) and _holds_blocks(content) else {}
-    names = ", ".join(blocks)
+    names = ", ".join(map(one_line, blocks))
     path = typed if wanted is None else typed.removesuffix(f"#{wanted}")
     if wanted is None:
         if blocks:
@@ -82,11 +88,14 @@ def checked_block(block: Any, where: str, problems: list[str]) -> dict[str, Any]
     flat: dict[str, Any] = {}
     paths: dict[str, str] = {}
     for key, value in block.items():
-        inside = value.items() if key in SECTIONS and isinstance(value, dict) else [(key, value)]
+        if key in SECTIONS and not isinstance(value, dict):
+            problems.append(f'"{key}" in {where} must be an object {{...}}')
+            continue
+        inside = value.items() if key in SECTIONS else [(key, value)]
         for name, item in inside:
             path = f"{key}.{name}" if key in SECTIONS else name
             if name not in FIELDS:
-                problems.append(f'unknown key "{path}" in {where}{nearest(name, FIELDS)}')
+                problems.append(f'unknown key "{one_line(path)}" in {where}{nearest(name, FIELDS)}')
             elif key in SECTIONS and FIELDS[name].metadata["section"] != key:
                 section = FIELDS[name].metadata["section"]
                 problems.append(f'"{path}" in {where}: {name} belongs under "{section}"')

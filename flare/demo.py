@@ -1,12 +1,13 @@
 """The demo: a tiny base model from the embedded corpus, then the real scripts, end to end and offline.
 
-    ./run_training.sh demo
+    ./run_training.sh demo [--control]
 
 Patch, stage 1, stage 2 and evaluation run as a user would run them. What is finished is not done again.
 """
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import textwrap
 import time
 from pathlib import Path
 
+from flare.command_line import OneLineParser
 from flare.config import REPO
 from flare.data.tokens import default_cache_dir
 from flare.errors import FlareError, run_script
@@ -37,35 +39,51 @@ CONTEXT_LENGTHS = "64,128,256,512,1024"
 NOPE_LAYERS = "every:3"
 """Layers 2 and 5. In such a small model a single layer learns to look at the previous token, another one for each
 seed; these two cost something whatever the seed (docs/experiments.md)."""
+KEEP_ROPE = ("--no_rope_layers", "none", "--nproc_per_node", "2")
+TOY = (
+    "This model has 1.3 million parameters and learned from rows of 256 tokens: the demo shows what each step does "
+    "and that it is measured, not what removing RoPE does to a real model."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     t0 = time.perf_counter()
-    demo = Demo(Path(args.output_dir), args.seed)
+    demo = Demo(Path(args.output_dir), args.seed, args.control)
     demo.run()
     demo.print_summary(time.perf_counter() - t0)
     return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./run_training.sh demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", default=str(REPO / "demo_output"), help="where all of it goes [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the base's weights and the row order")
+    parser = OneLineParser("./run_training.sh demo", "[flags]", __doc__.split("\n")[0], "")
+    place = Path(os.environ.get("FLARE_OUTPUT_DIR") or REPO) / "demo_output"
+    group = parser.add_argument_group("all of them may be left out")
+    group.add_argument("--output_dir", metavar="DIR", default=str(place), help="where all of it goes [%(default)s]")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="of the base's weights and the row order [0]")
+    group.add_argument(
+        "--control",
+        action="store_true",
+        help="also give the base the same two stages with RoPE kept, and compare with that (a minute more)",
+    )
     return parser.parse_args(argv)
 
 
 class Demo:
     """Steps of the demo under one output directory."""
 
-    def __init__(self, root: Path, seed: int) -> None:
+    def __init__(self, root: Path, seed: int, with_control: bool = False) -> None:
         self.root = root
         self.seed = seed
+        self.with_control = with_control
+        self.verdict_is_told = False
         self.start = root / "base_start"
         self.base = Experiment(root / "base")
         self.patched = root / "patched"
         self.demo = Experiment(root / "demo")
+        self.control = Experiment(root / "control")
         self.stage1_model = self.demo.stage1 / "final_model"
+        self.control_stage1_model = self.control.stage1 / "final_model"
         self.results = self.demo.root / "evaluation" / "evaluation_results.json"
 
     def run(self) -> None:
@@ -74,8 +92,12 @@ class Demo:
         self.step("pretrain the base with RoPE everywhere", self.base.final_model, self.pretrain)
         self.step("remove RoPE from chosen layers", self.patched, self.patch)
         self.step("stage 1: train the NoPE layers, two processes", self.stage1_model, self.stage1)
-        self.step("stage 2: train everything", None if self.demo.result_of(2) is None else self.root, self.stage2)
-        self.step("evaluate", self.results, self.evaluate)
+        self.step("stage 2: train everything", self.demo.result_of(2), self.stage2)
+        if self.with_control:
+            self.step("control, stage 1: the same layers, RoPE kept", self.control_stage1_model, self.control_stage1)
+            self.step("control, stage 2: everything, RoPE kept", self.control.result_of(2), self.control_stage2)
+        self.verdict_is_told = not self.is_compared()  # the evaluation ends with it
+        self.step("evaluate", self.results if self.is_compared() else None, self.evaluate)
 
     def step(self, title: str, result: Path | None, work: object) -> None:
         """Say what comes, and do it unless its result is there."""
@@ -124,12 +146,30 @@ class Demo:
     def stage2(self) -> None:
         self.train(2, self.demo, "--nproc_per_node", "2")
 
+    def control_stage1(self) -> None:
+        base = str(self.base.final_model)
+        self.train(1, self.control, *KEEP_ROPE, "--model_name_or_path", base, "--train_layers", "2", "5")
+
+    def control_stage2(self) -> None:
+        self.train(2, self.control, *KEEP_ROPE)
+
+    def is_compared(self) -> bool:
+        """Whether the results there are hold the control, if one is asked for."""
+        if not self.results.is_file():
+            return False
+        return not self.with_control or "control" in {m["role"] for m in self.read_results()["milestones"]}
+
+    def read_results(self) -> dict:
+        return json.loads(self.results.read_text(encoding="utf-8"))
+
     def evaluate(self) -> None:
+        compared = [self.base.final_model, self.patched, self.stage1_model]
+        compared += [self.control.final_model] if self.with_control else []
         self.python(
             "evaluate_model_enhanced.py", "--model_path", str(self.demo.final_model), "--datasets", "embedded",
             "--max_length", "256", "--batch_size", "8", "--device", "cpu",
             "--context_lengths", CONTEXT_LENGTHS, "--generate_tokens", "48",
-            "--compare_to", str(self.base.final_model), str(self.patched), str(self.stage1_model),
+            "--compare_to", *map(str, compared),
         )  # fmt: skip
 
     def train(self, stage: int, experiment: Experiment, *flags: str) -> None:
@@ -150,9 +190,13 @@ class Demo:
         """The table and where to look."""
         from flare.evaluation.report import milestones_table
 
-        results = json.loads(self.results.read_text(encoding="utf-8"))
+        results = self.read_results()
         print("\n" + milestones_table(results, "embedded"))
-        print("\n" + textwrap.fill(results["verdict"], 100))
+        if not self.verdict_is_told:
+            print("\n" + textwrap.fill(results["verdict"], 100))
+        print("\n" + textwrap.fill(TOY, 100))
+        if not self.with_control:
+            print("\nthe control:  ./run_training.sh demo --control   (a minute more; what is done stays)")
         print(f"\nreport:       {self.results.with_name('evaluation_report.md')}")
         print(f"TensorBoard:  tensorboard --logdir={shlex.quote(str(self.demo.tensorboard))}")
         print(f"final model:  {self.demo.final_model}")

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,14 +19,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from flare.errors import ConfigError, EnvError, FlareError
+from flare.errors import ConfigError, EnvError, FlareError, first_line
 from flare.fabric import LIMIT_SEC, check_fabric, meet
 from flare.gpus import check_card
 from flare.nvidia_smi import Gpu
+from flare.phase import is_out_of_memory, while_phase
 from flare.sharding import is_sharded, whole
 
 T = TypeVar("T")
 
+LOST_PEER = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+"""Of the errors of gloo and of NCCL."""
 WAIT_HOURS = 12
 """How long ranks wait for what rank 0 does alone: a large checkpoint on a slow disk takes long, and is no hang."""
 
@@ -154,6 +158,11 @@ def all_max(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
@@ -185,9 +194,12 @@ def wrap_ddp(module: torch.nn.Module, world: World) -> torch.nn.Module:
         return module
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
     # Buffers (cos and sin) follow from the configuration: there is nothing to broadcast in each forward pass.
-    return DistributedDataParallel(
-        module, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    with warnings.catch_warnings():
+        # torch 2.13 has another name for it, which 2.11 does not know.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            module, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
 
 @contextlib.contextmanager
@@ -226,10 +238,13 @@ def together(world: World, work: Callable[[], T]) -> list[T]:
         result = work()
     except FlareError as error:
         failure = error
-    except OSError as error:
-        failure = EnvError(str(error))
     except Exception as error:  # whatever it is: the others must not wait for a rank that is gone
-        failure = FlareError(f"rank {world.rank}: {type(error).__name__}: {error}")
+        if is_out_of_memory(error):
+            failure = FlareError(f"rank {world.rank} ran out of memory{while_phase()} ({first_line(error)})")
+        elif isinstance(error, OSError):
+            failure = EnvError(str(error))
+        else:
+            failure = FlareError(f"rank {world.rank}: {type(error).__name__}: {error}")
         failure.__cause__ = error
     results, failures = zip(*gather_objects((result, failure)), strict=True)
     _raise_first_of(failures)

@@ -1,4 +1,4 @@
-"""What users see when something is wrong. Imports nothing of ours.
+"""What users see when something is wrong. Imports only how a terminal shows it.
 
 Every error carries the exit code of its kind (contract, section 8) and a message of one line:
 what, the value, where, and the way out. Scripts print ``error: MESSAGE`` and no traceback, unless
@@ -7,9 +7,14 @@ what, the value, where, and the way out. Scripts print ``error: MESSAGE`` and no
 
 import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+
+from flare.terminal import fold, paint
+
+URL_USER = re.compile(r"://[^/@\s]+@")
 
 
 class FlareError(Exception):
@@ -51,7 +56,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What another library's error says, as a part of one line; its kind when it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return without_users(lines[0][:200]) if lines else type(error).__name__
+
+
+def without_users(text: str) -> str:
+    """The text with the users and passwords in its URLs, of a mirror or a proxy, left out."""
+    return URL_USER.sub("://...@", text)
+
+
+def one_line(text: str, limit: int = 160) -> str:
+    """``text`` of another program or person, fit for one line of an error: no control characters, cut."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 8 * limit]).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def join_errors(problems: list[str]) -> str:
@@ -101,5 +117,11 @@ def _fail(message: str, exit_code: int) -> int:
     """Print the line, after the traceback when one is asked for; returns the code."""
     if os.environ.get("FLARE_DEBUG") == "1":
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print_error(message)
     return exit_code
+
+
+def print_error(message: str) -> None:
+    """The one line on stderr; on a terminal folded to its width, and the first word red."""
+    text = fold(f"error: {message}", sys.stderr).removeprefix("error:")
+    print(paint("error:", "red", sys.stderr) + text, file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from flare.errors import CheckpointError, ConfigError
+from flare.errors import CheckpointError, ConfigError, without_users
 
 SCRIPT_DIR = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -36,9 +36,7 @@ ENVIRONMENT_PREFIXES = (
     "CUDA_", "NCCL_", "GLOO_", "OMP_", "TORCH_", "PYTORCH_", "HF_", "FLARE_", "MASTER_", "NNODES", "NODE_RANK",
     "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NODEID",
 )  # fmt: skip
-SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL", re.I)
-URL_USER = re.compile(r"://[^/@\s]+@")
-"""User and password in a URL, of a mirror or a proxy."""
+SECRET = re.compile(r"TOKEN|SECRET|PASS|PWD|KEY|CREDENTIAL|AUTH|COOKIE|BEARER|PRIVATE", re.I)
 STAGE_CONTENT = ("checkpoints", "final_model")
 
 
@@ -59,22 +57,27 @@ class Experiment:
     # -- what is there ---------------------------------------------------------------------------
 
     def read_metrics(self) -> dict:
-        """The content of training_metrics.json; empty when missing or cut off by a crash."""
+        """The content of training_metrics.json; empty when missing, cut off by a crash or damaged."""
         try:
-            return json.loads(self.metrics_file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            content = json.loads(self.metrics_file.read_text(encoding="utf-8"))
+            is_ours = all(isinstance(block, dict) for block in content.get("stages", {}).values())
+            return content if is_ours else {}
+        except (OSError, ValueError, AttributeError, RecursionError):
             return {}
 
     def recorded_stage(self) -> int | None:
         """The stage whose results lie directly in the directory: as recorded, else as its final model says."""
-        return self.read_metrics().get("current_stage") or self.trained(self.final_model).get("stage")
+        for recorded in (self.read_metrics().get("current_stage"), self.trained(self.final_model).get("stage")):
+            if type(recorded) is int and recorded in (1, 2):
+                return recorded
+        return None
 
     @staticmethod
     def trained(model_dir: Path) -> dict:
         """What a final model's config.json says of its training (stage, step, trained_tokens); else nothing."""
         try:
-            return json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("flare") or {}
-        except (OSError, ValueError):
+            return dict(json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["flare"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
 
     def result_of(self, stage: int) -> Path | None:
@@ -204,7 +207,7 @@ def environment_lines() -> list[str]:
     lines += _gpu_lines()
     for name in sorted(os.environ):
         if name.startswith(ENVIRONMENT_PREFIXES) and not SECRET.search(name):
-            lines.append(f"env {name}={URL_USER.sub('://...@', os.environ[name])}")
+            lines.append(f"env {name}={without_users(os.environ[name])}")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from flare.options import SELECTIVE
 from flare.shapes import ModelShape
 from flare.trainable import Trainable
 
@@ -41,7 +42,8 @@ def token_flops(
     shape: ModelShape,
     trainable: Trainable,
     seq_len: int,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | str = False,
+    eager_attention: bool = False,
 ) -> TokenFlops:
     """FLOPs per token of a training step, from the rule 2N / 4N / 6N per matrix of N weights.
 
@@ -62,6 +64,8 @@ def token_flops(
     attention = attention_forward_flops(shape, seq_len)
     # A checkpoint's second forward pass stops before down_proj: nothing saves its output.
     rerun = 2 * (shape.layer_matmul_params - shape.hidden_size * shape.intermediate_size) + attention
+    if gradient_checkpointing == SELECTIVE:  # which keeps what products gave, but for eager attention's
+        rerun = attention if eager_attention else 0
     recompute = backward_layers * rerun if gradient_checkpointing else 0
     all_matmul = shape.num_hidden_layers * shape.layer_matmul_params + head
     return TokenFlops(

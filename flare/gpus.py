@@ -19,8 +19,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from flare.errors import ConfigError, EnvError, nearest, run_script
-from flare.nvidia_smi import Gpu, one_line
+from flare.errors import ConfigError, EnvError, nearest, one_line, run_script
+from flare.nvidia_smi import Gpu
 
 PEAK_TFLOPS = {
     "A800": 312.0,

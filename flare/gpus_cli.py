@@ -3,14 +3,13 @@
 The choice itself is in gpus.py; this file only reads the command line and lays out text.
 """
 
-import argparse
 import io
 import os
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import NoReturn
 
+from flare.command_line import OneLineParser
 from flare.errors import ConfigError, EnvError
 from flare.gpus import (
     GpuRequest,
@@ -23,25 +22,27 @@ from flare.gpus import (
 )
 from flare.nvidia_smi import Gpu, query_gpus
 
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as everywhere in Flare."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see python -m flare.gpus --help")
+EXAMPLES = """examples:
+  python -m flare.gpus
+  python -m flare.gpus --gpu_type A800
+  python -m flare.gpus --gpu_ids 0,1,4-7
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and the choice. Errors: see flare.errors (2: the request, 4: nvidia-smi)."""
-    parser = _Parser(
-        prog="python -m flare.gpus",
-        description="The cards as a table, and what a choice would take. Starts nothing.",
-        allow_abbrev=False,
+    parser = OneLineParser(
+        "python -m flare.gpus",
+        "[--gpu_type NAME | --gpu_ids ID ...] [flags]",
+        "The cards as a table, and what a choice would take. Starts nothing.",
+        EXAMPLES,
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--gpu_type", help='words of the model name, as "A40" or "A800 80GB"; auto: every card')
+    group = parser.add_argument_group("the choice, as a run would make it")
+    which = group.add_mutually_exclusive_group()
+    words = 'words of the model name, as "A40" or "A800 80GB"; auto: every card'
+    which.add_argument("--gpu_type", metavar="NAME", help=words)
     which.add_argument("--gpu_ids", nargs="+", metavar="ID", help="nvidia-smi's indices: 0 1, 0,1 or 0-3")
-    parser.add_argument("--allow_busy_gpus", action="store_true", help="take cards that are in use as well")
+    group.add_argument("--allow_busy_gpus", action="store_true", help="take cards that are in use as well")
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a card's name never stops the table, whatever the locale
         sys.stdout.reconfigure(errors="replace")

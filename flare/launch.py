@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flare.config import Resolved
-from flare.errors import ConfigError, EnvError, FlareError
+from flare.errors import ConfigError, EnvError, FlareError, print_error
 from flare.experiment import Experiment
 from flare.gpus import GpuRequest, Selection, Skipped, select_environment, select_gpus
 from flare.handoff import DEVICE_VARIABLE
@@ -145,6 +145,7 @@ def start_workers(script: Path, run: Run) -> int:
     except SignalException as error:
         if _ended_cleanly(experiment, stage):
             return 0
+        _kill_workers()  # that are left when another signal came while they were waited for: the third one
         _record_failure(experiment, stage, f"ended by signal {received(error).name}")
         return 128 + received(error)
     except ChildFailedError as error:
@@ -169,7 +170,7 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
         max_restarts=0,
         logs_specs=logs or DefaultLogsSpecs(),
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT,SIGUSR1",
-        shutdown_timeout=SHUTDOWN_TIMEOUT_SEC,
+        **_grant_shutdown(LaunchConfig),
         **rendezvous(),
     )
     signal.signal(signal.SIGINT, _on_interrupt)
@@ -181,6 +182,16 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
             f"the {num_nodes()} hosts of this run do not meet at {address}:{port}: {reason}; "
             "see NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT (another one if it is in use)"
         ) from error
+
+
+def _grant_shutdown(config_class: type) -> dict[str, int]:
+    """What grants workers ``SHUTDOWN_TIMEOUT_SEC``; torch 2.11 has none: there it is a method's default."""
+    if "shutdown_timeout" in config_class.__dataclass_fields__:
+        return {"shutdown_timeout": SHUTDOWN_TIMEOUT_SEC}
+    from torch.distributed.elastic.multiprocessing.api import PContext
+
+    PContext.close.__defaults__ = (None, SHUTDOWN_TIMEOUT_SEC)  # (death_sig, timeout)
+    return {}
 
 
 def _on_interrupt(_number: int, _frame: object) -> None:
@@ -198,12 +209,16 @@ def received(error: "SignalException") -> signal.Signals:
 
 
 def _on_second_interrupt(_number: int, _frame: object) -> None:
+    _kill_workers()
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def _kill_workers() -> None:
     """Workers have sessions of their own, so the terminal's Ctrl-C does not reach them: end them from here."""
     for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         with contextlib.suppress(OSError):
             os.killpg(int(pid), signal.SIGKILL)
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
 
 
 def _ended_cleanly(experiment: Experiment, stage: int) -> bool:
@@ -220,7 +235,7 @@ def _report_failure(error: object, workers_files: Path, experiment: Experiment, 
     """Print the first worker's error once, record it, and return its exit code."""
     failure = first_failure(error, experiment.logs, workers_files)
     message = failure.message
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print_error(message)
     if not failure.told:
         _record_failure(experiment, stage, message)
     elif failure.exit_code == FlareError.exit_code and node_rank() == 0:
@@ -251,8 +266,12 @@ def first_failure(error: object, logs: Path | str, workers_files: Path | None = 
     told = _told_error(failure.error_file) or (_told_by_any(workers_files) if workers_files else None)
     if told:
         return Failure(rank, told["message"], told["exit_code"], True)
+    # One that was killed comes before those that ended because they waited for it.
+    rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
     if failure.exitcode < 0:
-        return Failure(rank, f"rank {rank} was ended by {failure.signal_name()} (pid {failure.pid})", 5, False)
+        hint = "; the kernel does so when memory is short, see dmesg" if failure.exitcode == -signal.SIGKILL else ""
+        message = f"rank {rank} was ended by {failure.signal_name()} (pid {failure.pid}){hint}"
+        return Failure(rank, message, 5, False)
     return Failure(rank, f"rank {rank} failed with exit code {failure.exitcode}; see {logs}", 5, False)
 
 

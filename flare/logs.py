@@ -7,11 +7,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from flare.terminal import fold, paint
+
 log = logging.getLogger("flare")
 
 
 FILES_ONLY = {"terminal": False}
 """``extra`` of a record that the terminal does not show, because the script prints it itself."""
+
+
+COLORS = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
 
 class _TerminalHandler(logging.Handler):
@@ -21,7 +26,9 @@ class _TerminalHandler(logging.Handler):
         if not getattr(record, "terminal", True):
             return
         with contextlib.suppress(OSError, ValueError):  # stderr closed under us: a line lost, not the run
-            tqdm.write(self.format(record), file=sys.stderr)
+            text = fold(self.format(record), sys.stderr)
+            color = COLORS.get(record.levelno)
+            tqdm.write(paint(text, color, sys.stderr) if color else text, file=sys.stderr)
 
 
 class _LogFileHandler(logging.FileHandler):
@@ -39,6 +46,12 @@ class _LogFileHandler(logging.FileHandler):
         if not self.warned:
             self.warned = True
             tqdm.write(f"warning: cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
+
+
+def quiet_torchao() -> None:
+    """Let torchao, which transformers imports when it is there, not tell of kernels for other cards."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def start_logging(rank: int = 0, world_size: int = 1, path: Path | None = None, logs_dir: Path | None = None) -> None:

@@ -7,7 +7,7 @@ again. Both functions here go through the rows in chunks and keep one chunk's lo
 import torch
 import torch.nn.functional as F
 
-from flare.chunks import loss_chunk_rows
+from flare.chunks import CPU_BLOCK_ROWS, CPU_SOFTMAX_ROWS, loss_chunk_rows
 
 IGNORE_INDEX = -100
 """Label of a position without a target, as in transformers and torch."""
@@ -40,22 +40,21 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk_rows):
-        compute_weight = weight.to(hidden.dtype)
+        head = weight.to(hidden.dtype)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        chunk_gradient = _chunk_gradient if hidden.is_cuda else _InPlace(min(chunk_rows, len(hidden)), head)
         total = hidden.new_zeros((), dtype=torch.float32)
         for first in range(0, len(hidden), chunk_rows):
             chunk = slice(first, first + chunk_rows)
             rows = hidden[chunk]
-            nll, logits_grad = _chunk_gradient(rows @ compute_weight.T, labels[chunk])
+            nll, logits_grad = chunk_gradient(rows, head, labels[chunk])
             total += nll
-            if weight_grad is not None and not rows.is_cuda:
-                torch.addmm(weight_grad, logits_grad.T, rows.float(), out=weight_grad)
-            logits_grad = logits_grad.to(hidden.dtype)
-            if weight_grad is not None and rows.is_cuda:  # a chunk in tensor cores, the sum over chunks in fp32
-                weight_grad += logits_grad.T @ rows
+            if weight_grad is not None:
+                _add_product(weight_grad, logits_grad.T, rows)
             if hidden_grad is not None:
-                torch.mm(logits_grad, compute_weight, out=hidden_grad[chunk])
+                torch.mm(logits_grad, head, out=hidden_grad[chunk])
+            del logits_grad  # gone before the next chunk's logits come
         ctx.gradients = (hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
@@ -72,23 +71,72 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None
 
 
-def _chunk_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of NLLs, its gradient by the logits, softmax minus one-hot (C, V) in fp32). May overwrite ``logits``."""
-    wanted = (labels != IGNORE_INDEX)[:, None]
-    targets = torch.where(wanted, labels[:, None], 0)
-    if logits.is_cuda:  # one kernel casts and normalises
-        log_probs = torch.log_softmax(logits, 1, dtype=torch.float32)
-        nll = -log_probs.gather(1, targets)
-        gradient = log_probs.exp_().mul_(wanted)
-    else:  # in place: a CPU takes longer to get fresh memory than to compute
-        logits = logits.float()
-        at_target = logits.gather(1, targets)
-        largest = logits.amax(1, keepdim=True)
-        sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
-        nll = sums.log() + largest - at_target
-        gradient = logits.mul_(wanted / sums)
-    gradient.scatter_add_(1, targets, -wanted.to(gradient.dtype))
+def _chunk_gradient(rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of NLLs, its gradient by the logits (C, V): softmax minus one-hot, in the dtype of ``rows``).
+
+    A card's kernels cast on the way, so one fp32 copy is all that exists beside bf16 logits, whose place the gradient
+    takes. ``log_softmax`` with ``dtype=float32`` would make two: it casts inside its kernel from fp16 only.
+    """
+    logits = rows @ head.T
+    wanted, targets = _targets(labels)
+    largest = logits.amax(1, keepdim=True).float()
+    at_target = logits.gather(1, targets).float()
+    exponentials = (logits - largest).exp_()
+    sums = exponentials.sum(1, keepdim=True)
+    nll = sums.log() + largest - at_target
+    share = wanted / sums
+    gradient = torch.mul(exponentials, share, out=logits)
+    # Subtracted before the rounding: near 1 a bf16 probability is worth two digits.
+    gradient.scatter_(1, targets, (exponentials.gather(1, targets) * share - wanted.float()).to(logits.dtype))
     return torch.where(wanted, nll, 0).sum(), gradient
+
+
+class _InPlace:
+    """The same on a CPU, where getting fresh memory and going through it takes longer than to compute: all chunks
+    use one place, and a few rows at a time become the gradient while they are in the cache."""
+
+    def __init__(self, chunk_rows: int, head: torch.Tensor) -> None:
+        self.logits = head.new_empty(chunk_rows, len(head))
+        wide = head.dtype != torch.float32
+        self.wide = torch.empty(min(CPU_SOFTMAX_ROWS, chunk_rows), len(head)) if wide else None
+
+    def __call__(
+        self, rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = torch.mm(rows, head.T, out=self.logits[: len(rows)])
+        wanted, targets = _targets(labels)
+        blocks = (tensor.split(CPU_SOFTMAX_ROWS) for tensor in (logits, wanted, targets))
+        return sum(self._block(*block) for block in zip(*blocks, strict=True)), logits
+
+    def _block(self, logits: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum of NLLs; overwrites ``logits`` with the gradient."""
+        wide = logits if self.wide is None else self.wide[: len(logits)].copy_(logits)
+        at_target, largest = wide.gather(1, targets), wide.amax(1, keepdim=True)
+        torch.softmax(wide, 1, out=wide)
+        nll = largest - at_target - wide.amax(1, keepdim=True).log()  # the largest probability is 1 / sum(exp)
+        wide.scatter_add_(1, targets, torch.full_like(at_target, -1))
+        if not wanted.all():
+            wide.mul_(wanted)
+        if wide is not logits:
+            logits.copy_(wide)
+        return torch.where(wanted, nll, 0).sum()
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left @ right`` to an fp32 ``total``. A bf16 product is one of tensor cores or AMX, rounded to bf16."""
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, out=total)
+    elif left.is_cuda:
+        total += left @ right
+    else:  # to add, a CPU makes an fp32 copy of the product: of a block it stays in the cache
+        for part, rows in zip(total.split(CPU_BLOCK_ROWS), left.split(CPU_BLOCK_ROWS), strict=True):
+            part += rows @ right
+
+
+def _targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(which rows have a target, the targets with 0 for those that have none), (C, 1) each."""
+    wanted = (labels != IGNORE_INDEX)[:, None]
+    return wanted, torch.where(wanted, labels[:, None], 0)
 
 
 @torch.no_grad()

@@ -5,18 +5,18 @@ that there is in rooms.py. How the formulas come about, and what they were check
 docs/memory.md.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flare import activations
 from flare.activations import Microbatch
-from flare.chunks import loss_chunk_rows
+from flare.chunks import CPU_BLOCK_ROWS, CPU_SOFTMAX_ROWS, loss_chunk_rows
 from flare.gathered import gathered
+from flare.moments import COMPILED_UPDATE_BYTES, EAGER_UPDATE_BYTES, EIGHT_BIT, moment_bytes
+from flare.options import SELECTIVE
 from flare.plan_inputs import PlanInputs
 from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
-
-ADAM_STATE_BYTES = 2 * FP32_BYTES
-"""AdamW's two fp32 moments, per trainable parameter."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def memory(inputs: PlanInputs) -> Memory:
     params = trainable.params(shape)
     gradients = FP32_BYTES * params // shards
     weights = (inputs.frozen_bytes * (shape.total_params - params) + FP32_BYTES * params) // shards
-    moments = ADAM_STATE_BYTES * params // shards
+    moments = moments_bytes(inputs, shards)
     with_backward = range(trainable.first_backward(shape), shape.num_hidden_layers)
     layers = [_layer(inputs, layer_idx, shards) for layer_idx in with_backward]
     whole = gathered(inputs)
@@ -107,9 +107,13 @@ def _layer(inputs: PlanInputs, layer_idx: int, shards: int) -> _Layer:
     input_saved = batch.residual_bytes == FP32_BYTES and (
         trainable.everything or layer_idx > trainable.first_backward(shape)
     )
+    kept, rerun = saved, 0
+    if inputs.gradient_checkpointing:
+        products = activations.products_bytes(shape, batch) * (inputs.gradient_checkpointing == SELECTIVE)
+        kept, rerun = own_input + products, saved - input_saved * own_input - products
     return _Layer(
-        kept=own_input if inputs.gradient_checkpointing else saved,
-        rerun=saved - input_saved * own_input if inputs.gradient_checkpointing else 0,
+        kept=kept,
+        rerun=rerun,
         copies=BF16_BYTES * copied,
         gradients=FP32_BYTES * params // shards,
         first_gradient=FP32_BYTES * trainable.mlp(layer_idx) * shape.mlp_params // 3 // shards,
@@ -141,17 +145,19 @@ def _phases(
     chunk = loss_bytes(shape, batch, trainable.everything, bool(inputs.gpus)) + _final_hidden_bytes(shape, batch)
     yield "loss", persistent + kept + graph_copies + shared + chunk + whole.loss
     grown = FP32_BYTES * shape.embedding_params // shards if trainable.everything else 0
+    # The embedding's gradient is dense and, when tied, is added to the head's, which waits for it; the sum of both
+    # is then added to a gradient that is there already.
+    tied = trainable.everything and shape.tie_word_embeddings and shards == 1
+    embedding = FP32_BYTES * shape.embedding_params if tied else 0
+    waiting = embedding if persistent else 0
     for index in reversed(range(len(layers))):
         layer = layers[index]
         below = sum(x.kept + (x.copies if graph_copies else 0) for x in layers[: index + 1])
         own = layer.rerun + (0 if graph_copies else layer.copies) + layer.transient
-        alive = persistent or grown + layer.first_gradient
+        alive = persistent + waiting if persistent else grown + layer.first_gradient
         yield f"backward of layer {first + index}", alive + below + own + held + whole.backward
         grown += layer.gradients
-    # The embedding's gradient is dense and, when tied, is added to the head's.
-    tied = trainable.everything and shape.tie_word_embeddings and shards == 1
-    embedding = FP32_BYTES * shape.embedding_params if tied else 0
-    yield "end of the backward pass", gradients + embedding + whole.end
+    yield "end of the backward pass", gradients + embedding + waiting + whole.end
     yield "optimizer update", gradients + _update_bytes(inputs, shards)
 
 
@@ -166,31 +172,37 @@ def _final_hidden_bytes(shape: ModelShape, batch: Microbatch) -> int:
     return batch.compute_bytes * batch.tokens * shape.hidden_size
 
 
+def moments_bytes(inputs: PlanInputs, shards: int = 1) -> int:
+    """AdamW's two moments of all that trains, on one of ``shards`` ranks."""
+    tensors = inputs.what_trains.tensors(inputs.shape)
+    return sum(moment_bytes(tensor, inputs.optimizer, shards) for tensor in tensors)
+
+
 def _update_bytes(inputs: PlanInputs, shards: int) -> int:
     """What an optimizer update allocates: nothing when fused, else temporaries of one tensor at a time."""
     if inputs.optimizer == "adamw_torch_fused":
         return 0
-    shape, trainable = inputs.shape, inputs.what_trains
-    largest = shape.query_size * shape.hidden_size
-    if not trainable.attention_only:
-        largest = shape.intermediate_size * shape.hidden_size
-    if trainable.everything:
-        largest = max(largest, shape.embedding_params)
-    return 2 * FP32_BYTES * largest // shards
+    each = 2 * FP32_BYTES
+    if inputs.optimizer == EIGHT_BIT:
+        each = COMPILED_UPDATE_BYTES if inputs.gpus else EAGER_UPDATE_BYTES
+    return each * max(map(math.prod, inputs.what_trains.tensors(inputs.shape)), default=0) // shards
 
 
 def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card: bool = False) -> int:
     """Peak of ``flare.loss.linear_cross_entropy_sum`` beyond its inputs: C rows of V logits at a time.
 
     Gradients of the hidden states (N, H), in their dtype, and of the weight (V, H), in fp32, when it trains.
-    Beside them a chunk's logits (C, V) in fp32, on a card twice. In bf16 these once more in bf16, or on a card
-    the bf16 alone beside the chunk's gradient of the weight; and the weight's bf16 copy when it trains.
+    Beside them a chunk's logits (C, V) in their dtype; on a card also in fp32, on a CPU a few rows of them. In bf16
+    also the weight's copy when it trains, and the chunk's gradient of it, on a CPU a block of that in fp32, too.
     """
-    chunk = min(loss_chunk_rows(shape.vocab_size, on_card), batch.tokens) * shape.vocab_size
-    hidden = batch.compute_bytes * batch.tokens * shape.hidden_size
-    gradients = hidden + (FP32_BYTES * shape.embedding_params if head_trains else 0)
+    rows = min(loss_chunk_rows(shape.vocab_size, on_card), batch.tokens)
+    chunk, head = rows * shape.vocab_size, shape.embedding_params if head_trains else 0
+    gradients = batch.compute_bytes * batch.tokens * shape.hidden_size + FP32_BYTES * head
     if not batch.bf16:
         return gradients + FP32_BYTES * chunk * (2 if on_card else 1)
-    weight = BF16_BYTES * shape.embedding_params if head_trains else 0
-    product = BF16_BYTES * chunk + weight if on_card else 0
-    return gradients + weight + max((FP32_BYTES + BF16_BYTES) * chunk, product)
+    beside = gradients + BF16_BYTES * (chunk + head)
+    if on_card:
+        return beside + max(FP32_BYTES * chunk, BF16_BYTES * head)
+    softmax = FP32_BYTES * min(CPU_SOFTMAX_ROWS, rows) * shape.vocab_size
+    product = (BF16_BYTES + FP32_BYTES) * min(CPU_BLOCK_ROWS * shape.hidden_size, head)
+    return beside + softmax + product

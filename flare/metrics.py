@@ -7,31 +7,16 @@ import contextlib
 import json
 import math
 import resource
+import sys
 import time
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from flare.board import Board
 from flare.experiment import Experiment
 from flare.logs import log
-
-TENSORBOARD_NAMES = {
-    "loss": "train/loss",
-    "perplexity": "train/perplexity",
-    "learning_rate": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "epoch": "train/epoch",
-    "tokens_per_sec": "speed/tokens_per_sec",
-    "mfu": "speed/mfu",
-    "executed_flops_use": "speed/executed_flops_use",
-    "data_wait": "speed/data_wait",
-    "memory_gib": "speed/memory_gib",
-    "eval_loss": "eval/loss",
-    "eval_perplexity": "eval/perplexity",
-    "eval_token_accuracy": "eval/token_accuracy",
-}
-
+from flare.terminal import columns
 
 WORTH_A_WORD = 0.02
 """Share of the time spent waiting for data from which on the log line tells it."""
@@ -91,10 +76,10 @@ class MetricsWriter:
         self.max_steps = max_steps
         step = history[-1]["step"] if history else 0
         self._restore_jsonl(history)
-        self.board = SummaryWriter(
-            str(experiment.tensorboard / f"stage{stage}"), purge_step=step + 1 if history else None
-        )
-        self.bar = tqdm(total=max_steps, initial=step, unit="step", desc=f"stage {stage}", disable=None)
+        self.board = Board(experiment, stage, history)
+        self.bar = tqdm(
+            total=max_steps, initial=step, unit="step", desc=f"stage {stage}", disable=None, ncols=columns(sys.stderr)
+        )  # fmt: skip
 
     def _restore_jsonl(self, history: list[dict]) -> None:
         """Keep other stages' lines; of this stage keep what the checkpoint knows."""
@@ -117,11 +102,7 @@ class MetricsWriter:
         try:
             self.jsonl.write(json.dumps({"stage": self.stage, **record}) + "\n")
             self.jsonl.flush()
-            for name, tag in TENSORBOARD_NAMES.items():
-                if record.get(name) is not None:
-                    self.board.add_scalar(tag, record[name], record["step"])
-            for row in record.get("eval_context_lengths", ()):
-                self.board.add_scalar(f"eval/loss_at_{row['context_length']}", row["loss"], record["step"])
+            self.board.record(record)
         except OSError as error:  # logs are worth less than the run
             log.warning(f"cannot write metrics: {error}")
         log.info(format_record(record, self.max_steps))

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -19,6 +18,7 @@ from flare.loss import linear_cross_entropy_sum, score_tokens
 from flare.nope.canary import hold_to_canary
 from flare.nope.canary_file import CANARY_FILE
 from flare.nope.load import empty_causal_lm, load_causal_lm
+from flare.recompute import recompute_layer
 from flare.sharding import is_sharded, materialise, shard_model
 from flare.tensor_files import TensorReader, restore_weights
 from flare.trainable import Trainable
@@ -177,7 +177,7 @@ def set_trainable(causal_lm: PreTrainedModel, trainable: Trainable, precision: s
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)
 
 
-def checkpoint_layers(causal_lm: PreTrainedModel) -> list[int]:
+def checkpoint_layers(causal_lm: PreTrainedModel, selective: bool = False) -> list[int]:
     """Recompute activations in the backward pass of the layers that have one; returns these layers.
 
     Layers below the lowest trainable one save nothing to begin with: checkpointing them would only cost.
@@ -187,12 +187,7 @@ def checkpoint_layers(causal_lm: PreTrainedModel) -> list[int]:
     layers = []
     for index, layer in enumerate(decoder.layers):
         needs_grad = needs_grad or any(p.requires_grad for p in layer.parameters())
-        layer.gradient_checkpointing = needs_grad
         if needs_grad:
-            layer._gradient_checkpointing_func = _recompute
+            recompute_layer(layer, selective)
             layers.append(index)
     return layers
-
-
-def _recompute(function: object, *args: object) -> object:
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from flare.errors import EnvError
+from flare.errors import EnvError, one_line
 
 TIMEOUT_SEC = 10.0
 """How long nvidia-smi may take (contract, section 2)."""
@@ -159,9 +159,3 @@ def _parse_mig_devices(listing: str, cards: Sequence[Gpu]) -> list[Gpu]:
             name = f"{card.name} MIG {profile}"
             devices.append(Gpu(card.index, name, uuid, total_mib, None, card.driver_version, mig=True))
     return devices
-
-
-def one_line(text: str, limit: int = 160) -> str:
-    """``text`` of another program or person, fit for one line of an error: no control characters, cut."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 8 * limit]).split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."

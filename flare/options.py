@@ -11,7 +11,10 @@ from typing import Any
 MODEL, DATA, TRAINING = "model_args", "data_args", "training_args"
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
-OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
+SELECTIVE = "selective"
+"""``--gradient_checkpointing`` that recomputes what is cheap; True recomputes all, False nothing."""
+
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_torch_8bit")
 
 STAGE_DEFAULTS: dict[int, dict[str, Any]] = {
     1: {"learning_rate": 1e-4, "per_device_train_batch_size": 3, "max_steps": 1000},
@@ -196,7 +199,7 @@ class Options:
         DATA,
         "data",
         "shares of the training tokens of several data sets: 0.7,0.3; default in proportion to their size, every "
-        "row once an epoch",
+        "row once an epoch (--streaming needs shares)",
         None,
         kind="weights",
         many=True,
@@ -311,7 +314,14 @@ class Options:
     warmup_ratio: float = option(
         TRAINING, "optimisation", "warm-up as a share of all steps", 0.0, kind="float", low=0, high=1
     )
-    optim: str = option(TRAINING, "optimisation", "optimizer", "adamw_torch_fused", choices=OPTIMIZERS)
+    optim: str = option(
+        TRAINING,
+        "optimisation",
+        "optimizer; adamw_torch_8bit holds its moments in 8 bits, 2 bytes a trainable parameter instead of 8 (needs "
+        "the torchao package)",
+        "adamw_torch_fused",
+        choices=OPTIMIZERS,
+    )
     weight_decay: float = option(
         TRAINING,
         "optimisation",
@@ -347,8 +357,9 @@ class Options:
     gradient_checkpointing: bool | str = option(
         TRAINING,
         "optimisation",
-        "recompute activations in the backward pass of layers that have one; auto: when the plan does not fit "
-        "without; default auto in stage 1, on in stage 2",
+        "recompute activations in the backward pass of layers that have one; selective: all but matrix products and "
+        "attention, which costs little time; auto: the least that the plan finds to fit, none, selective or all; "
+        "default auto in stage 1, on in stage 2",
         "auto",
         kind="switch",
     )
@@ -381,7 +392,12 @@ class Options:
     )
     save_steps: int = option(TRAINING, "logging", "steps between checkpoints", 500, kind="int", low=1)
     save_total_limit: int | None = option(
-        TRAINING, "logging", "checkpoints kept (the newest and the best always are)", 3, kind="int", low=1
+        TRAINING,
+        "logging",
+        "checkpoints kept (the newest and, with early stopping, the best always are)",
+        3,
+        kind="int",
+        low=1,
     )
     early_stopping_patience: int | None = option(
         TRAINING,

@@ -37,10 +37,13 @@ class Outcomes:
         self._pending: deque[tuple[object, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def put(self, place: object, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool) -> None:
-        """Add a step. ``loss`` is this rank's part, ``grad_norm`` the same everywhere, ``stop`` this rank's vote."""
-        votes = torch.full_like(loss, float(stop), dtype=torch.float64)
-        parts = distributed.sum_in_place(torch.stack([loss.double(), votes]))
-        numbers = torch.stack([parts[0], grad_norm.double(), parts[1]])
+        """Add a step. ``loss`` is this rank's part, ``grad_norm`` the same everywhere, ``stop`` this rank's vote.
+
+        A norm that is not finite on one rank alone (a broken card) is so for all: they must go on alike.
+        """
+        votes, norm = torch.full_like(loss, float(stop), dtype=torch.float64), grad_norm.double()
+        parts = distributed.sum_in_place(torch.stack([loss.double(), votes, norm - norm]))  # 0, or NaN
+        numbers = torch.stack([parts[0], torch.where(norm.isfinite(), norm + parts[2], norm), parts[1]])
         self.failed = torch.maximum(self.failed, 1 - torch.isfinite(numbers).all().float())
         event = None
         if self.pin:

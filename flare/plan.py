@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flare.errors import ConfigError, EnvError
 from flare.flops import TokenFlops, token_flops
-from flare.memory import ADAM_STATE_BYTES, Memory, memory
+from flare.memory import Memory, memory, moments_bytes
 from flare.plan_inputs import PlanInputs
 from flare.rooms import GIB, Room, in_gib, rooms
 from flare.shapes import FP32_BYTES
@@ -46,14 +46,16 @@ def make_plan(inputs: PlanInputs) -> Plan:
     trainable, shape = inputs.what_trains, inputs.shape
     params = trainable.params(shape)
     frozen = shape.total_params - params
-    checkpoint = inputs.frozen_bytes * frozen + (FP32_BYTES + ADAM_STATE_BYTES) * params
+    checkpoint = inputs.frozen_bytes * frozen + FP32_BYTES * params + moments_bytes(inputs)
     final_model = inputs.frozen_bytes * shape.total_params
     return Plan(
         inputs=inputs,
         trainable_params=params,
         frozen_params=frozen,
         tokens_per_step=inputs.global_batch_size * inputs.seq_len,
-        flops=token_flops(shape, trainable, inputs.seq_len, inputs.gradient_checkpointing),
+        flops=token_flops(
+            shape, trainable, inputs.seq_len, inputs.gradient_checkpointing, inputs.attn_implementation == "eager"
+        ),
         memory=memory(inputs),
         rooms=rooms(inputs),
         checkpoint_bytes=checkpoint,

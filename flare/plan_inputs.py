@@ -22,7 +22,7 @@ class PlanInputs:
     per_device_batch: int = 1  # rows of a micro-batch
     accumulation: int = 1  # micro-batches of an optimizer step
     seq_len: int = 4096  # tokens of a row
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     gpus: tuple[tuple[str, int | None], ...] = ()  # (name, memory_total_mib or None if unknown); empty: CPU
     optimizer: str = "adamw_torch_fused"
     attn_implementation: str = "sdpa"  # or eager

@@ -10,12 +10,12 @@ from flare.plan import Plan, checkpoints_on_disk
 from flare.plan_inputs import PlanInputs
 from flare.rooms import count_processes, in_gib
 
-WIDTH, LABEL_WIDTH = 100, 16
+WIDTH, LABEL_WIDTH = 80, 16
 """Columns of the table."""
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """The plan as an aligned table, at most 100 columns wide."""
+    """The plan as an aligned table, at most 80 columns wide."""
     return [line for label, text in _table(plan) for line in _wrap(label, text)]
 
 
@@ -42,7 +42,7 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _runs_in_words(inputs: PlanInputs) -> str:
     parallel = f"FSDP2 over {inputs.shards} processes" if inputs.shards > 1 else "DDP"
-    checkpointing = "on" if inputs.gradient_checkpointing else "off"
+    checkpointing = {False: "off", True: "on"}.get(inputs.gradient_checkpointing, inputs.gradient_checkpointing)
     return f"{inputs.precision}, {parallel}, gradient checkpointing {checkpointing}, {inputs.optimizer}"
 
 
@@ -56,18 +56,21 @@ def _batch_words(plan: Plan) -> str:
 
 
 def _flops_rows(flops: TokenFlops) -> Iterator[tuple[str, str]]:
-    yield "FLOPs/token", _column("executed", _giga(flops.executed))
+    def column(name: str, value: int) -> str:
+        return _column(name, _flops(value, flops.executed))
+
+    yield "FLOPs/token", column("executed", flops.executed)
     for name in ("frozen_prefix", "frozen_above", "trainable", "attention", "recompute"):
-        yield "", _column(f"  {name.replace('_', ' ')}", _giga(getattr(flops, name)))
-    yield "", _column("model (6N)", _giga(flops.model))
+        yield "", column(f"  {name.replace('_', ' ')}", getattr(flops, name))
+    yield "", column("model (6N)", flops.model)
 
 
 def _memory_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     need = plan.memory
-    peak = f"{_column('peak', in_gib(need.peak_bytes))}  {need.peak_phase}"
+    peak = f"{_column('peak', _bytes(need.peak_bytes, need.peak_bytes))}  {need.peak_phase}"
     yield f"memory/{'card' if plan.inputs.gpus else 'process'}", peak
     for name, size in need.parts():
-        yield "", _column(f"  {name}", in_gib(size))
+        yield "", _column(f"  {name}", _bytes(size, need.peak_bytes))
     for room in plan.rooms:
         spare = room.usable_bytes - need.peak_bytes
         verdict = f"fits, {in_gib(spare)} to spare" if spare >= 0 else f"DOES NOT FIT, {in_gib(-spare)} too much"
@@ -103,8 +106,13 @@ def _wrap(label: str, text: str) -> list[str]:
     return [f"{label if i == 0 else '':<{LABEL_WIDTH}}{piece}".rstrip() for i, piece in enumerate(pieces)]
 
 
-def _giga(flops: int) -> str:
-    return f"{flops / 1e9:.2f} GFLOP"
+def _flops(value: int, largest: int) -> str:
+    """In a unit that suits the largest number of the column: a tiny model's are no zeros."""
+    return f"{value / 1e9:.2f} GFLOP" if largest >= 1e8 else f"{value / 1e6:.2f} MFLOP"
+
+
+def _bytes(value: int, largest: int) -> str:
+    return in_gib(value) if largest >= 2**29 else f"{value / 2**20:.1f} MiB"
 
 
 def _count(params: int) -> str:

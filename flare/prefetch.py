@@ -31,7 +31,7 @@ class StepLoader:
 
     Args:
         rows_by_rank: rows of a step for each rank, in rank order. micro: rows of a micro-batch, at most.
-        pin: put the tensors into pinned memory.
+        pin: the card from which to get pinned memory for the tensors; None: plain memory.
         in_step: as many micro-batches on every rank (those of a sharded model gather its weights in each).
     """
 
@@ -42,15 +42,18 @@ class StepLoader:
         rows_by_rank: Sequence[int],
         rank: int,
         micro: int,
-        pin: bool = False,
+        pin: torch.device | None = None,
         in_step: bool = False,
     ) -> None:
-        self.data, self.order, self.micro, self.pin = data, order, micro, pin
+        self.data, self.order, self.micro, self.pin = data, order, micro, pin is not None
         self.counts = list(rows_by_rank) if in_step else None
         self.step_rows = sum(rows_by_rank)
         self.mine = slice(sum(rows_by_rank[:rank]), sum(rows_by_rank[: rank + 1]))
         self.wait_seconds = 0.0
-        self._thread = ThreadPoolExecutor(1, "prefetch")  # only this thread reads data and order
+        # Only this thread reads data and order. The current card is each thread's own: with the default one, each rank
+        # could open a context on card 0. Source: torch/utils/data/_utils/pin_memory.py does the same.
+        bind = {"initializer": torch.cuda.set_device, "initargs": (pin,)} if pin else {}
+        self._thread = ThreadPoolExecutor(1, "prefetch", **bind)
         self._next: tuple[int, Future[StepRows]] | None = None
 
     def take(self, position: int) -> StepRows:
@@ -99,7 +102,8 @@ def host_tensors(batch: Batch, pin: bool = False) -> dict[str, torch.Tensor]:
         "document_bounds": document_bounds(batch.position_ids),
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors
+    # A view with gaps would be copied to plain memory again on its way to the card.
+    return {name: tensor.contiguous().pin_memory() for name, tensor in tensors.items()} if pin else tensors
 
 
 def to_device(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -10,9 +10,9 @@ from flare.data.corpus import Corpus, open_corpus, split_specs
 from flare.data.mixture import MixedRows
 from flare.data.packing import PackedRows
 from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
+from flare.data.streaming.mixture import MixedStreams, StreamedMixture, open_streams, streamed_rows
 from flare.data.streaming.rows import KEPT_STEPS, StreamedRows, StreamSettings
-from flare.data.streaming.survey import StreamedCorpus, open_streamed
+from flare.data.streaming.survey import StreamedCorpus
 from flare.data.tokens import TokenSettings, default_cache_dir
 from flare.data.train_rows import TrainRows
 from flare.errors import ConfigError, DataError
@@ -20,8 +20,13 @@ from flare.nope.load import load_tokenizer
 from flare.options import Options
 from flare.run import Run
 
+AnyCorpus = Corpus | StreamedCorpus | StreamedMixture
 
-def prepare_data(run: Run) -> Corpus | StreamedCorpus:
+BLOCK_ROWS = 2**20
+"""Rows asked at once whether they have targets: usually the first block says yes."""
+
+
+def prepare_data(run: Run) -> AnyCorpus:
     """The tokenised data of this run; built when missing, by one process while the others wait on its lock.
     With ``--streaming`` the corpus after a look at its first rows, in its place.
 
@@ -30,7 +35,7 @@ def prepare_data(run: Run) -> Corpus | StreamedCorpus:
     return tokenised_corpus(run.options, run.init_from, run.config)
 
 
-def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> Corpus | StreamedCorpus:
+def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> AnyCorpus:
     """The data that the options name, as tokens of a model; with ``--streaming`` not tokenised yet.
 
     Raises: ConfigError for a tokenizer that does not belong to the model's ``config``.
@@ -52,35 +57,34 @@ def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> Corpus 
             "belong together"
         )
     settings = TokenSettings(options.dataset_size, options.max_bad_rows, options.preprocessing_num_workers)
-    cache_dir = default_cache_dir(options.cache_dir)
-    specs = split_specs(spec)
-    if not options.streaming:
-        return open_corpus(specs, options.dataset_weights, tokenizer, cache_dir, settings)
-    if len(specs) > 1:
-        raise ConfigError(f"--streaming takes one data set, --dataset_name names {len(specs)}; leave --streaming out")
-    percentage = options.validation_split_percentage
-    return open_streamed(open_source(spec, cache_dir), tokenizer, cache_dir, settings, percentage)
+    specs, weights = split_specs(spec), options.dataset_weights
+    if options.streaming:
+        return open_streams(specs, weights, tokenizer, settings, options.validation_split_percentage)
+    return open_corpus(specs, weights, tokenizer, default_cache_dir(options.cache_dir), settings)
 
 
-def packed_rows(run: Run, corpus: Corpus | StreamedCorpus) -> tuple[TrainRows, PackedRows | MixedRows]:
+def packed_rows(run: Run, corpus: AnyCorpus) -> tuple[TrainRows, PackedRows | MixedRows]:
     """(training rows, held-out rows).
 
     Raises: DataError when the data gives fewer tokens than one step.
     """
     options = run.options
-    if isinstance(corpus, StreamedCorpus):
-        return streamed_rows(run, corpus)
+    if not isinstance(corpus, Corpus):
+        return rows_of_stream(run, corpus)
     train_rows, eval_rows = corpus.rows(options.validation_split_percentage, options.max_seq_length, options.packing)
     if len(train_rows) < run.global_batch_size:
         raise DataError(
             f"the data gives {train_rows.num_tokens:,} training tokens, one step needs "
             f"{run.global_batch_size * options.max_seq_length + 1:,}; lower --max_seq_length or the batch size"
         )
-    check_can_evaluate(eval_rows)
+    check_can_train(train_rows)
+    check_can_evaluate(eval_rows, options.max_eval_samples)
     return train_rows, eval_rows
 
 
-def streamed_rows(run: Run, corpus: StreamedCorpus) -> tuple[StreamedRows, PackedRows]:
+def rows_of_stream(
+    run: Run, corpus: StreamedCorpus | StreamedMixture
+) -> tuple[StreamedRows | MixedStreams, PackedRows | MixedRows]:
     """(training rows, held-out rows) of a corpus that is not tokenised beforehand.
 
     Raises: ConfigError for fewer rows shuffled together than some steps have.
@@ -100,10 +104,9 @@ def streamed_rows(run: Run, corpus: StreamedCorpus) -> tuple[StreamedRows, Packe
         cache_dir=default_cache_dir(options.cache_dir),
         num_workers=options.preprocessing_num_workers or spare_cores(),
     )
-    held_out = np.arange(corpus.held_out.meta["num_documents"])
-    eval_rows = PackedRows(corpus.held_out, held_out, options.max_seq_length, options.packing, keep_last=True)
-    check_can_evaluate(eval_rows)
-    return StreamedRows(corpus, settings), eval_rows
+    train_rows, eval_rows = streamed_rows(corpus, settings)
+    check_can_evaluate(eval_rows, options.max_eval_samples)
+    return train_rows, eval_rows
 
 
 def spare_cores() -> int:
@@ -111,9 +114,16 @@ def spare_cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) - int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def check_can_evaluate(eval_rows: PackedRows) -> None:
-    """Raises: DataError when the held-out documents have no target."""
-    if eval_rows.num_targets(np.arange(len(eval_rows))) == 0:
+def check_can_train(train_rows: TrainRows) -> None:
+    """Raises: DataError when no row has a target. Some that have none are passed over."""
+    blocks = (np.arange(i, min(i + BLOCK_ROWS, len(train_rows))) for i in range(0, len(train_rows), BLOCK_ROWS))
+    if not any(train_rows.num_targets(rows) for rows in blocks):
+        raise DataError("the training documents are single tokens: nothing can be learned; give longer documents")
+
+
+def check_can_evaluate(eval_rows: PackedRows, max_rows: int | None) -> None:
+    """Raises: DataError when the held-out documents, as far as they are used, have no target."""
+    if eval_rows.num_targets(np.arange(len(eval_rows))[:max_rows]) == 0:
         raise DataError("the held-out documents are single tokens: nothing can be evaluated; give longer documents")
 
 

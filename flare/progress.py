@@ -36,9 +36,16 @@ class Progress:
 
 
 class StopRequest:
-    """Signals that ask for a clean stop. A second Ctrl-C stops at once."""
+    """Signals that ask for a clean stop. A second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
+    Args:
+        aborts_at: the number of signals of any kind of which the last one stops at once, too; None leaves that to the
+            launcher: its workers get signals from it, from schedulers and from its own end.
+    """
+
+    def __init__(self, aborts_at: int | None = None) -> None:
+        self.aborts_at = aborts_at
+        self.count = 0
         self.signal_name: str | None = None
 
     def install(self) -> None:
@@ -46,6 +53,8 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.signal_name == "SIGINT":
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+        self.count += 1
+        name = signal.Signals(number).name
+        if self.count == self.aborts_at or (name == "SIGINT" and self.signal_name == "SIGINT"):
+            raise KeyboardInterrupt(f"stopped at once by signal {self.count} ({name})")
+        self.signal_name = name

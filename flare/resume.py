@@ -23,8 +23,8 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
     if resume not in ("auto", "never"):
         path = Path(resume)
         match = ckpt.NAME.fullmatch(path.name)
-        if not match or not (path / "manifest.json").is_file():
-            raise CheckpointError(f"--resume {resume} is no complete checkpoint (no manifest.json)")
+        if not match:
+            raise CheckpointError(f"--resume {resume} is not named checkpoint-N")
         chosen = Checkpoint(path, int(match[1]))
         chosen.verify()
         return chosen

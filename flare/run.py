@@ -64,17 +64,18 @@ class Run:
         return int(self.options.per_device_train_batch_size)
 
     @property
-    def gradient_checkpointing(self) -> bool:
-        """``--gradient_checkpointing``, ``auto`` settled."""
-        return self.options.gradient_checkpointing is True
+    def gradient_checkpointing(self) -> bool | str:
+        """``--gradient_checkpointing``, ``auto`` settled: True, False or selective."""
+        asked = self.options.gradient_checkpointing
+        return False if asked == "auto" else asked
 
     @property
     def parallel(self) -> str:
         """``--parallel``, ``auto`` settled: ddp or fsdp. A single process has nobody to share with."""
         return "fsdp" if self.options.parallel == "fsdp" and self.hardware.world_size > 1 else "ddp"
 
-    def with_layout(self, micro: int, checkpointing: bool, parallel: str) -> "Run":
-        """The same run, its rows of a step too, with this micro-batch, gradient checkpointing or not, ddp or fsdp."""
+    def with_layout(self, micro: int, checkpointing: bool | str, parallel: str) -> "Run":
+        """The same run, its rows of a step too, with this micro-batch, gradient checkpointing, ddp or fsdp."""
         options = replace(
             self.options,
             per_device_train_batch_size=micro,

@@ -20,6 +20,7 @@ from flare.nope.canary import measure_canary, write_canary
 from flare.nope.canary_file import CANARY_FILE, Canary
 from flare.nope.load import load_causal_lm
 from flare.optim import optimizer_tensors
+from flare.phase import during
 from flare.progress import Progress
 from flare.run import Run
 from flare.sharding import is_sharded
@@ -49,6 +50,7 @@ class Saver:
         """Name what is saved."""
         self.model, self.optimizer = model, optimizer
 
+    @during("saving a checkpoint")
     def checkpoint(self, progress: Progress) -> None:
         """Write a checkpoint and prune old ones."""
         t0 = time.perf_counter()
@@ -61,6 +63,7 @@ class Saver:
         log.info(f"saved checkpoint-{step} in {time.perf_counter() - t0:.1f} s")
         self.record("running", progress)
 
+    @during("writing final_model")
     def final_model(self, progress: Progress) -> None:
         """Write final_model: the last weights, or with early stopping the best ones evaluated."""
         self._use_best_weights(progress)

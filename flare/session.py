@@ -8,12 +8,11 @@ from torch.distributed import PrefixStore
 
 from flare import distributed
 from flare.attention import KERNELS, use_kernel
+from flare.board import hyperparameters
 from flare.checkpoint import Checkpoint
 from flare.compiler import compile_layers
-from flare.data.corpus import Corpus
 from flare.data.packing import PackedRows
 from flare.data.preview import row_lines, write_rows
-from flare.data.streaming.survey import StreamedCorpus
 from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import CheckpointError, FlareError
@@ -30,15 +29,18 @@ from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
+from flare.options import SELECTIVE
 from flare.pace import multiply_as_a_layer, settle_balance
+from flare.phase import during
 from flare.plan_table import plan_lines
 from flare.prefetch import host_tensors, to_device
-from flare.prepare import max_steps
+from flare.prepare import AnyCorpus, max_steps
 from flare.progress import STOP_FILE, Progress
 from flare.resume import find_checkpoint, read_progress
 from flare.run import Run
 from flare.saving import Saver
 from flare.sharding import is_sharded
+from flare.summary import summary_lines
 from flare.tensor_files import TensorReader, restore_weights
 from flare.trainer import Parts, Trainer
 from flare.watchdog import Limits, Watchdog
@@ -48,7 +50,7 @@ class Session:
     """Model, optimizer and progress of one stage, put together and run."""
 
     def __init__(
-        self, run: Run, world: World, corpus: Corpus | StreamedCorpus, train_rows: TrainRows, eval_rows: PackedRows
+        self, run: Run, world: World, corpus: AnyCorpus, train_rows: TrainRows, eval_rows: PackedRows
     ) -> None:
         self.run, self.world, self.corpus = run, world, corpus
         self.train_rows, self.eval_rows = train_rows, eval_rows
@@ -75,6 +77,8 @@ class Session:
         metrics = None
         if self.world.is_main:
             metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
+            facts = hyperparameters(self.run, self.saver.global_batch_size, self.max_steps)
+            metrics.board.describe(facts, plan_lines(self.run.plan()))
         trainer = Trainer(
             self._parts(), self.options, self.world, progress, self.saver.checkpoint, self.experiment.root, metrics
         )
@@ -91,6 +95,9 @@ class Session:
         finally:
             if metrics:
                 metrics.close()
+        if ended != "stopped":  # below the bar
+            for line in summary_lines(self.experiment, self.options.stage, progress.history, progress.tokens):
+                log.info(line)
 
     def _keep_rows(self, step: int, rows: np.ndarray) -> None:
         """Write the rows of a step that went wrong to logs/, as token ids and as text."""
@@ -151,13 +158,15 @@ class Session:
 
     # -- parts -------------------------------------------------------------------------------------
 
+    @during("loading the model")
     def _build(self, resume_from: Checkpoint | None) -> None:
         """Load weights and make the optimizer; from a checkpoint, both as they were."""
         run = self.run
         self.model = self._load_model(run.init_from, resume_from)
         if run.gradient_checkpointing:
-            layers = checkpoint_layers(self.model.causal_lm)
-            log.info(f"gradient checkpointing on layers {format_layers(layers)}")
+            selective = run.gradient_checkpointing == SELECTIVE
+            layers = checkpoint_layers(self.model.causal_lm, selective)
+            log.info(f"{'selective ' if selective else ''}gradient checkpointing on layers {format_layers(layers)}")
         self.optimizer = build_optimizer(self.model.trainable_parameters(), self.options)
         if resume_from and resume_from.step > 0:  # before its first step Adam has no state
             reader = TensorReader.of_state(resume_from.path, "optimizer")

@@ -13,10 +13,11 @@ from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.experiment import Experiment, check_output_dir, stage_one_result
 from flare.hub import local_model_dir, read_hub_config, read_model_config
+from flare.moments import BLOCKS, EIGHT_BIT, block_size, check_torchao
 from flare.nope.canary_file import check_recorded_layers
 from flare.nope.format import nope_layers_of, refuse_foreign_code, theta_of, weight_files, with_nope
 from flare.nope.layers import format_layers, parse_layers
-from flare.options import Options
+from flare.options import SELECTIVE, Options
 from flare.run import Hardware, Run, choose_attention
 from flare.shapes import ModelShape, known_shape
 from flare.trainable import Trainable
@@ -29,6 +30,7 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     """
     options = resolved.options
     check_output_dir(options.base_output_dir)
+    _check_resume(options.resume)
     parse_weights(options.balance, hardware.world_size)
     experiment = Experiment(options.experiment_dir)
     _check_stage_order(experiment, options)
@@ -55,20 +57,39 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     choose_attention(options.attn_implementation, hardware.use_cuda, run.precision)
     if options.compile:
         check_compiler(hardware.use_cuda)
+    if options.optim == EIGHT_BIT:
+        _check_8bit(run)
     return settle_layout(run)
+
+
+def _check_8bit(run: Run) -> None:
+    """Raises: EnvError without what it needs; ConfigError where no moment would be in 8 bits."""
+    check_torchao(run.hardware.use_cuda)
+    if not any(map(block_size, run.trainable.tensors(ModelShape.from_config(run.config)))):
+        raise ConfigError(
+            f"--optim {EIGHT_BIT} would hold no moment in 8 bits: no matrix that trains has rows of a multiple of "
+            f"{min(BLOCKS)} numbers; use --optim adamw_torch_fused"
+        )
+
+
+def _check_resume(resume: str) -> None:
+    """``--resume PATH``: that there is such a checkpoint. Whether it is whole is seen when it is opened."""
+    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
+        raise CheckpointError(f"--resume {resume} is no complete checkpoint (no manifest.json)")
 
 
 def settle_layout(run: Run) -> Run:
     """Turn ``auto`` of micro-batch, gradient checkpointing and ddp or fsdp into what the plan finds to fit.
 
     Rows of a step are the same whatever fits: a smaller micro-batch means more accumulation. A smaller micro-batch
-    is tried before checkpointing, which costs a second forward pass of the layers that train, and both before
-    sharding, which sends every weight to every rank three times a micro-batch.
+    is tried before checkpointing, selective before that of everything, which costs a second forward pass of the layers
+    that train, and all before sharding, which sends every weight to every rank three times a micro-batch.
     What is given is kept; what does not fit in the end is refused later, with numbers (``check_fits``).
     """
     options, processes = run.options, run.hardware.world_size
     sizes = micro_batch_choices(options, run.global_batch_size, processes)
-    switches = (False, True) if options.gradient_checkpointing == "auto" else (options.gradient_checkpointing,)
+    asked = options.gradient_checkpointing
+    switches = (False, SELECTIVE, True) if asked == "auto" else (asked,)
     layouts = (options.parallel,) if options.parallel != "auto" else ("ddp", "fsdp")[: 2 if processes > 1 else 1]
     if run.with_layout(sizes[-1], switches[0], layouts[0]).plan().fits is None:  # no card tells its memory
         sizes = [size for size in sizes if size <= default_micro_batch(options)] or sizes  # the guide's size

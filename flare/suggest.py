@@ -7,6 +7,8 @@ import math
 from dataclasses import replace
 
 from flare.memory import memory
+from flare.moments import EIGHT_BIT
+from flare.options import SELECTIVE
 from flare.plan_inputs import PlanInputs
 from flare.rooms import GIB, RESERVE_BYTES, RESERVE_FRACTION, in_gib, rooms
 from flare.shapes import KNOWN_SHAPES
@@ -51,9 +53,11 @@ def suggest(inputs: PlanInputs, limit_bytes: int | None = None) -> str:
     limit = limit_bytes or min((room.usable_bytes for room in known), default=None)
     if limit is None or fits(inputs, limit):
         return ""
-    checkpointed = replace(inputs, gradient_checkpointing=True)
+    cheaply, checkpointed = (replace(inputs, gradient_checkpointing=how) for how in (SELECTIVE, True))
     ways = [_smaller_batch(inputs, limit), _fewer_processes(inputs) if known else None, _sharded(inputs, limit)]
-    if not inputs.gradient_checkpointing:
+    if not inputs.gradient_checkpointing and fits(cheaply, limit):
+        ways.append(cheaply)
+    elif inputs.gradient_checkpointing is not True:
         ways.append(checkpointed if fits(checkpointed, limit) else _smaller_batch(checkpointed, limit))
     if not any(ways):
         ways.append(_shorter_rows(checkpointed, limit))
@@ -111,8 +115,8 @@ def _flags(inputs: PlanInputs, way: PlanInputs) -> str:
         "--max_seq_length": (inputs.seq_len, way.seq_len),
     }
     words = [f"{flag} {new}" for flag, (old, new) in flags.items() if old != new]
-    if way.gradient_checkpointing and not inputs.gradient_checkpointing:
-        words.append("--gradient_checkpointing")
+    if way.gradient_checkpointing != inputs.gradient_checkpointing:
+        words.append(f"--gradient_checkpointing{'' if way.gradient_checkpointing is True else ' selective'}")
     if way.shards > inputs.shards:
         words.append("--parallel fsdp")
     factor, rest = divmod(way.accumulation, inputs.accumulation)
@@ -134,6 +138,9 @@ def _nothing_fits(inputs: PlanInputs, limit_bytes: int) -> str:
         way = replace(modest, trainable=Trainable.of(inputs.nope_layers, fewer))
         if inputs.nope_layers and fits(way, limit_bytes):
             ways.append(f"--train_layers {words} ({in_gib(memory(way).peak_bytes)}, 1 row at a time)")
+    smaller_state = replace(modest, optimizer=EIGHT_BIT)
+    if fits(smaller_state, limit_bytes):
+        ways.append(f"--optim {EIGHT_BIT} ({in_gib(memory(smaller_state).peak_bytes)}, 1 row at a time)")
     ways += _more_cards(modest, limit_bytes)
     needed = math.ceil((memory(modest).peak_bytes + RESERVE_BYTES) / (1 - RESERVE_FRACTION) / GIB)
     ways.append(f"{'cards' if inputs.gpus else 'processes'} with {needed} GiB each, 1 row at a time")

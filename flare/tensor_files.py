@@ -149,6 +149,11 @@ class TensorReader:
     def names(self) -> set[str]:
         return set(self.handles)
 
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        handle = self.handles[name]
+        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+
     def copy_into(self, name: str, target: torch.Tensor) -> None:
         """Copy a tensor into one of the same shape, in the target's dtype; of a sharded one this rank's rows.
 
@@ -163,7 +168,7 @@ class TensorReader:
             first, last = local_rows(target)
             target.to_local().copy_(source[first:last])
         else:
-            target.copy_(source[...] if shape else handle.get_tensor(name))
+            target.copy_(source[...] if shape else self.read(name))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 The model freezes the rest by it, and the plan counts by it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +41,12 @@ class Trainable:
                     "with --train_layers (the RoPE control run: --train_layers 20-32)"
                 )
             return cls.of(nope_layers, words == ["nope_attention"])
-        return cls.of(parse_layers(words, depth, "--train_layers"))
+        layers = parse_layers(words, depth, "--train_layers")
+        if not layers:
+            raise ConfigError(
+                f"stage {stage}: nothing to train, --train_layers {' '.join(words)}; name layers, or all"
+            )
+        return cls.of(layers)
 
     def __str__(self) -> str:
         if self.everything:
@@ -76,6 +81,21 @@ class Trainable:
         if self.everything:
             return shape.total_params
         return len(self.layers) * (shape.attention_params if self.attention_only else shape.layer_params)
+
+    def tensors(self, shape: ModelShape) -> Iterator[tuple[int, ...]]:
+        """The shape of each matrix that trains; the vectors of a layer, and of the rest, as one."""
+        hidden, inner, query, key_value = (
+            shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size,
+        )  # fmt: skip
+        attention = [(query, hidden), (key_value, hidden), (key_value, hidden), (hidden, query)]
+        mlp = [] if self.attention_only else [(inner, hidden), (inner, hidden), (hidden, inner)]
+        vectors = shape.attention_params - shape.attention_matmul_params
+        vectors += 0 if self.attention_only else shape.norm_params
+        for _ in range(shape.num_hidden_layers) if self.everything else self.layers:
+            yield from [*attention, *mlp, (vectors,)]
+        if self.everything:
+            heads = 1 if shape.tie_word_embeddings else 2
+            yield from [(shape.vocab_size, hidden)] * heads + [(shape.final_norm_params,)]
 
     def matmul_params(self, shape: ModelShape, layer_idx: int) -> int:
         """Trainable matmul weights of one layer."""

@@ -25,10 +25,11 @@ from flare.garbage import steady_collection
 from flare.logs import log
 from flare.metrics import MetricsWriter, Throughput, peak_memory_gib, perplexity
 from flare.model import TrainingModel
-from flare.optim import can_skip_on_device, set_learning_rate
+from flare.optim import can_skip_on_device, take_step
 from flare.options import Options
 from flare.outcomes import Outcome, Outcomes
-from flare.prefetch import StepLoader, cut, host_tensors, to_device
+from flare.phase import during
+from flare.prefetch import StepLoader, StepRows, cut, host_tensors, to_device
 from flare.progress import STOP_FILE, Progress, StopRequest
 from flare.sharding import is_sharded
 
@@ -98,15 +99,15 @@ class Trainer:
             self.rows_by_rank,
             world.rank,
             options.per_device_train_batch_size,
-            pin=on_card,
+            pin=world.device if on_card else None,
             in_step=sharded,
         )
-        # Fused updates of shards take no flag of the device's; and what may be skipped must be known at once.
-        may_lag = on_card and not sharded and not options.skip_nonfinite and can_skip_on_device(parts.optimizer)
+        # What may be skipped must be known at once.
+        may_lag = on_card and not options.skip_nonfinite and can_skip_on_device(parts.optimizer)
         lag = 1 if may_lag else 0
         self.outcomes = Outcomes(world.device, lag)
         self.throughput = Throughput()
-        self.stop_request = StopRequest()
+        self.stop_request = StopRequest(aborts_at=3 if world.size == 1 else None)
         self.saved_step = progress.step
         self.window: list[Outcome] = []
         self.asked_to_stop = False
@@ -126,7 +127,7 @@ class Trainer:
         with steady_collection() as after_step:
             self.throughput.start()
             while progress.step < self.parts.max_steps:
-                with self.step_watch(progress.step + 1):
+                with self.step_watch(progress.step + 1), during("training"):
                     self._step()
                 after_step()
                 if ended := self._after_step():
@@ -140,8 +141,10 @@ class Trainer:
         parts, progress = self.parts, self.progress
         data = self.loader.take(progress.rows)
         place = Place(progress.step, progress.rows, progress.tokens, data.rows)
-        if data.num_targets == 0:
-            raise FlareError(f"step {progress.step + 1} has no target token in its {len(data.rows)} rows")
+        if data.num_targets == 0:  # of all ranks: they all pass over it
+            log.warning(f"step {progress.step + 1} has no target token in its {len(data.rows)} rows: passed over")
+            self._advance(data)
+            return None
         self.module.train()
         self._seed()
         # DDP averages over ranks; times their number it is the sum that the loss is defined by.
@@ -161,16 +164,20 @@ class Trainer:
         else:
             finite = self._read_outcomes()
         if finite:
-            set_learning_rate(parts.optimizer, self._learning_rate())
-            parts.optimizer.step()
+            take_step(parts.optimizer, self._learning_rate())
         parts.optimizer.zero_grad(set_to_none=True)
-        progress.step += 1
-        progress.rows += len(data.rows)
-        progress.tokens += len(data.rows) * self.options.max_seq_length
-        self.throughput.add(len(data.rows) * self.options.max_seq_length)
+        self._advance(data)
         if self.outcomes.lag:
             self._read_outcomes(keep=self.outcomes.lag)
         return self.window[-1] if self.window else None
+
+    def _advance(self, data: StepRows) -> None:
+        """Count a step as done."""
+        tokens = len(data.rows) * self.options.max_seq_length
+        self.progress.step += 1
+        self.progress.rows += len(data.rows)
+        self.progress.tokens += tokens
+        self.throughput.add(tokens)
 
     def _seed(self) -> None:
         """Random numbers are a function of seed, step and rank, so that a checkpoint needs no generator state."""
@@ -286,6 +293,7 @@ class Trainer:
 
     # -- evaluation, saving, stopping ------------------------------------------------------------------
 
+    @during("evaluating")
     def _evaluate(self) -> None:
         progress, options = self.progress, self.options
         score = functools.partial(evaluate_rows, self.parts, options, self.world, self.rows_by_rank)

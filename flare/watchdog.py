@@ -30,8 +30,11 @@ SLACK = 10
 """A step that takes this many times the longest one before hangs, whatever the limit: the limit is for all models."""
 COLLECTIVE_SHARE = 0.9
 """Of ``--ddp_timeout``: ours comes first, for the collectives' own says neither who nor where."""
-WAITING = ("torch/distributed", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py")
-"""Places in torch where a rank waits for others; the reduction of gradients is inside the backward pass."""
+WAITING = (
+    "torch/distributed", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "torch/cuda/streams.py",
+)  # fmt: skip
+"""Places in torch where a rank waits for others. The reduction of gradients is inside the backward pass; on a card
+all of that is only queued, and the wait for another rank is the wait for an event behind it."""
 
 
 @dataclass(frozen=True)

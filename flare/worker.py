@@ -4,20 +4,20 @@
 ``distributed.on_main``.
 """
 
+import contextlib
 import sys
 from dataclasses import replace
-
-import torch
 
 from flare import checkpoint as ckpt
 from flare import distress, distributed
 from flare.config import REPO
 from flare.distributed import World
-from flare.errors import ConfigError, FlareError
+from flare.errors import ConfigError, FlareError, first_line
 from flare.last_words import out_of_memory
 from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
-from flare.metrics_file import enter_stage
+from flare.metrics_file import enter_stage, record_status
+from flare.phase import during, is_out_of_memory, while_phase
 from flare.prepare import packed_rows, prepare_data
 from flare.run import Run
 from flare.session import Session, device_name
@@ -31,16 +31,17 @@ def run_worker(run: Run) -> int:
     end_with_launcher()
     world = None
     try:
-        corpus = prepare_data(run)
-        rows = packed_rows(run, corpus)
+        corpus, *rows = _prepared(run)
         world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
         distress.listen(world)
         distributed.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
         run = open_experiment(run, world)
         try:
             Session(run, world, corpus, *rows).train()
-        except torch.OutOfMemoryError as error:
-            raise FlareError(out_of_memory(run.plan(), world.rank, device_name(world.device), error)) from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _last_words(run, world, error) from error
         finally:
             rows[0].close()
             run.experiment.unlock()
@@ -52,13 +53,35 @@ def run_worker(run: Run) -> int:
         if tell_launcher(str(error), error.exit_code):
             return error.exit_code
         raise
-    except Exception:
-        if world and distress.heard(world):  # the rank that called says why
+    except Exception as error:
+        if world and (distress.heard(world) or distributed.is_lost_peer(error)):  # told by who called, or the launcher
+            log.error(f"another rank is gone: {first_line(error)}", extra=FILES_ONLY)
             return FlareError.exit_code
         if world:
             distress.call(world)
         raise
     return 0
+
+
+def _prepared(run: Run) -> tuple:
+    """(corpus, training rows, held-out rows)."""
+    try:
+        with during("preparing the data"):
+            corpus = prepare_data(run)
+            return corpus, *packed_rows(run, corpus)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FlareError(f"out of memory{while_phase()} ({first_line(error)})") from error
+
+
+def _last_words(run: Run, world: World, error: Exception) -> FlareError:
+    """What to say of memory that was short; on rank 0 it is how the stage ended, too."""
+    message = out_of_memory(run.plan(), world.rank, device_name(world.device), error)
+    if world.is_main:
+        with contextlib.suppress(OSError):
+            record_status(run.experiment, run.options.stage, "failed", error=message)
+    return FlareError(message)
 
 
 def open_experiment(run: Run, world: World) -> Run:

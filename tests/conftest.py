@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 REPO = Path(__file__).resolve().parent.parent
 WORDS = "the of layer head token model rope attention value query key and a to in is loss step row data".split()
@@ -20,6 +21,14 @@ WORDS = "the of layer head token model rope attention value query key and a to i
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the rows marked slow, too")
     parser.addoption("--faults", action="store_true", help="run all rows of the fault matrix")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Property tests are the same from run to run: a failure on one machine is one on every machine."""
+    fixed = {"derandomize": True, "deadline": None, "database": None}
+    settings.register_profile("some", max_examples=25, **fixed)
+    settings.register_profile("many", max_examples=2000, suppress_health_check=[HealthCheck.too_slow], **fixed)
+    settings.load_profile("many" if config.getoption("--faults") else "some")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

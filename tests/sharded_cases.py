@@ -6,18 +6,23 @@ usage: sharded_cases.py QWEN2 QWEN3_UNTIED OUT
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from flare import distributed, tensor_files
 from flare.checkpoint import Checkpoint, model_tensors, write_checkpoint
+from flare.data.packing import PackedRows
 from flare.distributed import World
+from flare.evaluation.during_training import LengthCurve
 from flare.hub import read_model_config
 from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
 from flare.nope.format import with_nope
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from flare.options import Options
+from flare.options import SELECTIVE, Options
+from flare.outcomes import Outcomes
 from flare.sharding import is_sharded, whole
 from flare.tensor_files import TensorReader, restore_weights
 from flare.trainable import Trainable
@@ -28,6 +33,7 @@ CASES = {
     "everything, checkpointed": (Trainable.of("all"), "fp32", True),
     "NoPE layers": (Trainable.of(LAYERS), "fp32", False),
     "attention of NoPE layers, checkpointed": (Trainable.of(LAYERS, True), "fp32", True),
+    "everything, selective": (Trainable.of("all"), "fp32", SELECTIVE),
     "bf16, everything": (Trainable.of("all"), "bf16", False),
     "bf16, attention of NoPE layers": (Trainable.of(LAYERS, True), "bf16", False),
 }
@@ -65,7 +71,7 @@ def compare(base: Path, case: str, world: World) -> dict:
     plain = load_for_training(base, config, trainable, precision, "auto")
     sharded = load_sharded(base, config, trainable, precision, "auto", world)
     for model in (plain, sharded) if checkpointed else ():
-        checkpoint_layers(model.causal_lm)
+        checkpoint_layers(model.causal_lm, checkpointed == SELECTIVE)
     verify_nope(sharded.causal_lm, LAYERS, decode=sharded.decode)
     rows = rows_of(plain, 2 * world.size)
     mine = [tensor[2 * world.rank : 2 * world.rank + 2] for tensor in rows]
@@ -106,6 +112,49 @@ def round_trip(base: Path, out: Path, world: World) -> dict:
     return found
 
 
+def flagged_updates(base: Path, world: World) -> dict:
+    """Updates of shards under the device's flag, as on cards: a finite step is the same as without one, and of one
+    that is not finite on rank 1 alone nothing reaches weights or moments of any rank."""
+    how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
+    states = []
+    for flagged in (False, True):
+        model = load_sharded(base, *how, world)
+        optimizer = build_optimizer(model.trainable_parameters(), Options(learning_rate=1e-3))
+        outcomes = Outcomes(world.device, lag=1)
+        for poisoned in (False, True)[: 1 + flagged]:
+            factor = float("inf") if poisoned and world.rank == 1 else 1.0
+            loss = model(*rows_of(model, 2)) * factor
+            loss.backward()
+            norm = distributed.clip_gradients([p for _, p in model.trainable_parameters()], 1.0)
+            outcomes.put("", loss.detach(), norm, stop=False)
+            if flagged:
+                optimizer.found_inf = outcomes.failed
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append({**model_tensors(model.causal_lm), **optimizer_tensors(optimizer)})
+    return {"same": same_tensors(*states), "seen": not outcomes.take()[-1][1].loss < float("inf")}
+
+
+def length_curves(base: Path, world: World) -> list[list[list[dict]]]:
+    """Curves of a sharded model and of a whole one: over seven batches, so that of two ranks the last has one fewer,
+    and over a single batch, so that it has none."""
+    how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
+    models = load_sharded(base, *how, world), load_for_training(base, *how)
+    return [
+        [LengthCurve(model, documents(count, 64), lengths, batch_tokens=64, world=world)() for model in models]
+        for count, lengths in ((5, [16, 64]), (1, [64]))
+    ]
+
+
+def documents(count: int, num_tokens: int) -> PackedRows:
+    """Random documents of so many tokens, the same on every rank; token 0 ends each."""
+    tokens = np.random.default_rng(0).integers(1, 300, (count, num_tokens + 1)).astype(np.uint16)
+    tokens[:, -1] = 0
+    offsets = np.arange(count + 1) * (num_tokens + 1)
+    cache = SimpleNamespace(tokens=tokens.ravel(), offsets=offsets, end_of_text_id=0)
+    return PackedRows(cache, np.arange(count), 32, "document", keep_last=True)
+
+
 def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(whole(one[k]), whole(other[k])) for k in one)
 
@@ -117,6 +166,8 @@ def main() -> None:
         f"{base.name}: {case}": compare(base, case, world)
         for base, case in [*((tied, case) for case in CASES), (untied, "everything"), (untied, "NoPE layers")]
     }
+    found["flagged updates"] = flagged_updates(untied, world)
+    found["length curves"] = length_curves(tied, world)
     found["round trip"] = round_trip(untied, out.parent, world)
     if world.is_main:
         out.write_text(json.dumps(found))

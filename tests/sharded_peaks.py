@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.allocated import allocated_peak
 from flare import distributed
-from flare.memory import ADAM_STATE_BYTES, memory
+from flare.memory import memory
+from flare.moments import ADAM_STATE_BYTES
 from flare.optim import parameter_groups
+from flare.options import SELECTIVE
 from flare.plan_inputs import PlanInputs
 from flare.sharding import shard_model
 from flare.trainable import Trainable
-from tests.test_plan import allocated_peak, rows_of_tokens, tiny_training
+from tests.test_plan import rows_of_tokens, tiny_training
 
 LONG = {"rows": 4, "seq_len": 256}
 WIDE = {"rows": 1, "seq_len": 16, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 20000}
@@ -24,12 +27,15 @@ CASES = {
     "activations, fp32": ("all", False, False, LONG),
     "activations, NoPE layers": ("nope", True, False, LONG),
     "checkpointing": ("all", True, True, LONG),
+    "selective": ("all", True, SELECTIVE, LONG),
     "embedding": ("all", True, False, WIDE),
     "embedding and head": ("all", True, False, WIDE | {"tie_word_embeddings": False}),
 }
 
 
-def measure(train: str, bf16: bool, checkpointing: bool, sizes: dict, world: distributed.World) -> tuple[int, int]:
+def measure(
+    train: str, bf16: bool, checkpointing: bool | str, sizes: dict, world: distributed.World
+) -> tuple[int, int]:
     """(peak beyond weights and moments as torch's allocator saw it, the plan's)."""
     model_sizes = {k: v for k, v in sizes.items() if k not in ("rows", "seq_len")}
     model, shape, trainable = tiny_training("qwen2", train, bf16, checkpointing, **model_sizes)

@@ -8,11 +8,11 @@ import pytest
 from tests.conftest import REPO
 
 LAYERS = [
-    ["errors", "files", "parent", "threads", "__init__"],
-    ["nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
+    ["errors", "files", "parent", "phase", "terminal", "threads", "__init__"],
+    ["command_line", "nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "sharding", "compiler", "distributed", "distress"],
-    ["data.order"],
-    ["experiment", "hub", "logs", "metrics_file", "watchdog", "nope.modeling_nope", "balance", "pace"],
+    ["data.order", "moments", "adamw_8bit", "recompute"],
+    ["experiment", "hub", "logs", "metrics_file", "summary", "watchdog", "nope.modeling_nope", "balance", "pace"],
     ["nope.flags", "nope.tensors", "nope.temperature", "nope.staging", "nope.format", "nope.shards"],
     ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "tensor_files", "optim"],
     ["nope.canary_file", "nope.canary", "nope.endpoint"],
@@ -21,7 +21,7 @@ LAYERS = [
     ["plan_inputs", "gathered", "memory", "rooms", "suggest", "plan", "plan_table", "last_words"],
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
     ["data"],
-    ["run", "setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "metrics"],
+    ["run", "setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "board", "metrics"],
     ["garbage", "outcomes", "prefetch", "progress"],
     ["trainer", "evaluation"],
     ["prepare", "prepare_only", "saving", "resume", "session", "worker", "demo"],

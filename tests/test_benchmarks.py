@@ -1,9 +1,12 @@
 """The benchmarks measure what they say: the same work on both sides, and plans that fit the cards they name."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from benchmarks import gpu, scaling_paper
-from benchmarks.workload import Workload, run_flare, run_hf
+from benchmarks import gpu, record, scaling_paper
+from benchmarks.workload import Measured, Workload, last_error, run_flare, run_hf
 from flare.shapes import known_shape
 from flare.trainable import Trainable
 
@@ -33,8 +36,50 @@ def test_both_trainers_do_the_same_updates(stage: int) -> None:
 def test_every_gpu_case_fits_the_cards_of_the_project() -> None:
     for name, memory_mib in (("NVIDIA H200", 143771), ("NVIDIA H100 80GB HBM3", 81559)):
         for case in gpu.CASES:
-            plan = gpu.planned(case, name, memory_mib)
+            plan = gpu.planned(case, gpu.Place(name, memory_mib))
             assert plan is not None and plan.fits, (str(case), name)
+
+
+@pytest.mark.slow
+def test_the_gpu_script_goes_from_its_cases_to_its_file_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own processes and both trainers; only the sizes and the device are others."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert gpu.main(["--rehearse", "--only", "3B stage 2, checkpointing"]) == 0
+    ours, theirs = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    for row in (ours, theirs):
+        assert "error" not in row, row
+        assert row["rows"] == gpu.MAX_BATCH_SIZE
+        assert len(row["step_seconds"]) == gpu.STEPS - gpu.WARMUP_STEPS
+        assert row["tokens_per_sec"] > 0
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-2)
+    assert ours["plan_bytes"] > 0
+    assert theirs["plan_bytes"] is None
+
+
+def test_a_case_that_runs_out_of_memory_is_tried_with_half_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(workload: Workload, limit_sec: float) -> Measured:
+        if workload.batch_size > 1:
+            raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
+        return Measured([1.0], [5.0], 2**30, 0, workload.batch_size * workload.seq_len)
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    row = gpu.run(gpu.CASES[0], gpu.rehearsal())
+    assert (row["rows"], row["out_of_memory_at_rows"], row["tokens_per_sec"]) == (1, [4, 2], 64.0)
+    assert len(gpu.line(row)) == 8
+
+    def hangs(workload: Workload, limit_sec: float) -> Measured:
+        raise RuntimeError("no result within 150 s")
+
+    monkeypatch.setattr(gpu, "measure", hangs)
+    assert gpu.run(gpu.CASES[0], gpu.rehearsal())["error"] == "no result within 150 s"
+
+
+def test_the_error_of_a_workload_is_the_line_that_names_it() -> None:
+    text = "Traceback ...\n  x\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n[rank0]: leaked\n"
+    assert last_error(text) == "torch.OutOfMemoryError: CUDA out of memory. Tried"
+    assert last_error("Killed\n") == "Killed"
 
 
 def test_the_paper_model_of_scaling_counts_bytes_as_rings_do() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flare.data import file_facts, progress
+from flare.data import file_facts, progress, rows
 from flare.data.file_facts import facts_of, read_facts
 from flare.data.progress import TokenProgress
 from tests.conftest import REPO, script_environment, write_corpus
@@ -56,7 +56,7 @@ def test_a_cached_start_reads_the_data_once_for_its_hash_and_then_not_at_all(
 
 def test_a_note_holds_only_for_the_very_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_facts, "SETTLED_SEC", -60.0)
-    monkeypatch.setattr(file_facts, "PIECE_BYTES", 100)
+    monkeypatch.setattr(rows, "LEAST_PIECE_BYTES", 100)
     files = [write_corpus(tmp_path / f"{n}.jsonl", 20, seed=n) for n in range(2)]
     expected = [read_facts(file) for file in files]
     assert expected[0].cuts

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from benchmarks.allocated import allocated
 from flare.compiler import check_compiler, compile_layers, uncompiled
 from flare.errors import EnvError
 from flare.hub import read_model_config
 from flare.model import TrainingModel, checkpoint_layers, load_for_training
 from flare.nope.canary import measure_canary
 from flare.nope.format import with_nope
+from flare.options import SELECTIVE
 from flare.trainable import Trainable
 from tests.conftest import train
 from tests.test_runs import losses
@@ -50,13 +52,13 @@ def assert_equal_to_eager(compiled: TrainingModel, eager: TrainingModel, step: i
         assert (parameter.grad - expected[name]).norm() / max(expected[name].norm(), floor) < 1e-5, name
 
 
-def run_steps(base: Path, trainable: Trainable, checkpointing: bool, backend: str) -> list[int]:
+def run_steps(base: Path, trainable: Trainable, checkpointing: bool | str, backend: str) -> list[int]:
     """Graphs made so far after each of four steps, each followed by an evaluation."""
     torch._dynamo.reset()
     counters.clear()
     compiled, eager = load(base, trainable), load(base, trainable)
     if checkpointing:
-        checkpoint_layers(compiled.causal_lm)
+        checkpoint_layers(compiled.causal_lm, checkpointing == SELECTIVE)
     compile_layers(compiled, backend)
     graphs = []
     for step in range(4):
@@ -67,10 +69,10 @@ def run_steps(base: Path, trainable: Trainable, checkpointing: bool, backend: st
     return graphs
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, SELECTIVE, True])
 @pytest.mark.parametrize(("trainable", "kinds"), [(Trainable(True), 2), (Trainable(False, (1, 3)), 4)])
 def test_no_graph_is_made_after_the_first_step(
-    base: Path, trainable: Trainable, kinds: int, checkpointing: bool
+    base: Path, trainable: Trainable, kinds: int, checkpointing: bool | str
 ) -> None:
     """One graph for each kind of layer: RoPE and NoPE; with frozen layers also below and above a trainable one.
 
@@ -80,9 +82,25 @@ def test_no_graph_is_made_after_the_first_step(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_code_gives_the_loss_and_gradients_of_eager(base: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, SELECTIVE, True])
+def test_compiled_code_gives_the_loss_and_gradients_of_eager(base: Path, checkpointing: bool | str) -> None:
     assert run_steps(base, Trainable(False, (1, 3)), checkpointing, "inductor") == [4] * 4
+
+
+def test_a_compiled_layer_keeps_what_an_eager_one_keeps_with_selective_checkpointing(base: Path) -> None:
+    """Bytes that are there after a forward pass; without, the graph keeps more (compiled, less than eager)."""
+    kept = {}
+    for name, selective, compiled in (("eager", True, False), ("compiled", True, True), ("none", False, True)):
+        torch._dynamo.reset()
+        model, outputs = load(base, Trainable(True)), []
+        if selective:
+            checkpoint_layers(model.causal_lm, selective=True)
+        if compiled:
+            compile_layers(model, "aot_eager")
+        model(**batch(1)).backward()
+        kept[name] = allocated(lambda model=model, outputs=outputs: outputs.append(model(**batch(1))))[-1]
+    assert kept["compiled"] == pytest.approx(kept["eager"], rel=0.05)
+    assert kept["compiled"] < 0.75 * kept["none"]
 
 
 def test_the_canary_of_a_compiled_model_is_measured_uncompiled(base: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from tests.conftest import REPO, script_environment
 
 
-def run_demo(output: Path, seed: int) -> subprocess.CompletedProcess:
-    command = ["bash", str(REPO / "run_training.sh"), "demo", "--seed", str(seed), "--output_dir", str(output)]
+def run_demo(output: Path, seed: int, *flags: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(REPO / "run_training.sh"), "demo", "--seed", str(seed), "--output_dir", str(output), *flags]
     environment = script_environment(PYTHON=sys.executable)
     environment.pop("OMP_NUM_THREADS")
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
@@ -43,3 +43,18 @@ def test_removing_rope_hurts_stage_one_wins_most_back_stage_two_the_rest(tmp_pat
     assert again.returncode == 0
     assert again.stdout.count("done already") == 6
     assert "$ python" not in again.stdout
+    if seed == 0:
+        assert_a_control_is_added(tmp_path)
+
+
+def assert_a_control_is_added(output: Path) -> None:
+    """The control ends below the NoPE model: without it the demo would call more training a success."""
+    result = run_demo(output, 0, "--control")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("done already") == 5
+    results = json.loads((output / "demo" / "evaluation" / "evaluation_results.json").read_text())
+    loss = {m["label"]: m["datasets"]["embedded"]["loss"] for m in results["milestones"]}
+    assert loss["control (stage 2)"] < loss["stage 2"]
+    assert results["verdict"].startswith("Not for free")
+    assert "The squares are the control" in (output / "demo" / "evaluation" / "evaluation_report.md").read_text()
+    assert run_demo(output, 0, "--control").stdout.count("done already") == 8

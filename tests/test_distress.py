@@ -4,8 +4,14 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import pytest
+import torch
+
+from flare.phase import is_out_of_memory
+from flare.watchdog import Limits, Watchdog
 from tests.conftest import REPO, script_environment, train
 
 # Put first on PYTHONPATH, it is imported by every Python process before anything else. The third step of rank 1 fails.
@@ -48,7 +54,9 @@ def test_out_of_memory_on_one_rank_ends_all_with_flags_that_need_less(train_flag
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "Traceback" not in result.stderr
-    assert errors[0].startswith("error: rank 1 (cpu (1 threads)) ran out of memory (CUDA out of memory. Tried to allo")
+    assert errors[0].startswith(
+        "error: rank 1 (cpu (1 threads)) ran out of memory while training (CUDA out of memory. Trie"
+    )
     assert "the plan is 0.00 GiB at the peak" in errors[0]
     assert "what fits: --per_device_train_batch_size 1 --gradient_accumulation_steps 2" in errors[0]
     run = tmp_path / "out" / "run"
@@ -56,6 +64,19 @@ def test_out_of_memory_on_one_rank_ends_all_with_flags_that_need_less(train_flag
     assert stage["status"] == "failed"
     assert stage["error"] == errors[0].removeprefix("error: ")
     assert (run / "checkpoints" / "checkpoint-2" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (torch.distributed.DistBackendError("NCCL error ... Cuda failure 2 'out of memory'"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_full_card_is_told_from_other_errors(error: RuntimeError, is_full: bool) -> None:
+    assert is_out_of_memory(error) is is_full
 
 
 def test_a_rank_that_is_stuck_ends_when_another_calls() -> None:
@@ -74,3 +95,24 @@ def test_a_rank_that_is_stuck_ends_when_another_calls() -> None:
     finally:
         for process in ranks:
             process.kill()
+
+
+def test_a_rank_that_waits_for_an_event_of_its_card_waits_for_others(tmp_path: Path) -> None:
+    """On a card collectives are queued, so that is where a rank stands whose partner is gone."""
+    source = "def synchronize(waits, go_on):\n    waits.set()\n    go_on.wait()\n"
+    names: dict = {}
+    exec(compile(source, torch.cuda.streams.__file__, "exec"), names)
+    waits, go_on = threading.Event(), threading.Event()
+    rank = threading.Thread(target=names["synchronize"], args=(waits, go_on))
+    rank.start()
+    watchdog = Watchdog(0, 1, None, Limits(10, 10), tmp_path, print)
+    try:
+        assert waits.wait(timeout=30)
+        watchdog.main_thread = rank.ident
+        assert watchdog._place() == "waits"
+        watchdog.main_thread = threading.get_ident()
+        assert watchdog._place() != "waits"
+    finally:
+        go_on.set()
+        rank.join()
+        watchdog.file.close()

@@ -8,6 +8,7 @@ import pytest
 from flare.data.rows import SourceSpec
 from flare.errors import ConfigError
 from flare.evaluation.datasets import held_out, join_pages, parse_name
+from flare.evaluation.models import milestones
 from tests.conftest import run_script, write_base, write_corpus
 
 
@@ -40,7 +41,7 @@ def test_models_are_compared_on_the_same_documents(family: dict[str, Path], tmp_
     assert (entry["status"], entry["num_documents"]) == ("ok", 12)
     report = (tmp_path / "evaluation_report.md").read_text()
     assert "**Verdict:**" in report.splitlines()[1]
-    assert (tmp_path / "plots").glob("loss_by_position*.png")
+    assert list((tmp_path / "plots").glob("loss_by_position*.png"))
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -82,6 +83,19 @@ def test_a_config_that_lies_about_its_layers_is_refused(family: dict[str, Path],
     result = evaluate("--model_path", tmp_path / "lie", "--datasets", family["corpus"], "--output_dir", tmp_path)
     assert result.returncode == 2
     assert "nope_layers=[]" in result.stderr
+
+
+def test_a_control_is_told_from_a_base_by_the_stage_it_went_through(tmp_path: Path) -> None:
+    """Also where stage 1's model was set aside, one directory deeper."""
+    for root, stages in (("base", {"2": {}}), ("control", {"1": {}, "2": {}})):
+        for stage, directory in ((1, "stage1/final_model"), (2, "final_model")):
+            (tmp_path / root / directory).mkdir(parents=True)
+            config = {"model_type": "qwen2", "num_hidden_layers": 4, "flare": {"stage": stage}}
+            (tmp_path / root / directory / "config.json").write_text(json.dumps(config))
+        (tmp_path / root / "training_metrics.json").write_text(json.dumps({"stages": stages}))
+    models = ("base/final_model", "control/stage1/final_model", "control/final_model")
+    labels = [m.label for m in milestones([tmp_path / model for model in models])]
+    assert labels == ["base", "control (stage 1)", "control (stage 2)"]
 
 
 def test_wikitext_lines_are_joined_to_pages() -> None:

@@ -1,5 +1,7 @@
 """Starting workers: the right card, a fabric that works, one decision for all ranks, signals, and mistakes."""
 
+import dataclasses
+import inspect
 import os
 import shutil
 import signal
@@ -18,8 +20,9 @@ from flare.errors import ConfigError, EnvError
 from flare.handoff import CARDS_VARIABLE, DEVICE_VARIABLE, export_environment, told_options, worker_hardware
 from flare.hosts import check_hosts, rendezvous
 from flare.jsonc import read_jsonc
+from flare.launch import SHUTDOWN_TIMEOUT_SEC, _grant_shutdown
 from flare.nvidia_smi import Gpu
-from flare.options import STAGE_DEFAULTS
+from flare.options import SELECTIVE, STAGE_DEFAULTS
 from flare.plan import check_fits
 from flare.plan_table import plan_lines
 from flare.run import Hardware, Run
@@ -262,6 +265,20 @@ def test_auto_prefers_a_smaller_micro_batch_to_checkpointing(base: Path, tmp_pat
     run = run_of(gpus(900), base, tmp_path, *flags, "--gradient_checkpointing", "auto")
     assert not run.gradient_checkpointing
     assert run.micro_batch_size > 1
+
+
+def test_auto_takes_the_least_checkpointing_that_fits(base: Path, tmp_path: Path) -> None:
+    """Smaller and smaller cards: none, selective, everything; whatever the flag says, the same rows a step."""
+    flags = ["--global_batch_size", 2, "--per_device_train_batch_size", 2, "--max_seq_length", 512]
+    found = [
+        run_of(gpus(mib), base, tmp_path, *flags, "--gradient_checkpointing", "auto").gradient_checkpointing
+        for mib in range(1000, 700, -1)
+    ]
+    assert list(dict.fromkeys(found)) == [False, SELECTIVE, True]
+    given = run_of(gpus(1000), base, tmp_path, *flags, "--gradient_checkpointing", SELECTIVE)
+    assert given.gradient_checkpointing == SELECTIVE
+    with pytest.raises(ConfigError, match='must be true or false or selective or auto, got the string "some"'):
+        run_of(gpus(1000), base, tmp_path, *flags, "--gradient_checkpointing", "some")
 
 
 def test_global_batch_that_processes_cannot_share_is_refused(base: Path, tmp_path: Path) -> None:
@@ -573,3 +590,21 @@ def test_bad_card_numbers_are_one_line(tmp_path: Path, script: str, ids: str, wo
 def test_seven_billion_parameters_do_not_fit_one_a40_and_what_would_is_named(tmp_path: Path) -> None:
     result = dry_run(tmp_path, "--stage", 2, "--gpu_ids", 4, "--model_name_or_path", "Qwen/Qwen2.5-7B")
     assert_one_line_after_cards(result, 2, "does not fit on 1 x NVIDIA A40", "what would", "--train_layers nope")
+
+
+def test_workers_are_granted_their_last_checkpoint_on_a_torch_that_takes_no_such_argument(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch 2.11: LaunchConfig has no shutdown_timeout, and the agent closes its workers with the method's default."""
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.launcher.api import LaunchConfig
+
+    @dataclasses.dataclass
+    class OldLaunchConfig:
+        nproc_per_node: int
+
+    monkeypatch.setattr(PContext.close, "__defaults__", (None, 30))
+    expected = {} if "shutdown_timeout" not in LaunchConfig.__dataclass_fields__ else {"shutdown_timeout": 600}
+    assert _grant_shutdown(LaunchConfig) == expected
+    assert _grant_shutdown(OldLaunchConfig) == {}
+    assert inspect.signature(PContext.close).parameters["timeout"].default == SHUTDOWN_TIMEOUT_SEC

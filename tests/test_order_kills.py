@@ -34,7 +34,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Runs:
     """Runs of one experiment, each after the other."""
 
-    def __init__(self, base: Path, corpus: Path, directory: Path, extra: list[str]) -> None:
+    def __init__(self, base: Path, corpus: Path | str, directory: Path, extra: list[str]) -> None:
         self.directory, self.attempts = directory, 0
         directory.mkdir(exist_ok=True)
         self.flags = [

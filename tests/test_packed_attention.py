@@ -56,8 +56,8 @@ def test_bounds_say_what_the_mask_says(seed: int) -> None:
 
 
 def test_shape_of_bounds_stays_unless_documents_are_very_short() -> None:
-    shapes = {document_bounds(random_positions(np.random.default_rng(s), 4, 512, mean=100)).shape for s in range(20)}
-    assert shapes == {(4 * 512 // TOKENS_PER_DOCUMENT + 1,)}
+    shapes = {document_bounds(random_positions(np.random.default_rng(s), 4, 2048, 600)).shape for s in range(20)}
+    assert shapes == {(4 * 2048 // TOKENS_PER_DOCUMENT + 1,)}
     shortest = document_bounds(np.zeros((2, 64), dtype=np.int64))  # every token a document
     assert np.array_equal(np.unique(shortest), np.arange(129))
     assert document_bounds(np.arange(8)[None]).tolist() == [0, 8]

@@ -67,7 +67,7 @@ def test_the_examples_of_the_help_run_one_after_the_other(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for line in EXAMPLES.splitlines()[1:]:
+    for line in EXAMPLES.replace("\\\n", "").splitlines()[1:]:
         words = line.replace("Qwen/Qwen2.5-3B", str(base)).replace("20-32", "every:4").split()
         assert words[:2] == ["python", "patch_qwen_rope.py"]
         assert run(*words[2:]) == 0

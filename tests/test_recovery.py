@@ -6,7 +6,7 @@ import pytest
 from flare.evaluation.bootstrap import paired_difference
 from flare.evaluation.compare import difference
 from flare.evaluation.perplexity import DatasetScore
-from flare.evaluation.recovery import recovery, recovery_of
+from flare.evaluation.recovery import control_curve, recovery, recovery_of
 from flare.evaluation.report_sections import recovery_section
 from flare.evaluation.verdict import context_verdict, passkey_verdict
 
@@ -55,6 +55,15 @@ def test_recovery_is_read_from_the_stages_in_order_with_tokens_added_up():
     assert (found.base_loss, found.untrained_loss, found.tokens_to_95_percent) == (2.0, 3.0, 170)
     section = recovery_section({"recovery": found.to_json()})
     assert "| won back | 96.0 % |" in section and "| tokens to 95 % | at most 170 |" in section
+
+
+def test_a_controls_curve_counts_where_it_began_as_the_base_on_the_same_documents():
+    history = [{"tokens": 0, "eval_loss": 3.0, "rope_eval_loss": 2.0}, {"tokens": 10, "eval_loss": 2.1}]
+    found = recovery_of({"1": {"history": history}})
+    control = {"1": {"history": [{"tokens": 0, "eval_loss": 2.00001}, {"tokens": 10, "eval_loss": 1.9}]}}
+    assert [(p["tokens"], p["loss"]) for p in control_curve(found, control)] == [(0, 2.00001), (10, 1.9)]
+    control["1"]["history"][0]["eval_loss"] = 2.01  # other documents, or another base
+    assert control_curve(found, control) == control_curve(None, control) == control_curve(found, {}) == []
 
 
 def test_no_recovery_where_the_base_was_not_measured_or_the_start_is_missing():
@@ -142,6 +151,11 @@ def test_contexts_in_plain_words():
         "By context length on pg19: at 4,096 tokens within 0.3 % of base; "
         "at 16,384 tokens perplexity 9.10 against 410.00 of base. "
         "Beyond the training length it holds up better than base."
+    )
+    control = model("control", "control", {1024: 9.0, 4096: 9.0, 16384: 9.2})
+    assert context_verdict([base, mine, control], "stage 2", 4096).endswith(
+        "at 16,384 tokens perplexity 9.10 against 410.00 of base and 9.20 of control. "
+        "Beyond the training length it holds up better than base and about as well as control."
     )
     alone = context_verdict([mine], "stage 2", None)
     assert alone == "By context length on pg19: at 1,024 tokens perplexity 11.20; at 16,384 tokens perplexity 9.10."

@@ -11,9 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flare.evaluation.figures import Plot
 from flare.evaluation.plots import (
+    CONTROL_COLOR,
     count_label,
     plot_loss_by_position,
     plot_training_curve,
+    series_colors,
     smoothed,
     spread,
     stage_spans,
@@ -92,10 +94,25 @@ def test_difference_is_in_perplexity_and_for_another_tokenizer_in_bits_per_byte(
 def test_verdict_tells_the_jump_each_stage_and_the_end():
     words = comparison_verdict(four_rows())
     assert words == (
-        "It worked: stage 2 is 3.0 % above base in perplexity on embedded (7.61 against 7.39). "
+        "Won back: stage 2 is 3.0 % above base in perplexity on embedded (7.61 against 7.39). "
         "Removing RoPE raised the loss by 1.000 nats (2.000 to 3.000 nats); "
-        "after stage 1 75 % of that was won back; after stage 2 97 % of that was won back."
+        "after stage 1 75 % of that was won back; after stage 2 97 % of that was won back. "
+        "More training alone lowers the loss, too: how much of this it was, only the same training with RoPE kept can "
+        "tell (the control, not compared here)."
     )
+
+
+@pytest.mark.parametrize(
+    ("loss", "opinion", "end"),
+    [
+        (2.025, "It worked", "stage 2 is 0.5 % above control in perplexity on embedded (7.61 against 7.58)."),
+        (1.9, "Not for free", "(7.61 against 6.69). That is what removing RoPE costs here."),
+    ],
+)
+def test_a_control_says_what_more_training_alone_would_have_done(loss, opinion, end):
+    words = comparison_verdict([*four_rows(), row("half", "control", 1.0), row("control", "control", loss)])
+    assert words.startswith(f"{opinion}: stage 2 is 3.0 % above base") and words.endswith(end)
+    assert "The same training with RoPE kept is the control: stage 2 is" in words
 
 
 @pytest.mark.parametrize(
@@ -104,8 +121,8 @@ def test_verdict_tells_the_jump_each_stage_and_the_end():
         (2.06, "Not there yet"),
         (3.2, "higher still"),
         (1.9, "below the base's"),
-        (1.9, "It worked"),
-        (2.05, "It worked"),
+        (1.9, "Won back"),
+        (2.05, "Won back"),
     ],
 )
 def test_verdict_on_other_ends(loss, expected):
@@ -120,7 +137,7 @@ def test_verdict_when_removing_rope_did_not_hurt():
 
 def test_verdict_of_two_models_and_of_one():
     two = comparison_verdict([row("base", "base", 2.0), row("mine", "trained", 2.0)])
-    assert two == "mine is equal to base in perplexity on embedded (7.39 against 7.39)."
+    assert two.startswith("mine is equal to base in perplexity on embedded (7.39 against 7.39). More training alone")
     assert comparison_verdict([row("base", "base", 2.0)]) == ""
     assert "needs a second one" in report_verdict(hand_made(), [])
     assert "nothing has been trained" in comparison_verdict(four_rows()[:2])
@@ -156,10 +173,18 @@ def report(tmp_path: Path, results: dict, plots=(), rows=None, **more) -> str:
 
 
 def test_first_three_lines_say_what_verdict_and_number(tmp_path):
-    lines = report(tmp_path, hand_made(), rows=four_rows()).splitlines()
+    lines = report(tmp_path, hand_made(), rows=four_rows(), label="stage 2").splitlines()
     assert lines[0] == "# Evaluation of my run/final_model (qwen2_nope, NoPE layers: 4-6) on embedded"
-    assert lines[1].startswith("**Verdict:** It worked: stage 2 is 3.0 % above base")
+    assert lines[1].startswith("**Verdict:** Won back: stage 2 is 3.0 % above base")
     assert lines[2] == "**The number:** perplexity 7.61 on embedded, +3.0 % against base."
+
+
+def test_the_number_is_the_evaluated_models_whatever_stands_last(tmp_path):
+    rows = [*four_rows(), row("control", "control", 1.9)]
+    text = report(tmp_path, hand_made(), rows=rows, label="stage 2")
+    assert text.splitlines()[2].endswith("perplexity 7.61 on embedded, +3.0 % against base, +13.9 % against control.")
+    assert "- control: the same training with RoPE kept" in text
+    assert "Training on more text changes the loss by itself" not in text  # the control is there
 
 
 def test_tables_hold_the_numbers_and_have_equal_columns(tmp_path):
@@ -176,7 +201,7 @@ def test_tables_hold_the_numbers_and_have_equal_columns(tmp_path):
 
 def test_another_tokenizer_is_marked_and_compared_in_bits_per_byte(tmp_path):
     rows = [row("base", "base", 2.0, bits=1.0), row("other", "trained", 1.0, tokenizer="t2", bits=1.1)]
-    text = report(tmp_path, hand_made(), rows=rows)
+    text = report(tmp_path, hand_made(), rows=rows, label="other")
     assert "| other | 1.0000 \\* | 2.72 \\* | 1.1000 | +10.0 % \\* | – |" in text
     assert "may not be compared" in text
     assert text.splitlines()[2] == "**The number:** 0.8123 bits per byte on embedded, +10.0 % against base."
@@ -217,6 +242,9 @@ def test_parts_of_the_plots_worked_by_hand():
     history = {"stage1": {"train": [(10, 3.0), (20, 2.0)], "eval": [(25, 2.5)]}, "stage2": {"train": [(7, 1.0)]}}
     assert stage_spans(history) == [("stage1", 0.0, 25.0), ("stage2", 25.0, 32.0)]
     assert smoothed([1.0, 2.0, 6.0, 4.0], span=3) == [1.5, 3.0, 4.0, 5.0]
+    labels = ["base", "patched, untrained", "stage 1", "stage 2", "control (stage 2)"]
+    assert series_colors(labels)[2:] == [*series_colors(["stage 1", "stage 2"]), CONTROL_COLOR]
+    assert len(set(series_colors([*labels, "a", "b"]))) == 7
     assert [count_label(v) for v in (0, 512, 1500, 2e6, 4e9)] == ["0", "512", "1.5k", "2M", "4B"]
     heights = [height for height, _ in spread([(0.5, "b"), (0.49, "a"), (0.9, "c")], gap=0.05)]
     assert heights == pytest.approx([0.49, 0.54, 0.9])
@@ -227,7 +255,7 @@ def test_plots_are_drawn_and_a_diverged_run_too(tmp_path):
     buckets = hand_made()["datasets"]["embedded"]["loss_by_position"]
     position = plot_loss_by_position({"$a$ 中文": buckets, "b": buckets}, tmp_path / "plots" / "position.png")
     history = {"stage 1": {"train": [(1, 3.0), (2, math.nan)], "eval": [(2, 2.5)]}, "stage 2": {"train": []}}
-    curve = plot_training_curve(history, tmp_path / "curve.png", {"base": 2.0})
+    curve = plot_training_curve(history, tmp_path / "curve.png", {"base": 2.0}, [(0, 2.0), (2, 1.9)])
     empty = plot_training_curve({}, tmp_path / "empty.png")
     for path in (position, curve, empty):
         with Image.open(path) as image:
@@ -236,18 +264,33 @@ def test_plots_are_drawn_and_a_diverged_run_too(tmp_path):
         assert len(image.getcolors(1 << 20)) > len(blank.getcolors(1 << 20))
 
 
-def test_tensorboard_holds_scalars_the_curve_and_the_plots(tmp_path):
+def events_of(directory: Path) -> EventAccumulator:
+    return EventAccumulator(str(directory)).Reload()
+
+
+def test_tensorboard_holds_scalars_the_curves_of_every_model_the_tables_and_the_plots(tmp_path):
     results = hand_made()
     add_failure(results, "missing", "no file")
+    curve = [{"context_length": n, "perplexity": p} for n, p in ((64, 9.0), (128, None))]
+    results["context_lengths"] = {"embedded": curve}
+    scores = {"datasets": {"embedded": {"perplexity": 7.0}}, "context_lengths": {"embedded": curve}}
+    results["milestones"] = [{"label": "base (a/b)", **scores}, {"label": "stage 2"}]
     picture = plot_loss_by_position({"a": results["datasets"]["embedded"]["loss_by_position"]}, tmp_path / "p.png")
-    write_tensorboard(results, tmp_path / "tb", [Plot(picture, "plots/loss_by_position", "")])
-    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    plots = [Plot(picture, "plots/loss_by_position", "")]
+    for _ in range(2):  # an evaluation before leaves nothing behind
+        write_tensorboard(results, tmp_path / "tb", plots, "stage 2", "# Title\n| a | b |\n\n## Plots\n![x](y)")
+    events, other = events_of(tmp_path / "tb"), events_of(tmp_path / "tb" / "base (a_b)")
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    assert scalars["eval/embedded/perplexity"][0].value == pytest.approx(math.exp(STAGE2), rel=1e-6)
-    assert [(e.step, e.value) for e in scalars["eval/embedded/loss_by_position"]] == [(0, 4.0), (1, 3.0)]
-    assert "eval/embedded/word_perplexity" not in scalars  # overflowed: None
+    assert scalars["results/embedded/perplexity"][0].value == pytest.approx(math.exp(STAGE2), rel=1e-6)
+    assert [(e.step, e.value) for e in scalars["by_position/embedded"]] == [(0, 4.0), (1, 3.0)]
+    assert "results/embedded/word_perplexity" not in scalars  # overflowed: None
     assert not any("missing" in tag for tag in scalars)
     assert events.Tags()["images"] == ["plots/loss_by_position"]
+    assert events.Tensors("report/text_summary")[0].tensor_proto.string_val[0] == b"# Title\n| a | b |\n"
+    for run in (events, other):
+        assert [(e.step, e.value) for e in run.Scalars("by_context/embedded")] == [(64, 9.0)]
+    assert other.Scalars("results/embedded/perplexity")[0].value == 7.0
+    assert not (tmp_path / "tb" / "stage 2").exists()
 
 
 def test_comparison_row_of_a_results_file():

@@ -16,7 +16,8 @@ from tests.conftest import REPO, script_environment, train, write_base
 
 CASES = [
     "qwen2: everything", "qwen2: everything, checkpointed", "qwen2: NoPE layers",
-    "qwen2: attention of NoPE layers, checkpointed", "untied: everything", "untied: NoPE layers",
+    "qwen2: attention of NoPE layers, checkpointed", "qwen2: everything, selective",
+    "untied: everything", "untied: NoPE layers",
 ]  # fmt: skip
 
 
@@ -52,9 +53,22 @@ def test_bf16_runs_shard_fp32_masters_beside_frozen_bf16_weights(found: dict, ca
     assert found[case]["difference"] < 0.05
 
 
+def test_the_length_curve_of_a_sharded_model_is_that_of_the_whole_one(found: dict) -> None:
+    """Also where a rank has a batch fewer than the other, or none: it joins the other's gathers. fp32, relative 1e-5,
+    tokens exactly: the last 8 of five documents at two lengths, the last 32 of one."""
+    for (sharded, alone), tokens in zip(found["length curves"], ([40, 40], [32]), strict=True):
+        assert [row["num_tokens"] for row in sharded] == [row["num_tokens"] for row in alone] == tokens
+        assert [row["loss"] for row in sharded] == pytest.approx([row["loss"] for row in alone], rel=1e-5)
+
+
 def test_what_two_ranks_wrote_in_many_files_loads_whole_and_sharded(found: dict) -> None:
     assert found["round trip"]["files"] > 6
     assert found["round trip"]["plain"] and found["round trip"]["sharded"]
+
+
+def test_a_flag_of_the_device_turns_updates_of_shards_off(found: dict) -> None:
+    """So that sharded runs on cards need not wait for a step's numbers before its update: see flare/outcomes.py."""
+    assert found["flagged updates"] == {"same": True, "seen": True}
 
 
 def test_files_hold_whole_tensors_in_order_and_ranks_take_turns() -> None:
@@ -80,7 +94,7 @@ def flags(base: Path, corpus: Path, cache_dir: Path) -> list[str]:
         "--cache_dir", str(cache_dir), "--max_seq_length", "32", "--per_device_train_batch_size", "2",
         "--eval_steps", "3", "--logging_steps", "1", "--save_steps", "2",
         "--validation_split_percentage", "10", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant",
-        "--no_rope_layers", "1", "3",
+        "--no_rope_layers", "1", "3", "--eval_context_lengths", "16,32,64",
     ]  # fmt: skip
 
 
@@ -114,18 +128,30 @@ def test_the_final_model_of_a_sharded_run_is_whole_and_its_canary_true(whole_run
 def test_a_sharded_run_goes_on_with_other_processes_sharded_or_not(
     flags: list[str], whole_run: Path, tmp_path: Path
 ) -> None:
-    """Two sharded processes, then three, then one whole: the losses of the unbroken run."""
+    """Two sharded processes, then three, then one whole: the losses and length curves of the unbroken run."""
     run = [*flags, "--base_output_dir", tmp_path, "--experiment_name", "run"]
     run += ["--global_batch_size", 4]  # on three processes one has a row more, since the run has begun with four
     for steps, processes, parallel in ((2, 2, "fsdp"), (4, 3, "fsdp"), (6, 1, "ddp")):
         result = train(*run, "--max_steps", steps, "--nproc_per_node", processes, "--parallel", parallel)
         assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(whole_run), rel=2e-5)
+    found, curves = losses_by_length(tmp_path / "run"), losses_by_length(whole_run)
+    assert {key: found[key] for key in curves} == pytest.approx(curves, rel=2e-5)
+    assert {step for step, _ in curves} == {0, 3, 6}
 
 
 def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line["loss"] for line in logged(run) if "loss" in line]
+
+
+def losses_by_length(run: Path) -> dict[tuple[int, int], float]:
+    """(step, context length) -> loss."""
+    curves = {line["step"]: line["eval_context_lengths"] for line in logged(run) if "eval_context_lengths" in line}
+    return {(step, row["context_length"]): row["loss"] for step, curve in curves.items() for row in curve}
+
+
+def logged(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_plan_of_a_sharded_step_holds(tmp_path: Path) -> None:
@@ -140,5 +166,5 @@ def test_the_plan_of_a_sharded_step_holds(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for case, (measured, planned) in json.loads(out.read_text()).items():
-        most = 1.2 if "embedding" in case else 1.1 if case == "checkpointing" else 1.04
+        most = 1.2 if "embedding" in case else {"checkpointing": 1.1, "selective": 1.05}.get(case, 1.04)
         assert 0.95 < planned / measured < most, (case, measured, planned)

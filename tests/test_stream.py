@@ -311,7 +311,6 @@ def test_an_error_of_a_reader_reaches_the_rank(folder: Path, base: Path, tmp_pat
     [
         (["--streaming", "--num_train_epochs", "2"], "--streaming never knows; give --max_steps"),
         (["--streaming", "--prepare_only"], "--prepare_only makes a token cache, and --streaming uses none"),
-        (["--streaming", "--dataset_weights", "0.5,0.5"], "--streaming takes one"),
         (["--streaming_buffer_rows", "64"], "--streaming_buffer_rows is for --streaming"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from flare.data.streaming.messages import Job, Order
 from flare.data.streaming.pieces import streamed_pieces
 from flare.data.streaming.place import MAX_LANES, Cursor, Place, lane_pieces
 from flare.data.streaming.producer import Merge
+from flare.data.streaming.survey import survey
 from flare.data.streaming.worker import OpenPiece
+from flare.data.tokens import TokenSettings
 from flare.errors import DataError
 
 SEQ_LEN = 7
@@ -218,6 +221,33 @@ def test_too_many_bad_rows_are_an_error_at_once_when_the_size_is_known(tmp_path:
     with pytest.raises(DataError, match="3 of 100 rows"):
         Producing(order_of(pieces, tmp_path, max_bad_rows=0.02, total_rows=100), 0).make(9)
     assert list(tmp_path.glob("0*")) == []
+
+
+def test_more_bad_rows_than_ten_thousand_may_hold_are_an_error_at_once(tmp_path: Path) -> None:
+    """Whatever comes behind them: an epoch of this data has no end that a test could wait for."""
+    pieces = [Texts([None] * 11 + ["1 2 3 4 5"] * 50_000)]
+    with pytest.raises(DataError, match=r"11 of \d\d rows hold no usable text"):
+        Producing(order_of(pieces, tmp_path, max_bad_rows=0.001), 0).make(0)
+
+
+def test_bad_rows_at_the_beginning_say_little_of_the_rest(tmp_path: Path) -> None:
+    pieces = [Texts([None] * 10 + ["1 2 3 4 5"] * 10_000)]
+    assert len(Producing(order_of(pieces, tmp_path, max_bad_rows=0.001), 0).make(40)) == 41
+
+
+def test_a_survey_ends_at_too_many_bad_rows(tmp_path: Path) -> None:
+    read = []
+
+    class Watched(Texts):
+        def rows(self) -> Iterator[Row]:
+            for row in super().rows():
+                read.append(row)
+                yield row
+
+    pieces = [Watched([None] * 20 + ["1 2 3 4 5"] * 50_000)]
+    with pytest.raises(DataError, match=r"11 of 11 rows hold no usable text .*limit is 0.10%"):
+        survey(pieces, TokenSettings(), 0.1)
+    assert len(read) == 12
 
 
 def test_an_epoch_of_fewer_rows_than_a_step_is_an_error(tmp_path: Path) -> None:

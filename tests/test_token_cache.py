@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flare.data import rows
 from flare.data.build import Builder, Ledger, build_token_cache
+from flare.data.child import child_environment
 from flare.data.encode import end_of_text_id
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
@@ -141,6 +143,22 @@ def test_bytes_do_not_depend_on_the_number_of_workers(folder: Path, base: Path, 
     assert (meta["bad_rows"], places) == (3, ["1.jsonl:10 is null", "3.jsonl:26 is null", "5.jsonl:42 is null"])
 
 
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])
+def test_bytes_do_not_depend_on_how_a_file_is_cut(
+    folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """One file of JSON lines, whole and in pieces of a few: the same cache, bad rows named by the same lines."""
+    one = tmp_path / f"one{kind}"
+    one.write_bytes(b"".join(file.read_bytes() for file in sorted(folder.glob("*.jsonl"))))
+    whole = contents(cache_of(one, base, tmp_path / "whole", max_bad_rows=0.5))
+    for most_bytes, workers in ((1, 1), (700, 2)):
+        monkeypatch.setattr(rows, "LEAST_PIECE_BYTES", most_bytes)
+        monkeypatch.setattr(rows, "PIECE_BYTES", most_bytes)
+        assert len(open_source(SourceSpec(str(one)), tmp_path / f"c{most_bytes}").pieces()) > 5
+        cut = cache_of(one, base, tmp_path / f"c{most_bytes}", max_bad_rows=0.5, num_workers=workers)
+        assert contents(cut) == whole
+
+
 @pytest.mark.parametrize("size", [1, 9, 10, 11, 40, 1000])
 def test_dataset_size_counts_rows_over_pieces_as_over_one_file(
     folder: Path, base: Path, tmp_path: Path, size: int
@@ -195,7 +213,7 @@ def test_a_killed_build_is_taken_over(folder: Path, base: Path, tmp_path: Path, 
     blocked.unlink()
     blocked.write_bytes(content)
     builder = Builder(
-        FileByFile(folder), load_tokenizer(base), work.with_name(work.name[1:].removesuffix(".parts")),
+        FileByFile(folder), load_tokenizer(base), work.with_name(work.name.split(".")[1]),
         TokenSettings(max_bad_rows=0.1, num_workers=1),
     )  # fmt: skip
     builder.take_over()
@@ -239,6 +257,16 @@ def is_alive(pid: str) -> bool:
         return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def test_workers_ask_for_huge_pages_beside_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in (
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ):
+        monkeypatch.setenv("GLIBC_TUNABLES", before)
+        assert child_environment(1)["GLIBC_TUNABLES"] == after
 
 
 def test_two_builders_at_once_build_once(folder: Path, base: Path, tmp_path: Path) -> None:

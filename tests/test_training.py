@@ -16,7 +16,7 @@ from flare.data.tokens import TokenCache, TokenSettings
 from flare.distributed import World
 from flare.errors import FlareError
 from flare.hub import read_model_config
-from flare.loss import IGNORE_INDEX, linear_cross_entropy_sum, score_tokens
+from flare.loss import IGNORE_INDEX, _chunk_gradient, linear_cross_entropy_sum, score_tokens
 from flare.model import TrainingModel, checkpoint_layers, load_for_training
 from flare.nope.format import with_nope
 from flare.nope.load import load_causal_lm, load_tokenizer
@@ -94,7 +94,8 @@ def test_fused_loss_and_gradients_are_those_of_float64(frozen_head: bool) -> Non
 
 
 def test_bf16_loss_sums_the_heads_gradient_in_fp32() -> None:
-    """Against float64 on the same bf16 operands: 1.1e-4 of the norm; a bf16 sum over 16 chunks was off by 9e-3."""
+    """Against float64 on the same bf16 operands: 1.9e-3 of the norm, each chunk's product being rounded to bf16; a
+    bf16 sum over 16 chunks was off by 9e-3."""
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(4096, 64).bfloat16(), torch.randn(600, 64) / 8, torch.randint(0, 600, (4096,))
     exact_weight = weight.bfloat16().double().requires_grad_()
@@ -102,7 +103,23 @@ def test_bf16_loss_sums_the_heads_gradient_in_fp32() -> None:
     weight.requires_grad_()
     linear_cross_entropy_sum(hidden, weight, labels, chunk_rows=256).backward()
     assert weight.grad.dtype == torch.float32
-    assert (weight.grad.double() - exact_weight.grad).norm() < 1e-3 * exact_weight.grad.norm()
+    assert (weight.grad.double() - exact_weight.grad).norm() < 3e-3 * exact_weight.grad.norm()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+def test_the_cards_way_to_a_chunks_gradient_equals_float64(dtype: torch.dtype, tolerance: float) -> None:
+    """Its arithmetic, on the CPU. bf16: each number within half a bf16 step of float64 on the same logits, also where
+    the target's probability is near 1."""
+    torch.manual_seed(0)
+    logits, labels = (4 * torch.randn(200, 300)).to(dtype), torch.randint(0, 300, (200,))
+    logits[torch.arange(0, 200, 2), labels[::2]] = 12.0
+    labels[::5] = IGNORE_INDEX
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="sum")
+    expected.backward()
+    nll, gradient = _chunk_gradient(logits, torch.eye(300, dtype=dtype), labels)
+    assert nll.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(gradient.double(), exact.grad, rtol=tolerance, atol=1e-7)
 
 
 def test_a_second_backward_through_the_loss_is_refused() -> None:
@@ -193,12 +210,15 @@ def test_accumulation_gives_the_loss_and_gradients_of_one_big_batch(
         assert difference < 1e-5, name
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(cache: TokenCache, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("selective", [False, True])
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    cache: TokenCache, base: Path, tmp_path: Path, selective: bool
+) -> None:
     plain = gradients(trainer(load(base, [1, 3], Trainable(True)), cache, tmp_path))
     model = load(base, [1, 3], Trainable(True))
-    assert checkpoint_layers(model.causal_lm) == [0, 1, 2, 3]
+    assert checkpoint_layers(model.causal_lm, selective) == [0, 1, 2, 3]
     for name, gradient in gradients(trainer(model, cache, tmp_path)).items():
-        torch.testing.assert_close(gradient, plain[name], rtol=1e-6, atol=1e-8)
+        assert torch.equal(gradient, plain[name]), name
 
 
 # -- stages -----------------------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ a byte of it.
 
 import errno
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -24,10 +22,14 @@ from flare.data.parts import Part
 from flare.data.pool import Task, run_tasks
 from flare.data.progress import TokenProgress
 from flare.data.rows import Piece, Source
-from flare.data.tokens import FORMAT_VERSION, TokenCache, TokenSettings
+from flare.data.tokens import TokenCache, TokenSettings, cache_key
 from flare.errors import ConfigError, DataError, EnvError
 from flare.files import write_json
 from flare.logs import log
+
+JUDGED_ROWS = 10_000
+"""Of a corpus without a known end the first so many rows are judged together: a few bad ones at its beginning say
+little of the rest. What is too many for all of them is too many at once."""
 
 
 def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settings: TokenSettings) -> TokenCache:
@@ -38,13 +40,8 @@ def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settin
 
     Raises: DataError for too many bad rows or no usable document; EnvError when the disk is full.
     """
-    key = {
-        "format": FORMAT_VERSION,
-        "data": source.fingerprint(),
-        "tokenizer": tokenizer_sha256(tokenizer),
-        "dataset_size": settings.dataset_size,
-    }
-    fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    key = cache_key(source.fingerprint(), tokenizer_sha256(tokenizer), settings)
+    fingerprint = key["fingerprint"]
     directory = cache_dir / f"tokens-{fingerprint}"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -59,7 +56,7 @@ def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settin
         cache = open_whole(directory)
         if cache is None:
             try:
-                Builder(source, tokenizer, directory, settings).build(key | {"fingerprint": fingerprint})
+                Builder(source, tokenizer, directory, settings).build(key)
             except OSError as error:
                 raise EnvError(f"cannot write the token cache {directory}: {error.strerror or error}") from error
             cache = TokenCache(directory)
@@ -93,7 +90,8 @@ class Builder:
         self.encoder = Encoder.of(tokenizer)
         self.directory = directory
         self.settings = settings
-        self.work = directory.with_name(f".{directory.name}.parts")
+        # the number tells cuts apart: parts of other pieces, of another version of ours, are not taken over
+        self.work = directory.with_name(f".{directory.name}.{len(self.pieces)}.parts")
         self.ledger = Ledger(len(self.pieces), settings.dataset_size)
 
     def build(self, key: dict) -> None:
@@ -109,7 +107,8 @@ class Builder:
         join_parts(parts, temporary, self.encoder.dtype.itemsize)
         write_json(temporary / "meta.json", key | meta)
         temporary.rename(self.directory)
-        shutil.rmtree(self.work)
+        for work in self.work.parent.glob(f".{self.directory.name}.*parts"):
+            shutil.rmtree(work)
         seconds = time.perf_counter() - t0
         log.info(f"tokenised {meta['num_documents']:,} documents, {meta['num_tokens']:,} tokens in {seconds:.1f} s")
 
@@ -152,7 +151,7 @@ class Builder:
         if at_most is None:
             return
         bad = total_bad(self._parts())
-        if bad.count > self.settings.max_bad_rows * at_most:
+        if too_many_bad(bad.count, at_most, self.settings.max_bad_rows, at_most):
             check_bad_rows(bad, at_most - bad.count, self.settings.max_bad_rows)
 
     def _describe(self, parts: list[Part]) -> dict:
@@ -275,6 +274,15 @@ def total_bad(parts: list[Part]) -> BadRows:
     for part in parts:
         bad.extend(part.bad)
     return bad
+
+
+def too_many_bad(bad: int, rows: int, share: float, total_rows: int | None = None) -> bool:
+    """Whether so many bad ones among the first rows are too many already.
+
+    Args:
+        share: of the rows, that may be bad. total_rows: how many there will be, when that is known.
+    """
+    return bad > share * (total_rows or max(rows, JUDGED_ROWS))
 
 
 def check_bad_rows(bad: BadRows, num_good: int, max_bad_rows: float, quiet: bool = False) -> None:

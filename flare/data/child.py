@@ -10,24 +10,25 @@ import sys
 from pathlib import Path
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""A tokenizer looks up words and merges all over tables of many megabytes; with pages of 2 MiB it does so a sixth
+faster (docs/experiments.md). Asks the kernel by madvise; a C library or a kernel that does not know it leaves it."""
 
 
 class Child:
     """``python -m MODULE FD PID`` on the other end of ``pipe``.
 
     Args:
-        first: sent to it at once.
         threads: of the tokenizer in it, so that all processes together fill the cores.
     """
 
-    def __init__(self, module: str, first: object, threads: int = 1) -> None:
+    def __init__(self, module: str, threads: int = 1) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
         with theirs:
             command = [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())]
             self.process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=child_environment(threads)
             )
-        self.tell(first)
 
     def tell(self, message: object) -> None:
         """Send something. That it is dead is noticed where answers are read.
@@ -56,8 +57,12 @@ def ignore_stop_signals() -> None:
 def child_environment(threads: int) -> dict[str, str]:
     """This environment with the package importable and threads set."""
     paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    tunables = list(filter(None, [os.environ.get("GLIBC_TUNABLES")]))
+    if not any(HUGE_PAGES.split("=")[0] in text for text in tunables):
+        tunables.append(HUGE_PAGES)
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
+        "GLIBC_TUNABLES": ":".join(tunables),
         "RAYON_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
         "OPENBLAS_NUM_THREADS": "1",

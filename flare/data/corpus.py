@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flare.data.build import build_token_cache
-from flare.data.mixture import MixedRows, block_counts
+from flare.data.mixture import MixedRows, block_counts, check_weights
 from flare.data.packing import PackedRows, split_documents
 from flare.data.rows import Source, SourceSpec
 from flare.data.sources import open_source, path_of
@@ -116,12 +116,7 @@ def open_corpus(
     """
     names = [spec.dataset_name for spec in specs]
     if weights is not None:
-        if len(weights) != len(names) or len(names) == 1:
-            raise ConfigError(
-                f"--dataset_weights has {len(weights)} weights for {len(names)} data sets ({', '.join(names)}); "
-                "give one for each of several"
-            )
-        block_counts(weights)
+        check_weights(weights, names)
     sources = [open_source(spec, cache_dir) for spec in specs]
     sets = [
         DataSet.open(name, source, tokenizer, cache_dir, settings) for name, source in zip(names, sources, strict=True)

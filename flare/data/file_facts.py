@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flare.data.rows import PIECE_BYTES
+from flare.data.rows import piece_bytes
 from flare.files import write_json
 
+FORMAT_VERSION = 2
+"""Of the notes, and of how files are cut."""
 BLOCK_BYTES = 4 * 2**20
 SETTLED_SEC = 3.0
 """A file that was changed less than this before it was read may change again with the same times (they are coarse)."""
@@ -23,7 +25,7 @@ SETTLED_SEC = 3.0
 
 @dataclass(frozen=True)
 class FileFacts:
-    """``cuts``: (byte, number of the line that begins there), about every ``PIECE_BYTES``."""
+    """``cuts``: (byte, number of the line that begins there), about every ``piece_bytes(size)``."""
 
     size: int
     sha256: str
@@ -51,7 +53,7 @@ def facts_of(files: list[Path], memo_dir: Path | None) -> list[FileFacts]:
                 notes[str(file.absolute())] = note
         if notes != known:
             with contextlib.suppress(OSError):  # only the next start's time is lost
-                write_json(memo, {"piece_bytes": PIECE_BYTES, "files": notes})
+                write_json(memo, {"format": FORMAT_VERSION, "files": notes})
     return facts
 
 
@@ -82,8 +84,9 @@ def _state(file: Path) -> list[int]:
 def _read_memo(memo: Path) -> dict:
     try:
         content = json.loads(memo.read_text(encoding="utf-8"))
-        return content["files"] if content["piece_bytes"] == PIECE_BYTES else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        notes = content["files"].items() if content["format"] == FORMAT_VERSION else ()
+        return {name: note for name, note in notes if note["state"] and _from_note(note["facts"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -95,14 +98,17 @@ def read_facts(file: Path) -> FileFacts:
     """Read the whole file once, in small blocks."""
     digest = hashlib.sha256()
     cuts: list[tuple[int, int]] = []
-    offset, line, due = 0, 1, PIECE_BYTES
+    every = piece_bytes(file.stat().st_size)
+    offset, line, due = 0, 1, every
     with open(file, "rb") as stream:
         while block := stream.read(BLOCK_BYTES):
             digest.update(block)
-            newline = block.find(b"\n", max(due - offset, 0)) if due < offset + len(block) else -1
-            if newline >= 0:
-                cuts.append((offset + newline + 1, line + block.count(b"\n", 0, newline + 1)))
-                due = offset + newline + 1 + PIECE_BYTES
-            line += block.count(b"\n")
+            counted = 0  # bytes of the block whose lines are counted
+            while due < offset + len(block) and (newline := block.find(b"\n", max(due - offset, 0))) >= 0:
+                line += block.count(b"\n", counted, newline + 1)
+                counted = newline + 1
+                cuts.append((offset + counted, line))
+                due = offset + counted + every
+            line += block.count(b"\n", counted)
             offset += len(block)
     return FileFacts(offset, digest.hexdigest(), tuple(cut for cut in cuts if cut[0] < offset))

@@ -22,6 +22,8 @@ ARCHIVES = {".gz": "gzip", ".zst": "zstd"}
 UNDECODED = re.compile("[\udc80-\udcff]")
 OPEN_OBJECT = re.compile(rb"\{[ \t]*\r?\n")
 BOM = b"\xef\xbb\xbf"
+START_BYTES = 64
+"""Of a .json file, from which is told what it holds."""
 
 
 def kind_of(file: Path) -> str | None:
@@ -31,6 +33,24 @@ def kind_of(file: Path) -> str | None:
         kind = suffixes[0] if len(suffixes) == 2 else None
         return kind if kind in KINDS and kind != ".parquet" else None
     return suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
+
+
+def holds_lines(file: Path) -> bool:
+    """Whether a file is plain JSON lines, which can be cut between any two of them: by its name, or a .json by how it
+    begins."""
+    kind = kind_of(file)
+    if is_archive(file) or kind not in (".jsonl", ".json"):
+        return False
+    if kind == ".jsonl":
+        return True
+    with open(file, "rb") as stream:
+        return _is_lines(stream.read(START_BYTES))
+
+
+def _is_lines(start: bytes) -> bool:
+    """Whether a .json that begins so holds an object a line: the field writes JSON lines into .json files, too."""
+    start = start.removeprefix(BOM).lstrip()
+    return start[:1] != b"[" and not OPEN_OBJECT.match(start)
 
 
 def is_archive(file: Path) -> bool:
@@ -178,12 +198,12 @@ def _parse_lines(lines: Iterator[bytes], file: Path, column: str, first_line: in
 
 
 def _read_json(stream: BinaryIO, file: Path, column: str) -> Iterator[Row]:
-    start = stream.peek(64)[:64].removeprefix(BOM).lstrip()
-    if OPEN_OBJECT.match(start):
-        raise DataError(f"{file} is one JSON object over several lines; give an array of objects, or one a line")
-    if start[:1] != b"[":  # the field writes JSON lines into .json files, too
+    start = stream.peek(START_BYTES)[:START_BYTES]
+    if _is_lines(start):
         yield from _read_lines(stream, file, column)
         return
+    if OPEN_OBJECT.match(start.removeprefix(BOM).lstrip()):
+        raise DataError(f"{file} is one JSON object over several lines; give an array of objects, or one a line")
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
     number = 0
     try:

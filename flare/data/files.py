@@ -11,10 +11,10 @@ from flare.data.file_formats import (
     LineRange,
     RowGroups,
     WholeFile,
-    is_archive,
+    holds_lines,
     kind_of,
 )
-from flare.data.rows import PIECE_BYTES, Piece, Source, gather, missing_column
+from flare.data.rows import Piece, Source, gather, missing_column, piece_bytes
 from flare.errors import ConfigError, DataError, first_line
 
 BATCH_BYTES = 8 * 2**20
@@ -118,17 +118,19 @@ class FileSource(HashedFiles):
     """Local files of known kinds, one after the other by name."""
 
     def pieces(self) -> list[Piece]:
+        most_bytes = piece_bytes(sum(facts.size for facts in self.facts()))
         parts = []
         for file, facts in zip(self.files, self.facts(), strict=True):
-            parts += self._parts(file, facts)
-        return gather(parts)
+            parts += self._parts(file, facts, most_bytes)
+        return gather(parts, most_bytes)
 
-    def _parts(self, file: Path, facts: FileFacts) -> list[tuple[Piece, int]]:
-        """(piece, bytes) of one file."""
+    def _parts(self, file: Path, facts: FileFacts, most_bytes: int) -> list[tuple[Piece, int]]:
+        """(piece, bytes) of one file. An archive, a JSON array and a .csv, where a line may end within a value, are
+        one piece each."""
         kind = kind_of(file)
         if kind == ".parquet":
-            return row_groups(file, self.text_column)
-        if kind != ".jsonl" or is_archive(file):
+            return row_groups(file, self.text_column, most_bytes)
+        if not holds_lines(file):
             return [(WholeFile(file, kind, self.text_column), facts.size)]
         starts = [(0, 1), *facts.cuts]
         ends = [byte for byte, _ in facts.cuts] + [facts.size]
@@ -151,8 +153,8 @@ def by_folder(names: list[str], facts: list[FileFacts]) -> dict[str, str]:
     return described
 
 
-def row_groups(file: Path, column: str) -> list[tuple[Piece, int]]:
-    """(piece, bytes) of a parquet file.
+def row_groups(file: Path, column: str, most_bytes: int) -> list[tuple[Piece, int]]:
+    """(piece, bytes) of a parquet file; row groups are never cut.
 
     Raises: ConfigError when it has no such column; DataError when it is damaged.
     """
@@ -173,7 +175,7 @@ def row_groups(file: Path, column: str) -> list[tuple[Piece, int]]:
     first_row = begin = 0
     for end in range(1, len(sizes) + 1):
         size = sum(s for _, s in sizes[begin:end])
-        if end < len(sizes) and size + sizes[end][1] <= PIECE_BYTES:
+        if end < len(sizes) and size + sizes[end][1] <= most_bytes:
             continue
         rows = sum(n for n, _ in sizes[begin:end])
         batch_rows = max(1, min(1000, BATCH_BYTES * rows // max(size, 1)))

@@ -5,6 +5,7 @@ nearly every step holds the sets in their shares. Each set goes through its own 
 epoch; how many of them lie before a position is known without walking there.
 """
 
+from collections.abc import Iterator
 from fractions import Fraction
 from math import gcd, lcm
 
@@ -41,6 +42,16 @@ def block_counts(weights: list[float]) -> list[int]:
     return counts
 
 
+def check_weights(weights: list[float], names: list[str]) -> None:
+    """Raises: ConfigError for another number of weights than of data sets, and as ``block_counts``."""
+    if len(weights) != len(names) or len(names) == 1:
+        raise ConfigError(
+            f"--dataset_weights has {len(weights)} weights for {len(names)} data sets ({', '.join(names)}); "
+            "give one for each of several"
+        )
+    block_counts(weights)
+
+
 def interleave(counts: list[int]) -> np.ndarray:
     """The set at each of ``sum(counts)`` places: set k has counts[k] of them, at (j + 1/2) / counts[k] of the way.
 
@@ -51,7 +62,36 @@ def interleave(counts: list[int]) -> np.ndarray:
     return sets[np.argsort(ways, kind="stable")]
 
 
-class MixedOrder:
+class Turns:
+    """Which set the positions of the endless sequence read from. ``counts``: places of each set in a block."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self.counts = np.array(counts)
+        self.block = sum(counts)
+        self.sets = interleave(counts)
+        taken = np.cumsum(self.sets[:, None] == np.arange(len(counts)), axis=0)
+        self.before = np.concatenate([np.zeros((1, len(counts)), dtype=np.int64), taken])
+
+    def taken(self, position: int) -> np.ndarray:
+        """Rows of each set before a position, over all its epochs."""
+        blocks, place = divmod(position, self.block)
+        return blocks * self.counts + self.before[place]
+
+    def between(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray, int, int]]:
+        """Of positions [first, last): (set, places in them, the set's own positions [begin, end)) for each set that
+        has some of them."""
+        sets = self.sets[np.arange(first, last) % self.block]
+        for k, (begin, end) in enumerate(zip(self.taken(first), self.taken(last), strict=True)):
+            if end > begin:
+                yield k, np.flatnonzero(sets == k), int(begin), int(end)
+
+
+def seed_of(seed: int, k: int) -> int:
+    """Each set has an order of its own, or two sets of one size would be read in step. Seeds are below 2**32."""
+    return seed + (k << 32)
+
+
+class MixedOrder(Turns):
     """Rows at positions of the endless sequence, by weights. Row indices count through all sets.
 
     Args:
@@ -59,27 +99,15 @@ class MixedOrder:
     """
 
     def __init__(self, seed: int, sizes: list[int], counts: list[int]) -> None:
-        self.counts = np.array(counts)
-        self.block = sum(counts)
-        self.sets = interleave(counts)
-        taken = np.cumsum(self.sets[:, None] == np.arange(len(counts)), axis=0)
-        self.before = np.concatenate([np.zeros((1, len(counts)), dtype=np.int64), taken])
+        super().__init__(counts)
         self.first = np.cumsum([0, *sizes])
-        # Each set has an order of its own, or two sets of one size would be read in step. Seeds are below 2**32.
-        self.orders = [RowOrder(seed + (k << 32), size) for k, size in enumerate(sizes)]
-
-    def taken(self, position: int) -> np.ndarray:
-        """Rows of each set before a position, over all its epochs."""
-        blocks, place = divmod(position, self.block)
-        return blocks * self.counts + self.before[place]
+        self.orders = [RowOrder(seed_of(seed, k), size) for k, size in enumerate(sizes)]
 
     def rows(self, first: int, last: int) -> np.ndarray:
         """Row indices at positions [first, last)."""
-        sets = self.sets[np.arange(first, last) % self.block]
         rows = np.empty(last - first, dtype=np.int64)
-        for k, (begin, end) in enumerate(zip(self.taken(first), self.taken(last), strict=True)):
-            if end > begin:
-                rows[sets == k] = self.first[k] + self.orders[k].rows(int(begin), int(end))
+        for k, places, begin, end in self.between(first, last):
+            rows[places] = self.first[k] + self.orders[k].rows(begin, end)
         return rows
 
 

@@ -55,8 +55,8 @@ def run_tasks(
 class Worker(Child):
     """A worker process and the task that it has."""
 
-    def __init__(self, encoder: Encoder, threads: int) -> None:
-        super().__init__("flare.data.worker", encoder.to_message(), threads)
+    def __init__(self, threads: int) -> None:
+        super().__init__("flare.data.worker", threads)
         self.task: Task | None = None
 
     def give(self, task: Task) -> None:
@@ -76,7 +76,10 @@ class WorkerPool:
     """Processes that live as long as the ``with`` block."""
 
     def __init__(self, encoder: Encoder, processes: int, threads: int) -> None:
-        self.workers = [Worker(encoder, threads) for _ in range(processes)]
+        self.workers = [Worker(threads) for _ in range(processes)]
+        message = encoder.to_message()
+        for worker in self.workers:  # all are started by now: megabytes wait in a pipe till they are read
+            worker.tell(message)
 
     def __enter__(self) -> "WorkerPool":
         return self

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from flare.data.rows import PIECE_BYTES
 from flare.logs import log
+from flare.terminal import columns
 
 LOG_EVERY_SEC = 30.0
 
@@ -30,7 +31,7 @@ class TokenProgress:
     def __enter__(self) -> "TokenProgress":
         if sys.stderr.isatty():
             form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-            self.bar = tqdm(total=1.0, desc="tokenising", leave=False, bar_format=form)
+            self.bar = tqdm(total=1.0, desc="tokenising", leave=False, bar_format=form, ncols=columns(sys.stderr))
         return self
 
     def __exit__(self, *_exception: object) -> None:

@@ -10,6 +10,15 @@ from flare.errors import ConfigError, nearest
 
 PIECE_BYTES = 32 * 2**20
 """Input of a piece, where its format can be cut: a few seconds of tokenising, and a few hundred pieces in 10 GB."""
+ENOUGH_PIECES = 64
+"""A smaller corpus is cut into so many pieces: workers end nearly together when each does many."""
+LEAST_PIECE_BYTES = 2**20
+"""Below that, a piece's own files and messages would cost something."""
+
+
+def piece_bytes(total_bytes: int) -> int:
+    """Input of a piece, of a corpus or file of so many bytes."""
+    return min(max(total_bytes // ENOUGH_PIECES, LEAST_PIECE_BYTES), PIECE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -91,13 +100,13 @@ class Several(Piece):
             yield from part.rows()
 
 
-def gather(parts: list[tuple[Piece, int]], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
-    """Pieces of at most ``piece_bytes`` where that is possible, from ``(piece, bytes)`` in order."""
+def gather(parts: list[tuple[Piece, int]], most_bytes: int) -> list[Piece]:
+    """Pieces of at most ``most_bytes`` where that is possible, from ``(piece, bytes)`` in order."""
     pieces: list[Piece] = []
     group: list[Piece] = []
     size = 0
-    for part, part_bytes in [*parts, (None, piece_bytes)]:
-        if group and size + part_bytes > piece_bytes:
+    for part, part_bytes in [*parts, (None, most_bytes)]:
+        if group and size + part_bytes > most_bytes:
             pieces.append(group[0] if len(group) == 1 else Several(tuple(group)))
             group, size = [], 0
         group.append(part)

@@ -8,7 +8,7 @@ from typing import Any
 
 from flare.data.file_formats import values_of
 from flare.data.files import HashedFiles
-from flare.data.rows import PIECE_BYTES, Piece, Row, SourceSpec, missing_column
+from flare.data.rows import Piece, Row, SourceSpec, missing_column, piece_bytes
 from flare.errors import ConfigError, DataError, first_line, nearest
 
 BATCH_ROWS = 1000
@@ -34,10 +34,11 @@ class TableSlice(Piece):
 
 
 def table_slices(dataset: Any, column: str, name: str) -> list[Piece]:
-    """All rows of a ``datasets.Dataset`` in pieces of about ``PIECE_BYTES``."""
+    """All rows of a ``datasets.Dataset`` in pieces of about ``piece_bytes``."""
     dataset = dataset.select_columns([column])
     rows = len(dataset)
-    step = max(1, PIECE_BYTES * rows // max(dataset.data.nbytes, 1))
+    size = max(dataset.data.nbytes, 1)
+    step = max(1, piece_bytes(size) * rows // size)
     return [TableSlice(dataset, column, name, begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 

@@ -8,6 +8,7 @@
 This module opens what is finished; ``flare.data.build`` makes it.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,22 @@ class TokenSettings:
     dataset_size: int | None = None
     max_bad_rows: float = 0.001
     num_workers: int | None = None
+
+
+def cache_key(data: str, tokenizer_sha256: str, settings: TokenSettings, **more: object) -> dict:
+    """What a cache is made of, for its meta.json, and the ``fingerprint`` of all that, which names it.
+
+    Args:
+        data: identity of the rows. more: what else decides the content of this kind of cache; its ``format``.
+    """
+    key = {
+        "format": FORMAT_VERSION,
+        "data": data,
+        "tokenizer": tokenizer_sha256,
+        "dataset_size": settings.dataset_size,
+        **more,
+    }
+    return key | {"fingerprint": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}
 
 
 class TokenCache:

@@ -17,18 +17,27 @@ class Plot:
     sentence: str
 
 
+@dataclass(frozen=True)
+class Curves:
+    """What training recorded: the stages of the experiment's training_metrics.json, or {}; and the control's curve on
+    the same held-out documents (``recovery.control_curve``), or []."""
+
+    stages: dict
+    control: list[dict]
+
+
 def draw_figures(
-    results: dict, label: str, by_position: dict[str, dict[str, list[dict]]], stages: dict, directory: Path
+    results: dict, label: str, by_position: dict[str, dict[str, list[dict]]], curves: Curves, directory: Path
 ) -> list[Plot]:
     """Draw what the results have, the most telling first.
 
     Args:
         results: of evaluation_results.json, complete.
         label: of the evaluated model among those that it is compared with.
-        by_position: data set -> model -> buckets. stages: of the experiment's training_metrics.json, or {}.
+        by_position: data set -> model -> buckets.
     """
-    trained = training_length(stages)
-    plots = [*_training_curve(results, stages, directory), *_contexts(results, label, trained, directory)]
+    trained = training_length(curves.stages)
+    plots = [*_training_curve(results, curves, directory), *_contexts(results, label, trained, directory)]
     plots += _passkey(results, label, trained, directory)
     for name, series in by_position.items():
         path = plot_loss_by_position(series, directory / f"loss_by_position_{file_name(name)}.png", trained, name)
@@ -58,21 +67,32 @@ def training_history(stages: dict) -> dict[str, dict[str, list[tuple[float, floa
     return {name: curves for name, curves in history.items() if curves["train"]}
 
 
-def _training_curve(results: dict, stages: dict, directory: Path) -> list[Plot]:
-    history = training_history(stages)
+def _training_curve(results: dict, curves: Curves, directory: Path) -> list[Plot]:
+    history = training_history(curves.stages)
     if not history:
         return []
-    recovery = results.get("recovery")
+    recovery, references = results.get("recovery"), {}
+    sentence = "Loss while training, over all stages; dots: held-out documents, thin: training batches."
     if recovery:
-        references = {"base": recovery["base_loss"], "RoPE removed, untrained": recovery["untrained_loss"]}
-        sentence = (
-            "Loss while training (thin: training batches, dots: held-out documents), over all stages: removing RoPE "
-            "lifts it from the lower dashed line to the upper one, and training brings the dots down again."
+        references = {
+            "RoPE removed, untrained": recovery["untrained_loss"], "base, RoPE everywhere": recovery["base_loss"]
+        }  # fmt: skip
+        sentence += (
+            " Removing RoPE lifts the loss from the lower dashed line (the base) to the upper one; training brings "
+            "the dots down again."
         )
-    else:
-        references = {}
-        sentence = "Loss while training (thin: training batches, dots: held-out documents), over all stages."
-    path = plot_training_curve(history, directory / "training_curve.png", references)
+    if curves.control:
+        sentence += (
+            " The squares are the control, the base after the same training with RoPE kept: what lies between its end "
+            "and the last dot is what removing RoPE cost."
+        )
+    elif recovery:
+        sentence += (
+            " Below the base they may fall because more text was seen: only a control, the same training with RoPE "
+            "kept, tells how far."
+        )
+    control = [(point["tokens"], point["loss"]) for point in curves.control]
+    path = plot_training_curve(history, directory / "training_curve.png", references, control)
     return [Plot(path, "plots/training_curve", sentence)]
 
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from flare.errors import ConfigError, FlareError
+from flare.errors import ConfigError, FlareError, print_error
 from flare.evaluation.options import EvaluationSettings
 from flare.gpus import Selection, select_environment
 from flare.handoff import CARDS_VARIABLE, DEVICE_VARIABLE, worker_hardware
@@ -62,7 +62,7 @@ def _start_workers(script: Path, argv: list[str], local_world_size: int) -> int:
         return 128 + received(error)
     except ChildFailedError as error:
         failure = first_failure(error, "the lines above")
-        print(f"error: {failure.message}", file=sys.stderr, flush=True)
+        print_error(failure.message)
         return failure.exit_code
     return 0
 

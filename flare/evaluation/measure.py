@@ -3,6 +3,7 @@
 All ranks call the same methods in the same order. Results are plain JSON, as in evaluation_results.json.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from flare.evaluation.results import (
 )
 from flare.evaluation.scorer import TokenScorer
 from flare.logs import log
+from flare.terminal import columns
 
 NUMBERS = (
     "protocol", "max_length", "stride", "min_tokens", "prefix_token_id", "precision", "attn_implementation", "seed",
@@ -154,10 +156,10 @@ class Measurement:
             except DataError as error:
                 reasons.append(f"{name}: {error}")
         self.results["context_lengths"] = {name: part["rows"] for name, part in curves.items()}
-        for reason in reasons:
-            log.warning(f"context lengths: {reason}")
         if not curves:
             self._fail("--context_lengths", "; ".join(reasons) or "no data set could be scored")
+        for reason in reasons if curves else ():
+            log.warning(f"context lengths: {reason}")
         self.save(self.results)
 
     def _curve(self, name: str, lengths: list[int]) -> dict:
@@ -236,7 +238,8 @@ class Measurement:
         if not self.place.world.is_main:
             yield None
             return
-        with tqdm(unit=" tokens", unit_scale=True, desc=title, disable=None, leave=False) as bar:
+        width = columns(sys.stderr)
+        with tqdm(unit=" tokens", unit_scale=True, desc=title, disable=None, leave=False, ncols=width) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total

@@ -42,14 +42,15 @@ def milestone(directory: Path) -> Milestone:
             return Milestone(1, "patched, untrained", "patched", directory)
         return Milestone(1 + stage, f"stage {stage}", "trained", directory)
     if stage is not None and _is_control(directory):
-        return Milestone(10 + stage, f"RoPE control, stage {stage}", "control", directory)
+        return Milestone(10 + stage, f"control (stage {stage})", "control", directory)
     return Milestone(0, "base", "base", directory)
 
 
 def _is_control(directory: Path) -> bool:
     """Whether a model with RoPE everywhere went through stage 1, which only a control does."""
-    experiment = experiment_of(directory)
-    return experiment is not None and "1" in experiment.read_metrics().get("stages", {})
+    parent = directory.resolve().parent
+    root = parent.parent if parent.name == "stage1" else parent  # stage 1's own model is set aside there
+    return "1" in Experiment(root).read_metrics().get("stages", {})
 
 
 def milestones(directories: list[Path]) -> list[Milestone]:

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from flare.command_line import OneLineParser
 from flare.errors import ConfigError
 from flare.gpus import parse_gpu_ids
 from flare.option_values import parse_lengths
@@ -12,10 +13,13 @@ DEFAULT_DATASETS = ("wikitext2", "c4", "lambada", "pg19")
 
 EXAMPLES = """\
 examples:
-  python evaluate_model_enhanced.py --model_path runs/my_experiment/final_model --use_default_datasets
-  python evaluate_model_enhanced.py --model_path runs/my_experiment/final_model --datasets pg19 --passkey \\
-      --compare_to Qwen/Qwen2.5-3B --context_lengths 1024,2048,4096,8192,16384 --gpu_ids 0 1 2 3
-  python evaluate_model_enhanced.py --model_path runs/big/final_model --datasets my.jsonl --device auto
+  python evaluate_model_enhanced.py --model_path runs/mine/final_model \\
+      --use_default_datasets
+  python evaluate_model_enhanced.py --model_path runs/mine/final_model \\
+      --datasets pg19 --passkey --context_lengths 1024,4096,16384 \\
+      --compare_to Qwen/Qwen2.5-3B runs/control/final_model --gpu_ids 0 1 2 3
+  python evaluate_model_enhanced.py --model_path runs/big/final_model \\
+      --datasets my.jsonl --device auto
 """
 
 
@@ -60,8 +64,8 @@ class EvaluationSettings:
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The flags, in groups."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(
+        "evaluate_model_enhanced.py", "--model_path DIR [--compare_to MODEL ...]", description, EXAMPLES
     )
     _add_what(parser.add_argument_group("what is evaluated"))
     _add_how(parser.add_argument_group("how"))

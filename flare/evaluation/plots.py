@@ -3,9 +3,10 @@
 Labels stand at the lines where there is room; colours are told apart by the colour-blind too.
 """
 
+import itertools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib import font_manager, rc_context
@@ -14,12 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # Okabe and Ito, Color Universal Design (2008); its yellow is too light for a line on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 REFERENCE_COLOR = "#666666"
+CONTROL_COLOR = "#000000"
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "SimHei", "PingFang SC")
 SIZE_INCHES = (8.0, 4.5)
 DPI = 130
-TRAINING_AXIS = "tokens trained (thin: training batches, dots: evaluation)"
+TRAINING_AXIS = "tokens trained (dots: held-out documents, thin: training batches)"
 LABEL_GAP = 0.055
 """Least distance of two labels at the right edge, as a share of the axis."""
 
@@ -38,7 +40,7 @@ def plot_loss_by_position(
         on = f" on {name}" if name else ""
         figure, axes = new_axes(f"Loss by position{on}: what more context is worth", "tokens seen")
         ends = []
-        for color, (label, buckets) in zip(_cycle(len(series)), series.items(), strict=True):
+        for color, (label, buckets) in zip(series_colors(series), series.items(), strict=True):
             # Position p has seen p + 1 tokens; a bucket stands at the geometric middle of what it has seen.
             seen = [((bucket["from"] + 1) * bucket["to"]) ** 0.5 for bucket in buckets]
             losses = [bucket["loss"] for bucket in buckets]
@@ -56,6 +58,7 @@ def plot_training_curve(
     history: dict[str, dict[str, list[tuple[float, float]]]],
     path: Path | str,
     references: dict[str, float] | None = None,
+    control: Sequence[tuple[float, float]] = (),
 ) -> Path:
     """Loss against trained tokens, the stages one after the other on one axis.
 
@@ -64,18 +67,24 @@ def plot_training_curve(
             from that stage's own start, stages in order of training.
         references: label -> loss, drawn as horizontal lines (the base, the patched model untrained): the
             eval points are to be read against them, so they must come from the same documents.
+        control: (tokens over all stages, loss) of the same training with RoPE kept, on those documents, too.
     """
     spans = stage_spans(history)
     references = references or {}
     with style():
-        figure, axes = new_axes("Loss while training", TRAINING_AXIS, title_pad=24)
+        title = "What removing RoPE cost and what training won back" if references else "Loss while training"
+        figure, axes = new_axes(title, TRAINING_AXIS, title_pad=24)
         shown = list(references.values())
         named = [(loss, f"{label} {loss:.3f}", REFERENCE_COLOR) for label, loss in references.items()]
-        for color, (stage, start, end) in zip(_cycle(len(spans)), spans, strict=True):
+        for color, (stage, start, end) in zip(series_colors(stage for stage, *_ in spans), spans, strict=True):
             last = end == spans[-1][2]
             shown += _draw_stage(axes, history[stage], start, color)
             _name_span(axes, stage, start, end, color)
             named += _label_end(axes, stage, history[stage].get("eval", []), start, color, last)
+        if control:
+            _draw_control(axes, control)
+            shown += [loss for _, loss in control]
+            named.append((control[-1][1], f"control, RoPE kept {control[-1][1]:.3f}", CONTROL_COLOR))
         _zoom(axes, shown)
         for loss in references.values():
             axes.axhline(loss, color=REFERENCE_COLOR, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
@@ -109,6 +118,13 @@ def _draw_stage(axes: Axes, curves: dict, start: float, color: str) -> list[floa
         clip_on=False,
     )  # fmt: skip
     return smooth + [loss for _, loss in evaluated]
+
+
+def _draw_control(axes: Axes, control: Sequence[tuple[float, float]]) -> None:
+    axes.plot(
+        *zip(*control, strict=True), color=CONTROL_COLOR, marker="s", markersize=4.5, linewidth=1.6,
+        markeredgecolor="white", zorder=2, clip_on=False,
+    )  # fmt: skip
 
 
 def _name_span(axes: Axes, stage: str, start: float, end: float, color: str) -> None:
@@ -215,8 +231,11 @@ def spread(items: list[tuple[float, tuple]], gap: float) -> list[tuple[float, tu
     return placed
 
 
-def _cycle(count: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(count)]
+def series_colors(labels: Iterable[str]) -> list[str]:
+    """A colour a line; base, control and stages have the same one in every picture."""
+    known = {"base": REFERENCE_COLOR, "stage 1": COLORS[0], "stage 2": COLORS[1]}
+    others = itertools.cycle(COLORS[2:])
+    return [CONTROL_COLOR if name.startswith("control") else known.get(name) or next(others) for name in labels]
 
 
 def style():

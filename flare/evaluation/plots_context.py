@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from flare.evaluation.plots import COLORS, DPI, label_right, mark_training_length, new_axes, save, style
+from flare.evaluation.plots import DPI, label_right, mark_training_length, new_axes, save, series_colors, style
 
 PASSKEY_COLORS = "cividis"  # ordered in lightness for every kind of colour vision (Nunez et al. 2018)
 KINDS = {"accuracy": "first choice", "generated_accuracy": "in what it writes"}
@@ -24,8 +24,7 @@ def plot_context_lengths(
     with style():
         figure, axes = new_axes(f"Perplexity by context length on {name}", "context (tokens)", "perplexity")
         ends = []
-        for index, (label, rows) in enumerate(series.items()):
-            color = COLORS[index % len(COLORS)]
+        for color, (label, rows) in zip(series_colors(series), series.items(), strict=True):
             lengths = [row["context_length"] for row in rows]
             # 1e12: what no picture can show is drawn at its edge.
             values = [math.exp(min(row["loss"], math.log(1e12))) for row in rows]

@@ -4,6 +4,7 @@ The source is training_metrics.json: before its first step, the first stage meas
 trained, and the same weights with RoPE everywhere (the base), on the rows that it evaluates on ever after.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 from flare.evaluation.verdict import NO_JUMP_NATS, RECOVERED
@@ -33,18 +34,33 @@ def recovery_of(stages: dict[str, dict]) -> Recovery | None:
 
     Raises: nothing; a stage without evaluations adds no point.
     """
-    curve, start, base = [], 0, None
-    for stage in sorted(stages):
-        records = stages[stage].get("history", [])
-        evaluations = [record for record in records if "eval_loss" in record]
-        for record in evaluations:
-            if base is None:
-                base = record.get("rope_eval_loss")
-            curve.append({"stage": int(stage), "tokens": start + record["tokens"], "loss": record["eval_loss"]})
-        start += max((record["tokens"] for record in records), default=0)
+    records = (record for stage in sorted(stages) for record in stages[stage].get("history", []))
+    base = next((record["rope_eval_loss"] for record in records if "rope_eval_loss" in record), None)
+    curve = held_out_curve(stages)
     if base is None or not curve or curve[0]["tokens"] != 0:
         return None
     return recovery(base, curve)
+
+
+def held_out_curve(stages: dict[str, dict]) -> list[dict]:
+    """``{"stage", "tokens", "loss"}`` of every evaluation during training, tokens counted over all stages."""
+    curve, start = [], 0
+    for stage in sorted(stages):
+        records = stages[stage].get("history", [])
+        for record in records:
+            if "eval_loss" in record:
+                curve.append({"stage": int(stage), "tokens": start + record["tokens"], "loss": record["eval_loss"]})
+        start += max((record["tokens"] for record in records), default=0)
+    return curve
+
+
+def control_curve(found: Recovery | None, stages: dict[str, dict]) -> list[dict]:
+    """The held-out curve of a control's ``stages``, if it began with this recovery's base on its documents: its first
+    loss must be the base's (relative 1e-4, the rounding of other kernels). [] else."""
+    curve = held_out_curve(stages)
+    if found is None or not curve or not math.isclose(curve[0]["loss"], found.base_loss, rel_tol=1e-4):
+        return []
+    return curve
 
 
 def recovery(base_loss: float, curve: list[dict]) -> Recovery:

@@ -22,6 +22,7 @@ from flare.evaluation.verdict import (
     ComparisonRow,
     comparison_verdict,
     context_verdict,
+    control_of,
     difference_percent,
     number,
     passkey_verdict,
@@ -55,7 +56,7 @@ def write_report(
     rows = comparison_rows or []
     models = models_of(results, label)
     sections = [
-        _head(results, rows, report_verdict(results, rows, label, training_length)),
+        _head(results, rows, label, report_verdict(results, rows, label, training_length)),
         _comparison(rows),
         context_section(results, models),
         passkey_section(models),
@@ -99,7 +100,7 @@ def nope_pattern(layers: list[int]) -> str:
     return "interleaved" if len(steps) == 1 else "mixed"
 
 
-def _head(results: dict, rows: list[ComparisonRow], verdict: str) -> str:
+def _head(results: dict, rows: list[ComparisonRow], label: str, verdict: str) -> str:
     """Three lines: what, verdict, the number. A backslash is Markdown's line break."""
     model, ok = results["model"], scored_datasets(results)
     kind = f"{model['model_type']}, NoPE layers: {format_layers(model['nope_layers'])}"
@@ -108,18 +109,21 @@ def _head(results: dict, rows: list[ComparisonRow], verdict: str) -> str:
     if not ok:
         return f"{what}\n{line}\n**The number:** none."
     name = rows[0].dataset if rows and rows[0].dataset in ok else next(iter(ok))
-    return f"{what}\n{line}\n**The number:** {_headline(name, ok[name], rows)}"
+    return f"{what}\n{line}\n**The number:** {_headline(name, ok[name], rows, label)}"
 
 
-def _headline(name: str, entry: dict, rows: list[ComparisonRow]) -> str:
-    """Perplexity, or bits per byte where another tokenizer is in the comparison; against the base if any."""
+def _headline(name: str, entry: dict, rows: list[ComparisonRow], label: str) -> str:
+    """Perplexity, or bits per byte where another tokenizer is in the comparison; against base and control if any."""
     if len({row.tokenizer_sha256 for row in rows}) > 1:
         text = f"{entry['bits_per_byte']:.4f} bits per byte on {name}"
     else:
         text = f"perplexity {number(entry['perplexity'])} on {name}"
     group = [row for row in rows if row.dataset == name]
-    if len(group) > 1 and group[0].role == "base":
-        text += f", {difference_percent(group[-1], group[0]):+.1f} % against {group[0].label}"
+    mine = next((row for row in group if row.label == label), None)
+    base = next((row for row in group if row.role == "base"), None)
+    for other in (base, control_of(group)):
+        if mine and other and other is not mine:
+            text += f", {difference_percent(mine, other):+.1f} % against {other.label}"
     return text + "."
 
 
@@ -127,7 +131,7 @@ def _comparison(rows: list[ComparisonRow]) -> str:
     """A table per data set; the first row of each is what the others are held against."""
     if not rows:
         return ""
-    parts = ["## Compared"]
+    parts = ["## Compared", _who(rows)]
     for dataset in dict.fromkeys(row.dataset for row in rows):
         group = [row for row in rows if row.dataset == dataset]
         parts.append(f"On {cell(dataset)}:\n\n" + _comparison_table(group))
@@ -144,6 +148,24 @@ def _comparison(rows: list[ComparisonRow]) -> str:
             "where it holds zero, these documents do not tell the two apart."
         )
     return "\n\n".join(parts)
+
+
+ROLES = {
+    "base": "the model before anything was changed",
+    "patched": "RoPE removed, nothing trained since: the damage",
+    "trained": "RoPE removed, then trained (stage 1: the NoPE layers only; stage 2: everything)",
+    "control": "the same training with RoPE kept: what the training alone does",
+}
+
+
+def _who(rows: list[ComparisonRow]) -> str:
+    """A line for each role, with the models that have it."""
+    lines = []
+    for role, words in ROLES.items():
+        labels = dict.fromkeys(row.label for row in rows if row.role == role)
+        if labels:
+            lines.append(f"- {cell(', '.join(labels))}: {words}")
+    return "\n".join(lines)
 
 
 def _comparison_table(group: list[ComparisonRow]) -> str:
@@ -261,7 +283,7 @@ def _nope_notes(layers: list[int], measured: bool) -> list[str]:
 
 def _comparison_notes(rows: list[ComparisonRow]) -> list[str]:
     roles = {row.role for row in rows}
-    if not {"base", "trained"} <= roles:
+    if not {"base", "trained"} <= roles or "control" in roles:
         return []
     return [
         "Training on more text changes the loss by itself. The control that separates this from the removal "

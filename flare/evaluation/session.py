@@ -9,13 +9,13 @@ from flare.distributed import World
 from flare.errors import ConfigError, DataError, EnvError
 from flare.evaluation.compare import Measured, comparison, comparison_rows, milestone_records, reference_of
 from flare.evaluation.datasets import DatasetRequest, load_texts, parse_name
-from flare.evaluation.figures import draw_figures, training_length
+from flare.evaluation.figures import Curves, draw_figures, training_length
 from flare.evaluation.finished import FinishedParts, texts_identity
 from flare.evaluation.harness import check_lm_eval
 from flare.evaluation.measure import Measurement, Place, Task
 from flare.evaluation.models import Milestone, experiment_of, milestones
 from flare.evaluation.options import EvaluationSettings
-from flare.evaluation.recovery import recovery_of
+from flare.evaluation.recovery import control_curve, recovery_of
 from flare.evaluation.report import report_verdict, write_report
 from flare.evaluation.results import add_failure, write_results
 from flare.evaluation.tensorboard import write_tensorboard
@@ -114,15 +114,26 @@ class Evaluation:
         trained = training_length(stages)
         results["verdict"] = report_verdict(results, rows, model.who.label, trained)
         write_results(results, self.results_file)
-        figures = draw_figures(results, model.who.label, _positions(ordered), stages, settings.output_dir / "plots")
-        write_tensorboard(results, settings.output_dir / "tensorboard", figures)
-        if experiment is not None:  # beside the stages' curves, too
-            write_tensorboard(results, experiment.tensorboard / "evaluation", figures)
+        curves = Curves(stages, control_curve(recovered, _control_stages(ordered)))
+        plots = settings.output_dir / "plots"
+        figures = draw_figures(results, model.who.label, _positions(ordered), curves, plots)
         report = settings.output_dir / "evaluation_report.md"
         write_report(results, report, figures, rows, model.who.label, trained)
+        boards = [settings.output_dir / "tensorboard"]
+        boards += [experiment.tensorboard / "evaluation"] if experiment else []  # beside the stages' curves, too
+        for board in boards:
+            write_tensorboard(results, board, figures, model.who.label, report.read_text(encoding="utf-8"))
         if complete:
             self.parts.clear()
+        log.info(results["verdict"])
         log.info(f"report: {report}")
+
+
+def _control_stages(models: list[Measured]) -> dict:
+    """What the experiment of the last control recorded in training; {} without one."""
+    controls = [m.who for m in models if m.who.role == "control"]
+    experiment = experiment_of(controls[-1].directory) if controls else None
+    return experiment.read_metrics().get("stages", {}) if experiment else {}
 
 
 def _positions(models: list[Measured]) -> dict[str, dict[str, list[dict]]]:

@@ -1,4 +1,7 @@
-"""The results in TensorBoard: a scalar a metric, the loss by position as a curve, the plots as images."""
+"""The results in TensorBoard: tables as text, curves by position and context length, the plots as images.
+
+One run for the evaluated model and one for each that it is compared with, so that their curves lie over each other.
+"""
 
 from pathlib import Path
 
@@ -13,33 +16,47 @@ SCALARS = (
     "loss", "perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity", "token_accuracy",
     "lambada_accuracy", "lambada_perplexity",
 )  # fmt: skip
+IMAGE_WIDTH = 850
+"""Pixels; TensorBoard cuts what is wider than its panel, here in a window of 1,250."""
 
 
-def write_tensorboard(results: dict, log_dir: Path | str, plots: list[Plot]) -> None:
-    """Write one event file, in place of those of an evaluation before.
+def write_tensorboard(results: dict, log_dir: Path | str, plots: list[Plot], label: str, report: str) -> None:
+    """Write event files in place of those of an evaluation before.
 
     Args:
-        results: of ``evaluation_results.json``. Tags are ``eval/<data set>/<metric>``;
-            ``eval/<data set>/loss_by_position`` has the position as its step,
-            ``eval/<data set>/perplexity_by_context`` the context length.
-        plots: for the image tab.
+        results: of ``evaluation_results.json``. Tags are ``results/<data set>/<metric>``;
+            ``by_position/<data set>`` has the position as its step, ``by_context/<data set>`` the context length.
+        plots: for the image tab. label: of the evaluated model.
+        report: the report's Markdown; what stands before its plots goes to the text tab.
     """
-    for old in Path(log_dir).glob("events.out.tfevents.*"):
+    for old in Path(log_dir).rglob("events.out.tfevents.*"):
         old.unlink()
     with SummaryWriter(str(log_dir)) as writer:
+        _write_scores(writer, scored_datasets(results), results.get("context_lengths") or {})
         for name, entry in scored_datasets(results).items():
-            for metric in SCALARS:
-                if entry.get(metric) is not None:
-                    writer.add_scalar(f"eval/{name}/{metric}", entry[metric], 0)
             for bucket in entry["loss_by_position"]:
-                writer.add_scalar(f"eval/{name}/loss_by_position", bucket["loss"], bucket["from"])
-        for name, rows in (results.get("context_lengths") or {}).items():
-            for row in rows:
-                if row["perplexity"] is not None:
-                    writer.add_scalar(f"eval/{name}/perplexity_by_context", row["perplexity"], row["context_length"])
+                writer.add_scalar(f"by_position/{name}", bucket["loss"], bucket["from"])
         for metric, value in results["throughput"].items():
             if value is not None:
-                writer.add_scalar(f"eval/throughput/{metric}", value, 0)
+                writer.add_scalar(f"results/throughput/{metric}", value, 0)
+        writer.add_text("report", report.partition("\n## Plots")[0])
         for plot in plots:
             with Image.open(plot.path) as image:
-                writer.add_image(plot.tag, np.asarray(image.convert("RGB")), 0, dataformats="HWC")
+                small = image.convert("RGB")
+                small.thumbnail((IMAGE_WIDTH, image.height), Image.Resampling.LANCZOS)
+                writer.add_image(plot.tag, np.asarray(small), 0, dataformats="HWC")
+    for other in results.get("milestones", ()):
+        if other["label"] != label:
+            with SummaryWriter(str(Path(log_dir) / other["label"].replace("/", "_"))) as writer:
+                _write_scores(writer, other["datasets"], other["context_lengths"])
+
+
+def _write_scores(writer: SummaryWriter, datasets: dict, contexts: dict) -> None:
+    for name, entry in datasets.items():
+        for metric in SCALARS:
+            if entry.get(metric) is not None:
+                writer.add_scalar(f"results/{name}/{metric}", entry[metric], 0)
+    for name, rows in contexts.items():
+        for row in rows:
+            if row["perplexity"] is not None:
+                writer.add_scalar(f"by_context/{name}", row["perplexity"], row["context_length"])

@@ -1,7 +1,8 @@
 """What several results say together, in plain words. Pure functions of losses.
 
 A row is one model on one data set. Rows have roles: the ``base`` as it was published, the ``patched``
-model before any training, and ``trained`` ones in the order of training, the last of which is the result.
+model before any training, ``trained`` ones in the order of training, the last of which is the result, and ``control``
+ones, which had the same training with RoPE kept.
 """
 
 import math
@@ -16,6 +17,8 @@ RECOVERED = 0.95
 NO_JUMP_NATS = 0.005
 """Below this, removing RoPE changed nothing that is worth a percentage (a guess: half a percent)."""
 
+AS_GOOD_PERCENT = 1.0
+"""How far above the control a result may lie to be called as good (a guess; docs/evaluation.md)."""
 
 CLEAR_NATS = 0.02
 """What two losses must lie apart beyond the training length to be called different (a guess: 2 % of perplexity)."""
@@ -81,7 +84,8 @@ def comparison_verdict(rows: list[ComparisonRow]) -> str:
     """What the rows of one data set say: the jump, what each training won back, where it ended.
 
     The first row of the roles base and patched counts, and all trained ones. '' without a base or
-    without anything to hold against it.
+    without anything to hold against it. Only a control can tell winning back from the effect of more training: with
+    one, the opinion is about that.
     """
     base = next((row for row in rows if row.role == "base"), None)
     patched = next((row for row in rows if row.role == "patched"), None)
@@ -89,26 +93,44 @@ def comparison_verdict(rows: list[ComparisonRow]) -> str:
     if base is None or not (patched or trained):
         return ""
     if patched is None or patched.tokenizer_sha256 != base.tokenizer_sha256:
-        return _against_base((trained or [patched])[-1], base) + _against_control(rows)
+        return _against((trained or [patched])[-1], base) + _control_verdict(rows)
     if not trained:
         return f"{_jump(base, patched)}; nothing has been trained since."
     shares = [won_back(base.loss, patched.loss, row.loss) for row in trained]
     steps = [_step(row.label, share) for row, share in zip(trained, shares, strict=True) if share is not None]
     story = "; ".join([_jump(base, patched), *steps])
-    result = trained[-1]
+    result, control = trained[-1], control_of(rows)
     if shares[-1] is None:
-        worked = result.loss <= base.loss + NO_JUMP_NATS
+        recovered = result.loss <= base.loss + NO_JUMP_NATS
     else:
-        worked = shares[-1] >= RECOVERED
-    opinion = "It worked" if worked else "Not there yet"
-    return f"{opinion}: {_against_base(result, base)} {story}.{_against_control(rows)}"
+        recovered = shares[-1] >= RECOVERED
+    opinion = "Not there yet"
+    if recovered:
+        opinion = "Won back" if control is None else "It worked" if _as_good(result, control) else "Not for free"
+    return f"{opinion}: {_against(result, base)} {story}.{_control_verdict(rows)}"
 
 
-def _against_control(rows: list[ComparisonRow]) -> str:
-    """' Against the control ...', which had the same training with RoPE kept; '' without one."""
-    control = next((row for row in reversed(rows) if row.role == "control"), None)
-    trained = [row for row in rows if row.role == "trained"]
-    return f" Against the control: {_against_base(trained[-1], control)}" if control and trained else ""
+def control_of(rows: list[ComparisonRow]) -> ComparisonRow | None:
+    """The control that went through as much training as any."""
+    return next((row for row in reversed(rows) if row.role == "control"), None)
+
+
+def _as_good(row: ComparisonRow, control: ComparisonRow) -> bool:
+    return difference_percent(row, control) <= AS_GOOD_PERCENT
+
+
+def _control_verdict(rows: list[ComparisonRow]) -> str:
+    """What the control says, or that there is none, behind a space; '' before any training."""
+    control, trained = control_of(rows), [row for row in rows if row.role == "trained"]
+    if not trained:
+        return ""
+    if control is None:
+        return (
+            " More training alone lowers the loss, too: how much of this it was, only the same training with RoPE "
+            "kept can tell (the control, not compared here)."
+        )
+    held = f"The same training with RoPE kept is the control: {_against(trained[-1], control)}"
+    return f" {held}" if _as_good(trained[-1], control) else f" {held} That is what removing RoPE costs here."
 
 
 def _jump(base: ComparisonRow, patched: ComparisonRow) -> str:
@@ -126,7 +148,7 @@ def _step(label: str, share: float) -> str:
     return f"after {label} {100 * share:.0f} % of that was won back"
 
 
-def _against_base(row: ComparisonRow, base: ComparisonRow) -> str:
+def _against(row: ComparisonRow, base: ComparisonRow) -> str:
     """'X is 1.2 % above Y in perplexity on Z (12.14 against 12.00).'"""
     percent = difference_percent(row, base)
     if row.tokenizer_sha256 == base.tokenizer_sha256:
@@ -145,43 +167,53 @@ def context_verdict(models: list[dict], label: str, training_length: int | None)
     name, rows = next(iter(mine["context_lengths"].items()), ("", []))
     if not rows:
         return ""
-    base = next((m for m in models if m["role"] == "base" and m is not mine), None)
-    if base and base["tokenizer_sha256"] != mine["tokenizer_sha256"]:
-        base = None
-    theirs = {row["context_length"]: row for row in base["context_lengths"].get(name, [])} if base else {}
+    others = [m for role in ("base", "control") if (m := _other(models, role, mine))]
     near = max((r for r in rows if r["context_length"] <= (training_length or 0)), default=rows[0], key=_length)
-    parts = []
-    for row in dict.fromkeys(map(_length, (near, rows[-1]))):
-        row = next(r for r in rows if r["context_length"] == row)
-        other = theirs.get(row["context_length"])
-        parts.append(_at_length(row, other, base["label"] if base else ""))
-    far = _reach(rows[-1], theirs.get(_length(rows[-1])), base, training_length)
-    return f"By context length on {name}: {'; '.join(parts)}.{far}"
+    far, theirs = rows[-1], _rows_at(others, name, rows[-1])
+    parts = [_at_length(near, _rows_at(others, name, near))] if near is not far else []
+    parts.append(_at_length(far, theirs))
+    return f"By context length on {name}: {'; '.join(parts)}.{_reach(far, theirs, training_length)}"
 
 
-def _reach(row: dict, other: dict | None, base: dict | None, training_length: int | None) -> str:
-    """What the longest context says, where it goes beyond the training length; '' else."""
-    if other is None or training_length is None or _length(row) <= training_length:
+def _other(models: list[dict], role: str, mine: dict) -> dict | None:
+    """The base, or the control of the longest training, if its tokens are those of ``mine``."""
+    found = [m for m in models if m["role"] == role and m is not mine]
+    chosen = found[0 if role == "base" else -1] if found else None
+    return chosen if chosen and chosen["tokenizer_sha256"] == mine["tokenizer_sha256"] else None
+
+
+def _rows_at(models: list[dict], name: str, row: dict) -> dict[str, dict]:
+    """Label -> what a model has at the context length of ``row``."""
+    curves = {m["label"]: m["context_lengths"].get(name, []) for m in models}
+    return {label: r for label, curve in curves.items() for r in curve if _length(r) == _length(row)}
+
+
+def _reach(row: dict, others: dict[str, dict], training_length: int | None) -> str:
+    """What the longest context says against each, where it goes beyond the training length; '' else."""
+    if not others or training_length is None or _length(row) <= training_length:
         return ""
+    words = [f"{_held_up(row, other)} {label}" for label, other in others.items()]
+    return f" Beyond the training length it holds up {' and '.join(words)}."
+
+
+def _held_up(row: dict, other: dict) -> str:
     if row["loss"] < other["loss"] - CLEAR_NATS:
-        return f" Beyond the training length it holds up better than {base['label']}."
-    better = "about as well as" if row["loss"] <= other["loss"] + CLEAR_NATS else "worse than"
-    return f" Beyond the training length it holds up {better} {base['label']}."
+        return "better than"
+    return "about as well as" if row["loss"] <= other["loss"] + CLEAR_NATS else "worse than"
 
 
 def _length(row: dict) -> int:
     return row["context_length"]
 
 
-def _at_length(row: dict, other: dict | None, base: str) -> str:
-    """'at 4,096 tokens within 0.3 % of base', or the two perplexities where they lie apart."""
+def _at_length(row: dict, others: dict[str, dict]) -> str:
+    """'at 4,096 tokens within 0.3 % of base', or the perplexities where they lie apart."""
     where = f"at {row['context_length']:,} tokens"
-    if other is None:
-        return f"{where} perplexity {number(row['perplexity'])}"
-    percent = 100.0 * finite_expm1(row["loss"] - other["loss"])
-    if abs(percent) < 5:
-        return f"{where} within {max(abs(percent), 0.1):.1f} % of {base}"
-    return f"{where} perplexity {number(row['perplexity'])} against {number(other['perplexity'])} of {base}"
+    percents = [abs(100.0 * finite_expm1(row["loss"] - other["loss"])) for other in others.values()]
+    if others and max(percents) < 5:
+        return f"{where} within {max(*percents, 0.1):.1f} % of {' and '.join(others)}"
+    against = " and ".join(f"{number(other['perplexity'])} of {label}" for label, other in others.items())
+    return f"{where} perplexity {number(row['perplexity'])}" + (f" against {against}" if against else "")
 
 
 def passkey_verdict(models: list[dict], label: str, training_length: int | None) -> str:

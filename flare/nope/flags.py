@@ -2,17 +2,20 @@
 
 import argparse
 
-from flare.config import OneLineParser
+from flare.command_line import OneLineParser
 from flare.errors import ConfigError, join_errors
 
 DESCRIPTION = "Remove RoPE from chosen layers of a Qwen checkpoint on disk, and take the result elsewhere."
 EXAMPLES = """\
 examples (patch, look, prove, export, undo):
-  python patch_qwen_rope.py --model_name_or_path Qwen/Qwen2.5-3B --no_rope_layers 20-32 --output_dir patched
+  python patch_qwen_rope.py --model_name_or_path Qwen/Qwen2.5-3B \\
+      --no_rope_layers 20-32 --output_dir patched
   python patch_qwen_rope.py --inspect patched
   python patch_qwen_rope.py --verify patched
-  python patch_qwen_rope.py --export native --model_name_or_path patched --output_dir native
-  python patch_qwen_rope.py --restore_rope --model_name_or_path native --output_dir plain
+  python patch_qwen_rope.py --export native --model_name_or_path patched \\
+      --output_dir native
+  python patch_qwen_rope.py --restore_rope --model_name_or_path native \\
+      --output_dir plain
 """
 
 MODES = {
@@ -29,14 +32,13 @@ MODES = {
 def build_parser() -> argparse.ArgumentParser:
     """The parser; flags that were not given are not in its result."""
     parser = OneLineParser(
-        prog="patch_qwen_rope.py",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "patch_qwen_rope.py",
+        "--model_name_or_path DIR --output_dir OUT [flags]\n       patch_qwen_rope.py --inspect DIR | --verify DIR",
+        DESCRIPTION,
+        EXAMPLES,
         argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("from what to where").add_argument
     add("--model_name_or_path", metavar="DIR", help="directory or hub name of the model")
     add("--output_dir", metavar="OUT", help="new directory for the result; weights are hard links where unchanged")
     patch = parser.add_argument_group("patch (the default)")

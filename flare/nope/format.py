@@ -195,9 +195,11 @@ def weight_files(directory: Path) -> list[Path]:
         if (directory / index).is_file():
             try:
                 names = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                files = [directory / name for name in sorted(names)]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(f"{directory / index} is no index of weight files") from error
-            files = [directory / name for name in sorted(names)]
+            if outside := [name for name in names if Path(name).name != name]:
+                raise CheckpointError(f"{directory / index} names a file outside of the directory: {outside[0]}")
             for file in files:
                 if not file.is_file():
                     raise CheckpointError(f"shard {file.name} is missing in {directory} ({index} names it)")

@@ -1,11 +1,12 @@
 """Which layers: the specs that users type, as pure functions. No torch."""
 
 import re
+from collections import Counter
 
-from flare.errors import ConfigError
+from flare.errors import ConfigError, one_line
 
-EVERY = re.compile(r"every:(\d+)")
-RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+EVERY = re.compile(r"every:([0-9]{1,9})")
+RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 def parse_layers(spec: str | int | list, num_hidden_layers: int, flag: str = "--no_rope_layers") -> list[int]:
@@ -24,9 +25,9 @@ def parse_layers(spec: str | int | list, num_hidden_layers: int, flag: str = "--
     layers: list[int] = []
     for word in words:
         layers += _parse_word(word, num_hidden_layers, flag)
-    repeated = sorted({i for i in layers if layers.count(i) > 1})
+    repeated = sorted(i for i, count in Counter(layers).items() if count > 1)
     if repeated:
-        raise ConfigError(f"{flag}: layer {repeated[0]} is named twice in {' '.join(words)!r}")
+        raise ConfigError(f"{flag}: layer {repeated[0]} is named twice in {one_line(' '.join(words))!r}")
     if not layers:
         raise ConfigError(f"{flag} names no layer; give indices, 20-32, every:4, auto or none")
     return sorted(layers)
@@ -61,7 +62,7 @@ def _parse_word(word: str, depth: int, flag: str) -> list[int]:
     match = RANGE.fullmatch(word)
     if match is None:
         hint = "; 'auto', 'none' and 'all' stand alone" if word in WHOLE_SPECS else ""
-        raise ConfigError(f"{flag}: cannot read {word!r}; give indices, 20-32, every:4, auto or none{hint}")
+        raise ConfigError(f"{flag}: cannot read {one_line(word)!r}; give indices, 20-32, every:4, auto or none{hint}")
     first, last = int(match[1]), int(match[2] or match[1])
     if first > last:
         raise ConfigError(f"{flag}: layer range {word} is reversed")

@@ -28,6 +28,7 @@ from flare.nope import modeling_nope
 from flare.nope.format import FAMILIES, is_export, nope_layers_of, refuse_foreign_code, says_which_layers, weight_files
 from flare.nope.layers import format_layers
 from flare.nope.probe import verify_nope
+from flare.phase import is_out_of_memory
 
 OWN_TYPES = {f"{family}_nope": name for family, name in FAMILIES.items()}
 
@@ -113,6 +114,8 @@ def _load_weights(
             f"{directory} has a .bin file that holds more than plain tensors, which could run code: it is not opened"
         ) from error
     except (ValueError, OSError, RuntimeError, EOFError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{directory} cannot be loaded: {reason}") from error
     problems = []
@@ -144,7 +147,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     loader = PreTrainedTokenizerFast if own_file else AutoTokenizer
     try:
         with quiet_transformers():
-            return loader.from_pretrained(directory, local_files_only=True)
+            return loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no tokenizer can be loaded from {directory}: {error}") from error
 

@@ -103,6 +103,17 @@ class Zygote:
         self.process.wait(timeout=10)
 
 
+def workers(launcher: int) -> dict[int, int]:
+    """Rank -> process id of a launcher's workers."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    ranks = {}
+    for pid in children:
+        variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+        if "RANK" in variables:
+            ranks[int(variables["RANK"])] = int(pid)
+    return ranks
+
+
 def wait_until(condition: object, what: str, timeout_sec: float = 60) -> None:
     """Poll; the limit only bounds a failure."""
     deadline = time.monotonic() + timeout_sec

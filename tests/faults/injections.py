@@ -4,8 +4,10 @@ Python's audit hooks tell of every file that the run opens, renames or removes, 
 of these moments, wherever in the code it is.
 """
 
+import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -97,6 +99,19 @@ def slow_save(seconds: float) -> None:
     Saver.checkpoint = slow
 
 
+def slow_evaluation(seconds: float) -> None:
+    """Each evaluation takes this long, on all ranks."""
+    from flare import trainer
+
+    evaluate_rows = trainer.evaluate_rows
+
+    def slow(*arguments: object) -> tuple[float, float]:
+        time.sleep(seconds)
+        return evaluate_rows(*arguments)
+
+    trainer.evaluate_rows = slow
+
+
 def hang_in_step(step: int, rank: int = 0) -> None:
     """This rank reads its rows for ever."""
     from flare.data.order import RowOrder
@@ -109,6 +124,57 @@ def hang_in_step(step: int, rank: int = 0) -> None:
         return rows_of(order, first, last)
 
     RowOrder.rows = hanging
+
+
+def pause_in_save(step: int, marker: str, seconds: float) -> None:
+    """The checkpoint of this step waits when its tensors are written and its manifest is not; ``marker`` says so."""
+    from flare import checkpoint
+
+    commit = checkpoint._commit
+
+    def pausing(part: Path, *arguments: object) -> None:
+        if part.name == f".tmp-checkpoint-{step}":
+            Path(marker).touch()
+            time.sleep(seconds)
+        commit(part, *arguments)
+
+    checkpoint._commit = pausing
+
+
+def die_in_save(step: int) -> None:
+    """SIGKILL this process when the tensors of this step's checkpoint are written and its manifest is not."""
+    from flare import checkpoint
+
+    commit = checkpoint._commit
+
+    def dying(part: Path, *arguments: object) -> None:
+        if part.name == f".tmp-checkpoint-{step}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        commit(part, *arguments)
+
+    checkpoint._commit = dying
+
+
+def limit_memory(module: str, function: str, mib: int) -> None:
+    """From the first call of a function (``Class.method``) on, only so much more memory can be had."""
+    owner_name, name = function.split(".")
+    owner = getattr(importlib.import_module(module), owner_name)
+    limited = getattr(owner, name)
+
+    def limiting(*arguments: object) -> object:
+        setattr(owner, name, limited)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + mib * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        return limited(*arguments)
+
+    setattr(owner, name, limiting)
+
+
+def in_rank(rank: int, *fault: object) -> None:
+    """Another fault, in one worker only (after ``in_workers``)."""
+    if int(os.environ["RANK"]) == rank:
+        globals()[fault[0]](*fault[1:])
 
 
 def in_workers(*fault: object) -> None:

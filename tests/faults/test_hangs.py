@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Ended, Zygote, complete_steps, stage
+from tests.faults.harness import Ended, Zygote, complete_steps, stage, workers
 
 
 def test_a_hanging_process_is_ended_with_its_stacks(zygote: Zygote, flags: list[str], run: Path) -> None:
@@ -28,24 +28,14 @@ def test_a_hanging_process_is_ended_with_its_stacks(zygote: Zygote, flags: list[
     assert not list((run / "logs").glob("stacks-*"))
 
 
-def test_a_slow_save_is_no_hang(zygote: Zygote, flags: list[str]) -> None:
+@pytest.mark.parametrize("slow", ["slow_save", "slow_evaluation"])
+def test_a_slow_save_or_evaluation_is_no_hang(zygote: Zygote, flags: list[str], slow: str) -> None:
     """Row 47, one process; tests of several processes follow."""
-    ended = zygote.run(*flags, "--step_timeout", 0.5, "--max_steps", 4, fault=("slow_save", 2))
+    ended = zygote.run(*flags, "--step_timeout", 0.5, "--max_steps", 4, fault=(slow, 1))
     assert ended.returncode == 0, ended.stderr
 
 
 # -- several processes -------------------------------------------------------------------------------------------
-
-
-def workers(launcher: int) -> dict[int, int]:
-    """Rank -> process id of a launcher's workers."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    ranks = {}
-    for pid in children:
-        variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
-        if "RANK" in variables:
-            ranks[int(variables["RANK"])] = int(pid)
-    return ranks
 
 
 def assert_told_with_stacks(ended: Ended, run: Path, pids: dict[int, int]) -> None:
@@ -99,6 +89,15 @@ def test_a_rank_that_works_for_ever_is_named_beside_those_that_wait(
     (error,) = ended.errors
     assert re.search(r"step 6 did not end within 4 s: rank 1 is in prefetch\.py:\d+ \(\w+\);", error)
     assert "in hanging" in (run / "logs" / "stacks-rank1.txt").read_text()
+
+
+@pytest.mark.faults
+def test_an_evaluation_slower_than_the_limits_is_no_hang(zygote: Zygote, flags: list[str], run: Path) -> None:
+    limits = ("--step_timeout", 2, "--ddp_timeout", 6)
+    fault = ("in_workers", "slow_evaluation", 7)
+    ended = zygote.run(*flags, "--nproc_per_node", 2, "--max_steps", 2, *limits, fault=fault)
+    assert ended.returncode == 0, ended.stderr
+    assert complete_steps(run) == [2]
 
 
 @pytest.mark.faults

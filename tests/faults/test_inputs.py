@@ -2,7 +2,10 @@
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import write_corpus
+from tests.conftest import REPO, script_environment, write_corpus
 from tests.faults.harness import Ended, Zygote, digest, stage
 
 
@@ -242,6 +245,18 @@ def test_odd_text_in_the_log_is_utf_8_whatever_the_locale(
     ended = zygote.run(*flags, "--max_steps", 1, LANG="C", LC_ALL="C", PYTHONUTF8="0")
     assert ended.returncode == 0, ended.stderr
     (run / "training.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("reader", ["| head -n 1", ">&- 2>&-"], ids=["a pipe that ends", "closed"])
+def test_a_terminal_that_goes_away_is_no_end(flags: list[str], run: Path, reader: str) -> None:
+    """Row 45: stdout and stderr of a pipe whose reader has gone, or of none."""
+    command = shlex.join([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *flags])
+    pipeline = f"set -o pipefail; {command} 2>&1 {reader}"
+    ended = subprocess.run(["bash", "-c", pipeline], env=script_environment(), capture_output=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert stage(run)["status"] == "finished"
+    assert "finished stage 1" in (run / "training.log").read_text(encoding="utf-8")
 
 
 SECRETS = {

@@ -4,10 +4,12 @@ The list is that of the project's fault page, with our flags. Cards are in test_
 test_inputs.py, running and finished experiments in test_runs.py.
 """
 
+import os
 from pathlib import Path
 
 import pytest
 
+from tests.fake_nvidia_smi import install
 from tests.faults.harness import Zygote
 
 FILES = {
@@ -16,6 +18,13 @@ FILES = {
     "string.json": '{"training_args": {"learning_rate": "1e-5"}}',
     "twice.json": '{"training_args": {"save_steps": 5,\n "save_steps": 6}}',
     "nan.json": '{"training_args": {"weight_decay": NaN}}',
+    "infinite.json": '{"training_args": {"weight_decay": 1e999}}',
+    "null.json": '{"training_args": {"learning_rate": null}}',
+    "stages.json": '{"stages": {"1": {},\n "1": {}}}',
+    "no_stages.json": '{"stages": []}',
+    "stage.json": '{"stages": {"1": {"stage": 2}}}',
+    "surrogate.json": '{"cache_dir": "\\ud800"}',
+    "deep.json": "[" * 100_000,
     "empty.json": "",
     "list.json": "[1]",
     "empty.jsonl": "",
@@ -23,6 +32,7 @@ FILES = {
     "bad.jsonl": b'{"text": "one two"}\n{"text": "\xff"}\n',
 }
 CASES: list[tuple[str, int, str]] = [
+    ("--config", 2, "argument --config: expected one argument; see --help"),
     ("--config nope.json", 2, "config not found: nope.json (looked in "),
     ("--config .", 2, "config is a directory: .; give a .json file"),
     ("--config comma.json", 2, "comma.json line 1 column 42: trailing comma is not JSON"),
@@ -30,6 +40,13 @@ CASES: list[tuple[str, int, str]] = [
     ("--config string.json", 2, 'training_args.learning_rate must be a number, got the string "1e-5"'),
     ("--config twice.json", 2, 'twice.json: key "save_steps" appears twice (lines 1 and 2)'),
     ("--config nan.json", 2, "nan.json: NaN is not JSON; give a number"),
+    ("--config infinite.json", 2, "infinite.json: training_args.weight_decay must be a number, got inf"),
+    ("--config null.json", 2, "null.json: training_args.learning_rate must be a number, got null"),
+    ("--config stages.json", 2, 'stages.json: key "1" appears twice (lines 1 and 2)'),
+    ("--config no_stages.json", 2, 'stages in no_stages.json must be an object {"1": {...}, "2": {...}}'),
+    ("--config stage.json", 2, "stage in stage.json: stages.1 says it again; leave it out there"),
+    ("--config surrogate.json", 2, "surrogate.json: cache_dir holds a character that is no text, got "),
+    ("--config deep.json", 2, "deep.json cannot be read: maximum recursion depth exceeded"),
     ("--config empty.json", 2, "empty.json is empty; write at least {}"),
     ("--config list.json", 2, "list.json must hold an object {...}, got list"),
     ("--learning_rate 3", 2, "--learning_rate must be <= 0.1, got 3.0"),
@@ -51,12 +68,16 @@ CASES: list[tuple[str, int, str]] = [
     ("--no_rope_layers 5-2", 2, "--no_rope_layers: layer range 5-2 is reversed"),
     ("--no_rope_layers some", 2, "--no_rope_layers: cannot read 'some'; give indices, 20-32, every:4, auto or none"),
     ("--no_rope_layers none", 2, "stage 1: nothing to train, --no_rope_layers none leaves no NoPE layer"),
+    ("--no_rope_layers 1 1", 2, "--no_rope_layers: layer 1 is named twice in '1 1'"),
+    ("--train_layers none", 2, "stage 1: nothing to train, --train_layers none"),
     ("--train_layers 9", 2, "--train_layers: layer 9 is out of range; the model has layers 0-3"),
     ("--max_seq_length 999999", 2, "--max_seq_length 999999 is above the model's 512 positions"),
     ("--dataset_name x.jsonl", 2, "--dataset_name x.jsonl: no such file or directory"),
     ("--dataset_name empty.jsonl", 3, "empty.jsonl is empty (0 bytes)"),
     ("--dataset_name short.jsonl", 3, "the data gives 6 training tokens, one step needs 65; lower --max_seq_length"),
     ("--dataset_name bad.jsonl", 3, "(bad.jsonl:2 is not UTF-8 (byte 10)); limit is 0.10%, see --max_bad_rows"),
+    ("--dataset_name=", 2, "--dataset_name is empty; give a value or leave it out"),
+    ("--resume ./nowhere", 2, "--resume ./nowhere is no complete checkpoint (no manifest.json)"),
     ("--text_column content", 2, "column 'content' not in "),
     ("--dataset_weights 0.5,0.5", 2, "--dataset_weights has 2 weights for 1 data set"),
     ("--base_output_dir short.jsonl", 2, "short.jsonl is a file, not a directory"),
@@ -76,6 +97,14 @@ def test_a_wrong_invocation_ends_in_one_line(
     assert words in ended.errors[0]
     assert len(ended.stderr.strip().splitlines()) == 1 or code == 3  # data is read after a line about tokenising
     assert not run.exists()
+
+
+def test_more_processes_than_cards_are_refused(zygote: Zygote, flags: list[str], tmp_path: Path) -> None:
+    path = f"{install(tmp_path / 'bin', 'guide').directory}:{os.environ['PATH']}"
+    asked = ("--gpu_type", "A40", "--nproc_per_node", 5)
+    ended = zygote.run(*flags, *asked, PATH=path, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
+    assert ended.returncode == 2
+    assert ended.errors == ["error: --nproc_per_node 5: 5 processes but 4 cards; lower --nproc_per_node"]
 
 
 def test_all_mistakes_are_told_at_once(zygote: Zygote, flags: list[str]) -> None:

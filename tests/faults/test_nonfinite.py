@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
-from tests.faults.harness import ROWS, STEPS, Zygote, complete_steps, stage
+import pytest
+
+from tests.faults.harness import ROWS, STEPS, Zygote, complete_steps, digest, stage
 
 BAD_STEP = 5
+TWO = ("--nproc_per_node", 2, "--per_device_train_batch_size", 1, "--global_batch_size", ROWS)
 
 
 def logged_losses(run: Path) -> dict[int, float]:
@@ -40,3 +43,30 @@ def test_a_step_that_may_be_skipped_is_named_counted_and_not_logged(
     assert sorted(logged_losses(run)) == [step for step in range(1, STEPS + 1) if step != BAD_STEP]
     state = json.loads((run / "checkpoints" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     assert (state["progress"]["skipped_steps"], state["progress"]["rows"]) == (1, STEPS * ROWS)
+
+
+# -- several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.faults
+def test_what_one_rank_finds_stops_all_before_the_update(zygote: Zygote, flags: list[str], run: Path) -> None:
+    """As a card does that computes wrongly: the gradients were summed, and are infinite on one rank only."""
+    ended = zygote.run(*flags, *TWO, fault=("in_workers", "in_rank", 1, "poison_gradients", BAD_STEP))
+    assert ended.returncode == 5
+    assert f"step {BAD_STEP}: loss" in ended.errors[0]
+    assert (stage(run)["status"], complete_steps(run)[-1]) == ("failed", BAD_STEP - 1)
+    assert BAD_STEP not in logged_losses(run)
+
+
+@pytest.mark.faults
+def test_what_one_rank_skips_all_skip(zygote: Zygote, flags: list[str], run: Path) -> None:
+    for name, fault in (
+        ("run", ("in_rank", 1, "poison_gradients", BAD_STEP)),
+        ("both", ("poison_gradients", BAD_STEP)),
+    ):
+        ended = zygote.run(
+            *flags, *TWO, "--experiment_name", name, "--skip_nonfinite", 1, fault=("in_workers", *fault)
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "skipped, 1 of 1 (--skip_nonfinite)" in ended.stderr
+    assert digest(run / "final_model") == digest(run.with_name("both") / "final_model")

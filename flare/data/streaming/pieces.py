@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from flare.data.file_formats import LineRange, WholeFile, is_archive, kind_of
+from flare.data.file_formats import LineRange, WholeFile, holds_lines, kind_of
 from flare.data.files import MAX_LISTED_FILES, FileSource, row_groups
 from flare.data.hub_sets import HubSource
 from flare.data.rows import PIECE_BYTES, Piece, Row, Source, gather
@@ -59,8 +59,8 @@ def _file_parts(file: Path, column: str, piece_bytes: int) -> list[tuple[Piece, 
     """(piece, bytes) of one file."""
     kind, size = kind_of(file), file.stat().st_size
     if kind == ".parquet":
-        return row_groups(file, column)
-    if kind != ".jsonl" or is_archive(file):
+        return row_groups(file, column, PIECE_BYTES)
+    if not holds_lines(file):
         return [(WholeFile(file, kind, column), size)]
     cuts = [*range(0, size, piece_bytes), size]
     return [(LineSplit(file, column, begin, end), end - begin) for begin, end in pairwise(cuts)]

@@ -11,12 +11,12 @@ import sys
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
-from flare.data.build import check_bad_rows
+from flare.data.build import check_bad_rows, too_many_bad
 from flare.data.child import Child, ignore_stop_signals
 from flare.data.documents import BadRows
 from flare.data.streaming.blocks import BlockWriter
 from flare.data.streaming.lanes import Item, Lane
-from flare.data.streaming.messages import WINDOW_BLOCKS, Job, Order, Segment
+from flare.data.streaming.messages import WINDOW_BLOCKS, Order, Segment
 from flare.data.streaming.place import Cursor, Place
 from flare.errors import DataError, EnvError, FlareError
 
@@ -24,8 +24,6 @@ MOST_BLOCKS = 8
 """Blocks on disk at most when they are short: a small corpus is not tokenised far ahead for nothing. The rows of the
 steps that are kept may lie in seven."""
 PARENT_CHECK_SEC = 5.0
-JUDGED_AFTER_ROWS = 100_000
-"""Rows after which too large a share of bad ones ends the run before the epoch does."""
 
 
 class Merge:
@@ -137,20 +135,18 @@ class Merge:
 
     def _judge(self, is_whole: bool) -> None:
         """Raises: DataError when the bad rows are too many: of the whole epoch, of what ``--dataset_size`` says
-        that it will be, or of enough rows to tell."""
-        rows, share = self.rows_read, self.order.max_bad_rows
-        total = self.order.total_rows
-        if total is not None and self.bad.count > share * total:
-            check_bad_rows(self.bad, total - self.bad.count, share, quiet=True)
-        if is_whole or (total is None and rows >= JUDGED_AFTER_ROWS):
+        that it will be, or of the rows so far."""
+        share, total = self.order.max_bad_rows, self.order.total_rows
+        rows = self.rows_read if is_whole or total is None else total
+        if is_whole or too_many_bad(self.bad.count, rows, share, total):
             check_bad_rows(self.bad, rows - self.bad.count, share, quiet=True)
 
 
 class Worker(Child):
     """A tokenising process and whether it was asked for something."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__("flare.data.streaming.worker", job)
+    def __init__(self) -> None:
+        super().__init__("flare.data.streaming.worker")
         self.is_busy = False
 
     def ask(self, question: tuple[int, int, int]) -> None:
@@ -193,7 +189,9 @@ class Producer:
     def run(self) -> None:
         """Make blocks until there is no one left to read them. Raises: what readers raise; EnvError, DataError."""
         count = max(1, min(self.order.num_workers, len(self.lanes)))
-        self.workers = [Worker(self.order.job) for _ in range(count)]
+        self.workers = [Worker() for _ in range(count)]
+        for worker in self.workers:
+            worker.tell(self.order.job)
         while True:
             self._make_blocks()
             self._ask()

@@ -5,8 +5,6 @@ is kept in ``--cache_dir``; a second start, or another rank of the host, finds i
 """
 
 import fcntl
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from flare.data.build import check_bad_rows, open_whole
+from flare.data.build import check_bad_rows, open_whole, too_many_bad
 from flare.data.documents import BadRows, text_hash, usable_texts
 from flare.data.encode import Encoder, tokenizer_sha256
+from flare.data.packing import PackedRows
 from flare.data.rows import Piece, Source
 from flare.data.streaming.pieces import shortened, streamed_facts, streamed_identity, streamed_pieces
-from flare.data.tokens import TokenCache, TokenSettings
+from flare.data.tokens import TokenCache, TokenSettings, cache_key
 from flare.errors import ConfigError, DataError, EnvError
 from flare.files import write_json
 from flare.logs import log
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HELD_OUT_DOCUMENTS = 128
 """Documents to evaluate on; of those that are held out, the first ones. At 0.1 % that is reading some 130,000."""
 SURVEYED_ROWS = 1_000_000
@@ -58,6 +57,11 @@ class StreamedCorpus:
     def end_of_text_id(self) -> int:
         return self.meta["end_of_text_id"]
 
+    def held_out_rows(self, seq_len: int, packing: str) -> PackedRows:
+        """The held-out documents."""
+        documents = np.arange(self.meta["num_documents"])
+        return PackedRows(self.held_out, documents, seq_len, packing, keep_last=True)
+
 
 def open_streamed(
     source: Source, tokenizer: object, cache_dir: Path, settings: TokenSettings, percentage: float
@@ -70,15 +74,9 @@ def open_streamed(
     encoder = Encoder.of(tokenizer)
     if not encoder.is_fast:
         raise ConfigError("--streaming needs a tokenizer with tokenizer.json: one in Python cannot go to workers")
-    key = {
-        "format": FORMAT_VERSION,
-        "streaming": True,
-        "data": streamed_identity(streamed_facts(source)),
-        "tokenizer": tokenizer_sha256(tokenizer),
-        "dataset_size": settings.dataset_size,
-    }
-    fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    directory = cache_dir / f"held-out-{fingerprint}-{percentage:g}"
+    data = streamed_identity(streamed_facts(source))
+    key = cache_key(data, tokenizer_sha256(tokenizer), settings, format=FORMAT_VERSION, streaming=True)
+    directory = cache_dir / f"held-out-{key['fingerprint']}-{percentage:g}"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with open(cache_dir / f".{directory.name}.lock", "w") as lock:
@@ -86,7 +84,7 @@ def open_streamed(
             held_out = open_whole(directory)
             if held_out is None:
                 found = survey(streamed_pieces(source), settings, percentage)
-                write_held_out(found, encoder, tokenizer, directory, key | {"fingerprint": fingerprint})
+                write_held_out(found, encoder, tokenizer, directory, key)
                 held_out = TokenCache(directory)
     except OSError as error:
         raise EnvError(f"cannot write to --cache_dir {cache_dir}: {error.strerror or error}") from error
@@ -133,7 +131,7 @@ def survey(pieces: list[Piece], settings: TokenSettings, percentage: float) -> F
     size, limits = settings.dataset_size, []
     for piece in pieces:
         before = found.rows
-        for text in usable_texts(_counted(piece, found, size), found.bad):
+        for text in usable_texts(_counted(piece, found, settings), found.bad):
             found.add(text)
             if size is None and (len(found.texts) == HELD_OUT_DOCUMENTS or found.rows >= SURVEYED_ROWS):
                 return _settled(found, settings)
@@ -145,8 +143,12 @@ def survey(pieces: list[Piece], settings: TokenSettings, percentage: float) -> F
     return _settled(found, settings)
 
 
-def _counted(piece: Piece, found: Found, size: int | None) -> Iterator:
+def _counted(piece: Piece, found: Found, settings: TokenSettings) -> Iterator:
+    """The piece's rows up to ``--dataset_size``. Raises: DataError when too many of those before are bad."""
+    size = settings.dataset_size
     for row in islice(piece.rows(), None if size is None else size - found.rows):
+        if too_many_bad(found.bad.count, found.rows, settings.max_bad_rows, size):
+            check_bad_rows(found.bad, found.rows - found.bad.count, settings.max_bad_rows)
         found.rows += 1
         yield row
 

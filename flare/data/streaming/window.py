@@ -84,7 +84,8 @@ class Making:
 
     def __init__(self, order: Order, window: Window) -> None:
         self.window, self.directory = window, window.directory
-        self.child = Child("flare.data.streaming.producer", order)
+        self.child = Child("flare.data.streaming.producer")
+        self.child.tell(order)
         self.made = order.place.block - 1
         self.warned = 0
 

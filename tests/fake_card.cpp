@@ -1,0 +1,31 @@
+// A card that computes nothing, for tests/fake_cuda.py: enough of one that torch's CPU build lets fake CUDA tensors
+// through its device guards and its autograd engine. To be preloaded.
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+
+namespace at {
+using namespace c10;
+
+struct OneCard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  Device card() const { return Device(DeviceType::CUDA, 0); }
+  Device exchangeDevice(Device) const override { return card(); }
+  Device getDevice() const override { return card(); }
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, card()); }
+  Stream exchangeStream(Stream) const noexcept override { return Stream(Stream::DEFAULT, card()); }
+};
+impl::DeviceGuardImplRegistrar guard(DeviceType::CUDA, new OneCard());
+
+struct CUDAHooks : CUDAHooksInterface {  // torch looks it up by this name
+  explicit CUDAHooks(CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  Allocator* getPinnedMemoryAllocator() const override { return GetCPUAllocator(); }
+};
+REGISTER_CUDA_HOOKS(CUDAHooks)
+} // namespace at
