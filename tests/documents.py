@@ -137,7 +137,7 @@ class Sandbox:
         """The text with the documents' directories turned into those of the sandbox."""
         for place, ours in PLACES.items():
             text = text.replace(place, str(self.clone / ours))
-        return text.replace(".venv/bin/", "")
+        return re.sub(r"(?<= )N\b", "1", text.replace(".venv/bin/", ""))  # --seed N
 
     def environment(self, server: str, **more: str) -> dict[str, str]:
         """Our recorders and the cards of ``server`` (a key of fake_nvidia_smi.SERVERS) first on PATH."""

@@ -67,5 +67,5 @@ def test_so_many_passkeys_are_hidden_at_each_depth(tmp_path: Path) -> None:
         "--max_length", 2048, "--passkey", "--passkey_samples", 2, "--generate_tokens", 0, "--device", "cpu",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    cells = json.loads((tmp_path / "out" / "evaluation_results.json").read_text())["passkey"]["cells"]
-    assert {cell["samples"] for cell in cells} == {2}
+    cells = json.loads((tmp_path / "out" / "evaluation_results.json").read_text())["passkey"]
+    assert {cell["num_samples"] for cell in cells} == {2}
