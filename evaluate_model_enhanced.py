@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flare.errors import run_script
 from flare.evaluation.options import build_parser, settle
+from flare.logs import quiet_torchao
 from flare.threads import wait_without_spinning
 
 SCRIPT = Path(__file__).resolve()
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     wait_without_spinning()
     settings = settle(build_parser(__doc__).parse_args(argv))
+    quiet_torchao()
     from flare.evaluation import launch
 
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from flare.errors import FlareError, run_script
+from flare.logs import quiet_torchao
 from flare.nope.flags import build_parser, choose_mode
 
 
@@ -69,6 +70,7 @@ def run_endpoint(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     mode = choose_mode(vars(args))
+    quiet_torchao()
     if mode in ("inspect", "verify"):
         from flare.nope.verify import model_facts, verify_directory
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import threading
 from pathlib import Path
 
 from tqdm import tqdm
@@ -54,8 +55,17 @@ def quiet_torchao() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writers end on a full disk: a line, no traceback, as for every log that cannot be written."""
+    if issubclass(ended.exc_type, OSError):
+        log.warning(f"cannot write TensorBoard's files: {ended.exc_value}")
+    else:
+        threading.__excepthook__(ended)
+
+
 def start_logging(rank: int = 0, world_size: int = 1, path: Path | None = None, logs_dir: Path | None = None) -> None:
     """Point the logger at the terminal (rank 0), at training.log and at this rank's own file."""
+    threading.excepthook = _thread_ended
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()

@@ -9,6 +9,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -76,7 +77,9 @@ class MetricsWriter:
         self.max_steps = max_steps
         step = history[-1]["step"] if history else 0
         self._restore_jsonl(history)
-        self.board = Board(experiment, stage, history)
+        self.board: Board | None = None
+        with self._worth_less_than_the_run("TensorBoard's files"):
+            self.board = Board(experiment, stage, history)
         self.bar = tqdm(
             total=max_steps, initial=step, unit="step", desc=f"stage {stage}", disable=None, ncols=columns(sys.stderr)
         )  # fmt: skip
@@ -97,14 +100,27 @@ class MetricsWriter:
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self.jsonl = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the writer
 
+    @contextlib.contextmanager
+    def _worth_less_than_the_run(self, what: str) -> Iterator[None]:
+        """A log that cannot be written is warned of."""
+        try:
+            yield
+        except OSError as error:
+            log.warning(f"cannot write {what}: {error}")
+
+    def describe(self, settings: dict[str, str | float], plan: Sequence[str]) -> None:
+        """What this stage runs with, for TensorBoard."""
+        with self._worth_less_than_the_run("TensorBoard's files"):
+            if self.board:
+                self.board.describe(settings, plan)
+
     def record(self, record: dict) -> None:
         """Write one step's or evaluation's numbers everywhere."""
-        try:
+        with self._worth_less_than_the_run("metrics"):
             self.jsonl.write(json.dumps({"stage": self.stage, **record}) + "\n")
             self.jsonl.flush()
-            self.board.record(record)
-        except OSError as error:  # logs are worth less than the run
-            log.warning(f"cannot write metrics: {error}")
+            if self.board:
+                self.board.record(record)
         log.info(format_record(record, self.max_steps))
 
     def advance(self, loss: float, learning_rate: float) -> None:
@@ -117,7 +133,8 @@ class MetricsWriter:
         self.bar.close()
         for file in (self.board, self.jsonl):
             with contextlib.suppress(OSError):  # a log that cannot be written hides no other error
-                file.close()
+                if file:
+                    file.close()
 
 
 def format_record(record: dict, max_steps: int) -> str:

@@ -78,7 +78,7 @@ class Session:
         if self.world.is_main:
             metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
             facts = hyperparameters(self.run, self.saver.global_batch_size, self.max_steps)
-            metrics.board.describe(facts, plan_lines(self.run.plan()))
+            metrics.describe(facts, plan_lines(self.run.plan()))
         trainer = Trainer(
             self._parts(), self.options, self.world, progress, self.saver.checkpoint, self.experiment.root, metrics
         )

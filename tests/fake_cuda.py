@@ -27,8 +27,9 @@ from flare.data.order import RowOrder
 from flare.data.train_rows import Batch, TrainRows
 from flare.distributed import World
 from flare.loss import linear_cross_entropy_sum
-from flare.memory import ADAM_STATE_BYTES, loss_bytes, memory
+from flare.memory import loss_bytes, memory
 from flare.model import TrainingModel, checkpoint_layers, set_trainable
+from flare.moments import ADAM_STATE_BYTES
 from flare.nope import modeling_nope
 from flare.optim import build_optimizer, build_schedule
 from flare.options import Options

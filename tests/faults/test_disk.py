@@ -61,7 +61,8 @@ def test_a_full_disk_for_logs_does_not_stop_the_training(
         ended = zygote.run(*flags)
         assert ended.returncode == 0, ended.stderr
         assert digest(run / "final_model") == digest(whole / "final_model")
-        assert 0 < ended.stderr.count("No space left on device") <= 3  # one for each kind of log
+        assert 0 < ended.stderr.count("No space left on device") <= 5  # one for each file: three are TensorBoard's
+        assert "Traceback" not in ended.stderr
     finally:
         for name in ("logs", "tensorboard"):
             subprocess.run(["umount", "-l", str(run / name)], check=True)

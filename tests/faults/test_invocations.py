@@ -32,7 +32,7 @@ FILES = {
     "bad.jsonl": b'{"text": "one two"}\n{"text": "\xff"}\n',
 }
 CASES: list[tuple[str, int, str]] = [
-    ("--config", 2, "argument --config: expected one argument; see --help"),
+    ("--config", 2, "argument --config: expected one argument; see train_qwen_multi_gpu.py --help"),
     ("--config nope.json", 2, "config not found: nope.json (looked in "),
     ("--config .", 2, "config is a directory: .; give a .json file"),
     ("--config comma.json", 2, "comma.json line 1 column 42: trailing comma is not JSON"),

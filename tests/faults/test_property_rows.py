@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flare.data import file_facts
+from flare.data import file_facts, files
 from flare.data.documents import BadRows, usable_texts
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
@@ -40,7 +40,8 @@ def read(directory: Path, name: str, content: bytes, piece_bytes: int = 2**25) -
     file.write_bytes(content)
     bad = BadRows()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_facts, "PIECE_BYTES", piece_bytes)
+        for module in (file_facts, files):
+            patch.setattr(module, "piece_bytes", lambda size: piece_bytes)
         source = open_source(SourceSpec(str(file)), directory)
         source.memo_dir = None
         texts = list(usable_texts(source.rows(), bad))
