@@ -98,7 +98,7 @@ class Options:
     precision: str = option(
         TRAINING,
         "hardware",
-        "auto: bf16 where the card has it, else fp32 (bf16: frozen weights in bf16, trainable ones as fp32 masters)",
+        "auto: bf16 on cards, fp32 on the CPU (bf16: frozen weights in bf16, trainable ones as fp32 masters)",
         "auto",
         choices=("auto", "bf16", "fp32"),
     )
