@@ -57,7 +57,7 @@ def quiet_torchao() -> None:
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
     """TensorBoard's writers end on a full disk: a line, no traceback, as for every log that cannot be written."""
-    if issubclass(ended.exc_type, OSError):
+    if issubclass(ended.exc_type, OSError) and type(ended.thread).__module__.startswith("tensorboard."):
         log.warning(f"cannot write TensorBoard's files: {ended.exc_value}")
     else:
         threading.__excepthook__(ended)

@@ -121,6 +121,16 @@ def run_script(script: str, *flags: object, timeout: int = 240, **kwargs: object
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, **kwargs)
 
 
+def torchrun(processes: int, module: str, *arguments: object, timeout: int = 240) -> None:
+    """Run a module of the tests on so many gloo ranks, to its end and without an error."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    result = subprocess.run(
+        [*command, "-m", module, *map(str, arguments)],
+        cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.fixture
 def train_flags(base: Path, corpus: Path, cache_dir: Path, tmp_path: Path) -> list[str]:
     """Flags of a run that takes seconds; append more to override."""

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +24,7 @@ from flare.shapes import KNOWN_SHAPES
 from flare.suggest import suggest
 from flare.tensor_files import TensorReader
 from flare.trainable import Trainable
-from tests.conftest import REPO, script_environment, train, write_base
+from tests.conftest import torchrun, train, write_base
 from tests.test_plan import TINY, qwen, tiny_training
 
 needs_torchao = pytest.mark.skipif(
@@ -235,12 +233,7 @@ def test_codes_of_another_meaning_and_missing_state_are_refused(tmp_path: Path) 
 @needs_torchao
 def test_ranks_that_share_a_matrix_hold_the_same_bits_as_one(tmp_path: Path) -> None:
     """Two ranks with rows 17 and 16, 1 and none, ... (tests/sharded_8bit.py), the same gradients as one process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, "-m", "tests.sharded_8bit", str(tmp_path)],
-        cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    torchrun(2, "tests.sharded_8bit", tmp_path)
     assert json.loads((tmp_path / "found.json").read_text()) == {
         "in 8 bits": 2,
         "same as one process": True,

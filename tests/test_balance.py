@@ -1,8 +1,6 @@
 """Rows by speed: the arithmetic by hand, and real processes of which one is slowed on purpose."""
 
 import json
-import subprocess
-import sys
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from flare.balance import (
 )
 from flare.data.order import portion, shares
 from flare.errors import ConfigError
-from tests.conftest import REPO, script_environment, train
+from tests.conftest import torchrun, train
 from tests.test_runs import assert_same_weights, losses
 
 A800, A40 = "NVIDIA A800-SXM4-80GB", "NVIDIA A40"
@@ -126,17 +124,6 @@ def test_neighbours_that_are_alike_are_told_once() -> None:
 
 
 # -- real processes -------------------------------------------------------------------------------------------------
-
-
-def torchrun(processes: int, module: str, *arguments: object) -> None:
-    result = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-            "-m", module, *map(str, arguments),
-        ],
-        cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
 
 
 def test_unequal_shares_give_the_loss_and_gradients_of_one_process(

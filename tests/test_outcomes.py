@@ -1,8 +1,6 @@
 """Numbers that the host reads a step late, as on a card: here on the CPU, whose fused AdamW obeys the same flag."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from flare.metrics import Throughput
 from flare.outcomes import Outcomes
 from flare.trainable import Trainable
 from flare.trainer import Trainer
-from tests.conftest import REPO, script_environment
+from tests.conftest import torchrun
 from tests.test_training import cache, load, trainer  # noqa: F401 (a fixture)
 
 
@@ -90,14 +88,7 @@ def test_two_ranks_that_read_late_stop_at_the_same_step(
 ) -> None:
     """Rank 1 alone is asked to stop, in its third step; the vote is read a step later, on both."""
     out = tmp_path / "stops.json"
-    result = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            "-m", "tests.late_stop", *map(str, (base, corpus, cache_dir, out)),
-        ],
-        cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    torchrun(2, "tests.late_stop", base, corpus, cache_dir, out)
     assert json.loads(out.read_text()) == [["stopped", 4, [4]]] * 2
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from flare.nope.canary_file import read_canary
-from tests.conftest import REPO, script_environment, train
+from tests.conftest import REPO, script_environment, torchrun, train
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -134,14 +134,7 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(
     results = []
     for count, size, how in ((1, 4, "ddp"), (processes, micro, parallel)):
         out = tmp_path / f"{count}.pt"
-        result = subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count),
-                "-m", "tests.rank_gradients", *map(str, (base, corpus, cache_dir, out, size, 4, how)),
-            ],
-            cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
+        torchrun(count, "tests.rank_gradients", base, corpus, cache_dir, out, size, 4, how)
         results.append(torch.load(out))
     one, many = results
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)

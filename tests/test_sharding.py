@@ -1,8 +1,6 @@
 """FSDP2: the same losses, gradients and files as without it, on real processes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from flare.nope.canary import check_canary
 from flare.nope.canary_file import TRUE_MODEL
 from flare.nope.load import load_causal_lm
 from flare.tensor_files import files_for
-from tests.conftest import REPO, script_environment, train, write_base
+from tests.conftest import torchrun, train, write_base
 
 CASES = [
     "qwen2: everything", "qwen2: everything, checkpointed", "qwen2: NoPE layers",
@@ -26,12 +24,7 @@ def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What two processes found; see tests/sharded_cases.py."""
     out = tmp_path_factory.mktemp("sharded") / "found.json"
     untied = write_base(out.with_name("untied"), "qwen3", tie_word_embeddings=False)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.sharded_cases", str(base), str(untied), str(out)]
-    result = subprocess.run(
-        command, cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=400
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    torchrun(2, "tests.sharded_cases", base, untied, out, timeout=400)
     return json.loads(out.read_text())
 
 
@@ -159,12 +152,7 @@ def test_the_plan_of_a_sharded_step_holds(tmp_path: Path) -> None:
     where embedding and head decide: the plan counts gloo's copies and gathered layers, and when gloo's threads free
     those differs from run to run."""
     out = tmp_path / "peaks.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, "-m", "tests.sharded_peaks", str(out)],
-        cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    torchrun(2, "tests.sharded_peaks", out)
     for case, (measured, planned) in json.loads(out.read_text()).items():
         most = 1.2 if "embedding" in case else {"checkpointing": 1.1, "selective": 1.05}.get(case, 1.04)
         assert 0.95 < planned / measured < most, (case, measured, planned)
