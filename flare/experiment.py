@@ -19,7 +19,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from flare.errors import CheckpointError, ConfigError, without_users
+from flare.errors import CheckpointError, ConfigError, EnvError, without_users
 
 SCRIPT_DIR = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -131,6 +131,14 @@ class Experiment:
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
+
+    def check_not_removed(self) -> None:
+        """For the process that holds the lock. Raises: EnvError when the directory was deleted since it took it."""
+        if self._lock_fd is not None and os.fstat(self._lock_fd).st_nlink == 0:
+            raise EnvError(
+                f"{self.root} was removed while this run used it: what it had saved is gone and it stops here; "
+                "the same command starts it anew"
+            )
 
     # -- changes -------------------------------------------------------------------------------------
 

@@ -38,10 +38,12 @@ class _LogFileHandler(logging.FileHandler):
     warned = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.stream is not None and not Path(self.baseFilename).exists():
-            self.close()
-            self.stream = self._open()
-        super().emit(record)
+        try:  # the base class opens the file outside its own guard
+            if self.stream is not None and not Path(self.baseFilename).exists():
+                self.close()
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.warned:

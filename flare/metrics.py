@@ -115,7 +115,8 @@ class MetricsWriter:
                 self.board.describe(settings, plan)
 
     def record(self, record: dict) -> None:
-        """Write one step's or evaluation's numbers everywhere."""
+        """Write one step's or evaluation's numbers everywhere. Raises: EnvError when the directory was removed."""
+        self.experiment.check_not_removed()
         with self._worth_less_than_the_run("metrics"):
             self.jsonl.write(json.dumps({"stage": self.stage, **record}) + "\n")
             self.jsonl.flush()

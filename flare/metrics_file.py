@@ -9,7 +9,9 @@ SCHEMA_VERSION = 1
 
 
 def record_status(experiment: Experiment, stage: int, status: str, **facts: object) -> None:
-    """Write how a stage stands (running, stopped, finished, failed) into training_metrics.json."""
+    """Write how a stage stands (running, stopped, finished, failed) into training_metrics.json, if it has a place."""
+    if not experiment.root.is_dir():  # removed by the user, who must not find it again
+        return
     content = _content(experiment)
     block = content.setdefault("stages", {}).setdefault(str(stage), {})
     if status != "failed":

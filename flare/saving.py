@@ -54,6 +54,7 @@ class Saver:
     def checkpoint(self, progress: Progress) -> None:
         """Write a checkpoint and prune old ones."""
         t0 = time.perf_counter()
+        on_main(self.world, self.run.experiment.check_not_removed)
         directory, step = self.run.experiment.checkpoints, progress.step
         state = {"model": ckpt.model_tensors(self.model.causal_lm), "optimizer": optimizer_tensors(self.optimizer)}
         facts = {"step": step, "tokens": progress.tokens, "stage": self.run.options.stage}
@@ -66,6 +67,7 @@ class Saver:
     @during("writing final_model")
     def final_model(self, progress: Progress) -> None:
         """Write final_model: the last weights, or with early stopping the best ones evaluated."""
+        on_main(self.world, self.run.experiment.check_not_removed)
         self._use_best_weights(progress)
         files = ckpt.model_files(self._config(progress), self.run.init_from)
         if is_sharded(self.model):  # no rank has the whole model: the canary is that of the files

@@ -86,9 +86,10 @@ class Watchdog:
         self.closed.set()
         self.thread.join()
         faulthandler.unregister(signal.SIGUSR2)
+        wrote = os.fstat(self.file.fileno()).st_size
         self.file.close()
-        if self.stacks_file(self.rank).stat().st_size == 0:
-            self.stacks_file(self.rank).unlink()
+        if wrote == 0:
+            self.stacks_file(self.rank).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:

@@ -54,15 +54,11 @@ class Running:
         path = self.output.with_suffix(".err")
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-    def wait(self, noise_of: str = "") -> Ended:
-        """The end; with oracle (e).
-
-        Args:
-            noise_of: a library's file whose own thread prints its traceback; such are allowed.
-        """
+    def wait(self) -> Ended:
+        """The end; with oracle (e)."""
         returncode = self.zygote.ask({"wait": self.pid})["returncode"]
         ended = Ended(returncode, self.stderr(), self.output.with_suffix(".out").read_text(errors="replace"))
-        assert "Traceback" not in ended.stderr or (noise_of and noise_of in ended.stderr), ended.stderr
+        assert "Traceback" not in ended.stderr, ended.stderr
         return ended
 
 
