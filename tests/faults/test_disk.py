@@ -94,7 +94,7 @@ def test_an_experiment_that_is_removed_while_it_runs_ends_clearly(zygote: Zygote
     running = zygote.start(*flags, "--max_steps", 100_000, "--eval_steps", 100_000, "--save_steps", 100)
     running.wait_for("step 5/")
     wait_until(lambda: run.is_dir(), "the directory")
-    shutil.rmtree(run.rename(run.with_name("gone")))  # in one blow: no file can come between rmtree's look and its rmdir
+    shutil.rmtree(run.rename(run.with_name("gone")))  # in one blow: no file comes in between
     ended = running.wait()
     assert ended.returncode == 4
     (error,) = ended.errors
