@@ -151,13 +151,13 @@ def test_epochs_stay_epochs_on_another_number_of_processes(train_flags: list[str
 def test_resuming_an_older_checkpoint_begins_a_branch_of_its_own(train_flags: list[str], run: Path) -> None:
     flags = [*train_flags, "--save_steps", 2, "--save_total_limit", 1]
     assert train(*flags, "--save_total_limit", 9).returncode == 0
+    elsewhere = shutil.copytree(run / "checkpoints" / "checkpoint-2", run.parent / "checkpoint-2")
     result = train(*flags, "--max_steps", 4, "--resume", run / "checkpoints" / "checkpoint-2")
     assert result.returncode == 0, result.stderr
     assert "superseded-checkpoint-6" in result.stderr
     assert trained(run)["step"] == 4
     assert (run / "checkpoints" / "superseded-checkpoint-6").is_dir()
     assert set_aside_newer(run / "checkpoints", 4) == []
-    elsewhere = shutil.move(run / "checkpoints" / "checkpoint-2", run.parent / "checkpoint-2")
     result = train(*flags, "--max_steps", 3, "--resume", elsewhere)
     assert result.returncode == 0, result.stderr
     assert (run / "checkpoints" / "superseded-checkpoint-4").is_dir()
