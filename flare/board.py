@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from flare.experiment import Experiment
+from flare.metrics_file import base_loss, trained_tokens
 from flare.nope.layers import format_layers
 
 if TYPE_CHECKING:
@@ -92,14 +93,9 @@ def before(stages: dict[str, dict], stage: int) -> tuple[int, float | None]:
     Args:
         stages: of training_metrics.json.
     """
-    tokens, base_loss = 0, None
-    for number in sorted(stages):
-        if int(number) < stage:
-            history = stages[number].get("history", [])
-            tokens += max((record["tokens"] for record in history), default=0)
-            losses = [record["rope_eval_loss"] for record in history if "rope_eval_loss" in record]
-            base_loss = losses[0] if losses and base_loss is None else base_loss
-    return tokens, base_loss
+    earlier = [stages[number] for number in sorted(stages) if int(number) < stage]
+    records = (record for block in earlier for record in block.get("history", []))
+    return sum(map(trained_tokens, earlier)), base_loss(records)
 
 
 def hyperparameters(run: "Run", global_batch_size: int, max_steps: int) -> dict[str, str | float]:

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -41,7 +42,9 @@ def heard(world: World) -> bool:
 def listen(world: World) -> None:
     """Start the thread that ends this process when another rank has called and nothing else ends it."""
     if world.store is not None:
-        threading.Thread(target=_listen, args=(world,), name="distress", daemon=True).start()
+        # A connection of its own: on the main thread's it would wait as long as that waits for a rank that is gone.
+        own = replace(world, store=world.store.clone())
+        threading.Thread(target=_listen, args=(own,), name="distress", daemon=True).start()
 
 
 def _listen(world: World) -> None:

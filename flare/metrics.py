@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flare.board import Board
 from flare.experiment import Experiment
+from flare.files import write_text
 from flare.logs import log
 from flare.terminal import columns
 
@@ -24,8 +25,8 @@ WORTH_A_WORD = 0.02
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite beyond what a float holds."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), held at exp(709), near the largest float: JSON files hold no infinity."""
+    return math.exp(min(loss, 709.0))
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -97,7 +98,7 @@ class MetricsWriter:
                 if record.get("stage") != self.stage:
                     kept.append(line)
         kept += [json.dumps({"stage": self.stage, **record}) for record in history]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(line + "\n" for line in kept))
         self.jsonl = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the writer
 
     @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """training_metrics.json: how each stage stands. Standard library only, for the launcher needs it without torch."""
 
 import time
+from collections.abc import Iterable
 
 from flare.experiment import Experiment
 from flare.files import write_json
@@ -24,6 +25,16 @@ def enter_stage(experiment: Experiment, stage: int) -> None:
     """Write that the directory now belongs to this stage. Only under the lock, when the hand-over is done: a
     start that dies before must not make stage 1's results look like stage 2's."""
     write_json(experiment.metrics_file, _content(experiment) | {"current_stage": stage})
+
+
+def trained_tokens(block: dict) -> int:
+    """Tokens that a stage's block tells of."""
+    return max((record["tokens"] for record in block.get("history", [])), default=0)
+
+
+def base_loss(records: Iterable[dict]) -> float | None:
+    """The base's held-out loss, as the first evaluation of the first stage measured it."""
+    return next((record["rope_eval_loss"] for record in records if "rope_eval_loss" in record), None)
 
 
 def _content(experiment: Experiment) -> dict:

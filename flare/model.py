@@ -132,7 +132,7 @@ def load_for_training(
     return _ready(causal_lm, trainable, precision, documents)
 
 
-def load_sharded(
+def load_in_place(
     directory: Path,
     config: dict,
     trainable: Trainable,
@@ -140,16 +140,19 @@ def load_sharded(
     attn_implementation: str,
     world: World,
     documents: bool = True,
+    sharded: bool = True,
 ) -> TrainingModel:
-    """The same, divided among the ranks and on their devices; each rank reads its part of the files only.
+    """The same on this rank's device, each weight read straight into the place and the dtype that it trains in.
 
+    Args: as ``load_for_training``; sharded: divide it among the ranks, each of which reads its part of the files only.
     Raises: CheckpointError for missing or misfitting tensors, or a model that is not the one of its canary.
     """
     if (directory / CANARY_FILE).is_file():  # no rank has the whole model later
         on_main(world, lambda: hold_to_canary(load_causal_lm(directory), directory))
     causal_lm = empty_causal_lm(directory, config, attention_for(attn_implementation))
     model = _ready(causal_lm, trainable, precision, documents)
-    shard_model(model, world)
+    if sharded:
+        shard_model(model, world)
     materialise(model, world.device)
     restore_weights(causal_lm, TensorReader.of_model(directory))
     return model

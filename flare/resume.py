@@ -52,9 +52,8 @@ def read_progress(resume_from: Checkpoint | None, saver: Saver) -> Progress:
     log.info(f"resumes from {resume_from.path.name}, {state['progress']['tokens']:,} tokens seen")
     _log_changes(state["options"], run.settings())
     checkpoints = run.experiment.checkpoints
-    if resume_from.path.resolve().parent == checkpoints.resolve():
-        for name in distributed.on_main(world, lambda: ckpt.set_aside_newer(checkpoints, resume_from.step)):
-            log.warning(f"{name} is newer than the checkpoint to resume: renamed to superseded-{name}")
+    for name in distributed.on_main(world, lambda: ckpt.set_aside_newer(checkpoints, resume_from.step)):
+        log.warning(f"{name} is newer than the checkpoint to resume: renamed to superseded-{name}")
     progress = Progress(**state["progress"])
     kept = {c.step for c in ckpt.list_checkpoints(checkpoints)}
     if run.options.early_stopping_patience and progress.best_step not in kept:

@@ -71,7 +71,8 @@ class Saver:
         self._use_best_weights(progress)
         files = ckpt.model_files(self._config(progress), self.run.init_from)
         if is_sharded(self.model):  # no rank has the whole model: the canary is that of the files
-            files[CANARY_FILE] = lambda path: write_canary(load_causal_lm(path.parent), path.parent)
+            if self.run.nope_layers:
+                files[CANARY_FILE] = lambda path: write_canary(load_causal_lm(path.parent), path.parent)
         elif canary := on_main(self.world, self._canary):
             files[CANARY_FILE] = lambda path: write_json(path, canary.as_dict())
         ckpt.export_model(self.run.experiment.final_model, self._write_weights, files, self.world)

@@ -1,5 +1,6 @@
 """A stage's session on one rank: model, optimizer, rows and progress are put together, trained and exported."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from flare.launch import tell_launcher
 from flare.logs import FILES_ONLY, log
 from flare.metrics import MetricsWriter
 from flare.metrics_file import record_status
-from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
+from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_in_place
 from flare.nope.format import nope_layers_of
 from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
@@ -41,7 +42,7 @@ from flare.run import Run
 from flare.saving import Saver
 from flare.sharding import is_sharded
 from flare.summary import summary_lines
-from flare.tensor_files import TensorReader, restore_weights
+from flare.tensor_files import TensorReader
 from flare.trainer import Parts, Trainer
 from flare.watchdog import Limits, Watchdog
 
@@ -114,7 +115,8 @@ class Session:
         """From the watchdog of one rank, not always the first: the main thread will never tell."""
         told = tell_launcher(message, FlareError.exit_code)
         log.error(f"error: {message}", extra=FILES_ONLY if told else {})
-        record_status(self.experiment, self.options.stage, "failed", error=message)
+        with contextlib.suppress(OSError):  # on a full disk the run must end all the same
+            record_status(self.experiment, self.options.stage, "failed", error=message)
 
     # -- start -------------------------------------------------------------------------------------
 
@@ -212,13 +214,12 @@ class Session:
         run = self.run
         source, documents = resume_from.path if resume_from else start, self.options.packing == "document"
         how = (run.config, run.trainable, run.precision, run.attention)
-        if run.parallel == "fsdp":
+        sharded = run.parallel == "fsdp"
+        if sharded:
             log.info(f"FSDP2: weights, gradients and optimizer state are divided among {self.world.size} processes")
-            return load_sharded(source, *how, self.world, documents)
-        model = load_for_training(source, *how, documents)
-        if resume_from:  # as fp32 masters; opened as a model they are rounded to the base's dtype
-            restore_weights(model.causal_lm, TensorReader.of_model(source))
-        return model.to(self.world.device)
+        if sharded or resume_from:  # opened as a model, a checkpoint's fp32 masters are rounded to the base's dtype
+            return load_in_place(source, *how, self.world, documents, sharded)
+        return load_for_training(source, *how, documents).to(self.world.device)
 
     def _parts(self) -> Parts:
         flops = self.run.plan().flops

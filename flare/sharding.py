@@ -59,7 +59,7 @@ def _gather_for(model: torch.nn.Module, method: str) -> None:
 
 
 def materialise(model: torch.nn.Module, device: torch.device) -> None:
-    """Give a sharded model on the meta device memory of its own; weights are to be filled in afterwards.
+    """Give a model on the meta device, sharded or not, memory of its own; weights are to be filled in afterwards.
 
     What is no weight is computed anew: cos and sin of the rotary embedding follow from the configuration.
     """

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator
 
 from flare.experiment import Experiment
+from flare.metrics_file import base_loss
 
 LABEL_WIDTH = 16
 
@@ -21,7 +22,7 @@ def _rows(experiment: Experiment, stage: int, history: list[dict], tokens: int) 
     losses = [record["eval_loss"] for record in history if "eval_loss" in record]
     if losses:
         yield "held-out loss", f"{losses[0]:.4f} at the start, {losses[-1]:.4f} at the end"
-    base = next((record["rope_eval_loss"] for record in history if "rope_eval_loss" in record), None)
+    base = base_loss(history)
     if base is not None:
         yield "the base's", f"{base:.4f}: the same weights with RoPE everywhere, untrained"
     model, board = (shlex.quote(str(path)) for path in (experiment.final_model, experiment.tensorboard))

@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flare.distributed import World, raise_first
-from flare.errors import CheckpointError
+from flare.errors import CheckpointError, first_line
 from flare.files import write_json
 from flare.nope.format import weight_files
 from flare.nope.shards import is_safetensors, load_bin, save_tensors
+from flare.phase import is_out_of_memory
 from flare.sharding import is_sharded, local_rows, whole
 
 MAX_FILE_BYTES = 4 * 2**30
@@ -88,8 +89,17 @@ def write_pickled(
 ) -> list[Path]:
     """Write named tensors to one file of torch.save, whole in rank 0's memory. Otherwise as ``write_tensors``."""
     held = _gathered(tensors, TensorFile(path.name, tuple(tensors), 0), world, dtype)
-    raise_first(_failure_of(torch.save, held, path) if world.is_main else None)
+    raise_first(_failure_of(_save_pickled, held, path) if world.is_main else None)
     return [path] if world.is_main else []
+
+
+def _save_pickled(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        torch.save(tensors, path)
+    except RuntimeError as error:  # how torch tells of a full disk
+        if is_out_of_memory(error):
+            raise
+        raise OSError(first_line(error)) from error
 
 
 def _gathered(

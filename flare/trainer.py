@@ -120,7 +120,7 @@ class Trainer:
         """Run to the end, an early stop or a request to stop; returns finished, early_stopped or stopped."""
         progress, options = self.progress, self.options
         self.stop_request.install()
-        if progress.step == 0 and options.eval_steps:
+        if progress.step == 0 and not progress.history and options.eval_steps:  # not known from checkpoint-0
             self._evaluate()
         if progress.out_of_patience(options):
             return "early_stopped"

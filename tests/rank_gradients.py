@@ -15,7 +15,7 @@ from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
 from flare.data.tokens import TokenSettings
 from flare.hub import read_model_config
-from flare.model import load_for_training, load_sharded
+from flare.model import load_for_training, load_in_place
 from flare.nope.format import with_nope
 from flare.nope.load import load_tokenizer
 from flare.optim import build_optimizer, build_schedule
@@ -31,7 +31,7 @@ def make_trainer(
     """A trainer of a tiny model on this rank of the run that torchrun started."""
     world = distributed.start(use_cuda=False, timeout_sec=60)
     how = (with_nope(read_model_config(base), [1, 3], None, str(base)), Trainable(True), "fp32", "auto")
-    model = load_sharded(base, *how, world) if parallel == "fsdp" else load_for_training(base, *how)
+    model = load_in_place(base, *how, world) if parallel == "fsdp" else load_for_training(base, *how)
     cache = build_token_cache(
         open_source(SourceSpec(corpus), cache_dir), load_tokenizer(base), cache_dir, TokenSettings()
     )

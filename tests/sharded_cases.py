@@ -4,21 +4,27 @@ usage: sharded_cases.py QWEN2 QWEN3_UNTIED OUT
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flare import distributed, tensor_files
 from flare.checkpoint import Checkpoint, model_tensors, write_checkpoint
 from flare.data.packing import PackedRows
 from flare.distributed import World
+from flare.errors import CheckpointError
 from flare.evaluation.during_training import LengthCurve
 from flare.hub import read_model_config
-from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_sharded
-from flare.nope.format import with_nope
+from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_in_place
+from flare.nope.canary import write_canary
+from flare.nope.format import with_nope, write_config
+from flare.nope.load import load_causal_lm
 from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from flare.options import SELECTIVE, Options
@@ -69,7 +75,7 @@ def compare(base: Path, case: str, world: World) -> dict:
     trainable, precision, checkpointed = CASES[case]
     config = with_nope(read_model_config(base), LAYERS, None, str(base))
     plain = load_for_training(base, config, trainable, precision, "auto")
-    sharded = load_sharded(base, config, trainable, precision, "auto", world)
+    sharded = load_in_place(base, config, trainable, precision, "auto", world)
     for model in (plain, sharded) if checkpointed else ():
         checkpoint_layers(model.causal_lm, checkpointed == SELECTIVE)
     verify_nope(sharded.causal_lm, LAYERS, decode=sharded.decode)
@@ -91,7 +97,7 @@ def round_trip(base: Path, out: Path, world: World) -> dict:
     """Weights and optimizer state written by all ranks in many files, read by a whole model and by a sharded one."""
     tensor_files.MAX_FILE_BYTES = 20_000
     how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
-    first = load_sharded(base, *how, world)
+    first = load_in_place(base, *how, world)
     optimizer = build_optimizer(first.trainable_parameters(), Options(learning_rate=1e-3))
     first(*rows_of(first, 2)).backward()
     optimizer.step()
@@ -99,7 +105,7 @@ def round_trip(base: Path, out: Path, world: World) -> dict:
     write_checkpoint(out / "checkpoint-1", state, {}, {"step": 1}, world)
     Checkpoint(out / "checkpoint-1", 1).verify()
     found = {"files": len(list((out / "checkpoint-1").glob("*.safetensors")))}
-    for name, other in (("plain", load_for_training(base, *how)), ("sharded", load_sharded(base, *how, world))):
+    for name, other in (("plain", load_for_training(base, *how)), ("sharded", load_in_place(base, *how, world))):
         restore_weights(other.causal_lm, TensorReader.of_model(out / "checkpoint-1"))
         copied = build_optimizer(other.trainable_parameters(), Options(learning_rate=1e-3))
         load_optimizer_tensors(copied, TensorReader.of_state(out / "checkpoint-1", "optimizer"))
@@ -118,7 +124,7 @@ def flagged_updates(base: Path, world: World) -> dict:
     how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
     states = []
     for flagged in (False, True):
-        model = load_sharded(base, *how, world)
+        model = load_in_place(base, *how, world)
         optimizer = build_optimizer(model.trainable_parameters(), Options(learning_rate=1e-3))
         outcomes = Outcomes(world.device, lag=1)
         for poisoned in (False, True)[: 1 + flagged]:
@@ -135,11 +141,35 @@ def flagged_updates(base: Path, world: World) -> dict:
     return {"same": same_tensors(*states), "seen": not outcomes.take()[-1][1].loss < float("inf")}
 
 
+def canary(base: Path, directory: Path, world: World) -> list[str]:
+    """What became of a start from a model with a canary, and on each rank of one whose weights were edited since."""
+    config = with_nope(read_model_config(base), LAYERS, None, str(base))
+
+    def copy() -> None:
+        shutil.copytree(base, directory)
+        write_config(config, directory)
+        write_canary(load_causal_lm(directory), directory)
+
+    def edit() -> None:
+        weights = load_file(directory / "model.safetensors")
+        weights["model.norm.weight"] *= 2
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+    how = (config, Trainable.of("all"), "fp32", "auto")
+    distributed.on_main(world, copy)
+    load_in_place(directory, *how, world)
+    distributed.on_main(world, edit)
+    with pytest.raises(CheckpointError) as caught:
+        load_in_place(directory, *how, world)
+    said = "is not the model of its nope_canary.json"
+    return ["loaded", *distributed.together(world, lambda: said if said in str(caught.value) else str(caught.value))]
+
+
 def length_curves(base: Path, world: World) -> list[list[list[dict]]]:
     """Curves of a sharded model and of a whole one: over seven batches, so that of two ranks the last has one fewer,
     and over a single batch, so that it has none."""
     how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
-    models = load_sharded(base, *how, world), load_for_training(base, *how)
+    models = load_in_place(base, *how, world), load_for_training(base, *how)
     return [
         [LengthCurve(model, documents(count, 64), lengths, batch_tokens=64, world=world)() for model in models]
         for count, lengths in ((5, [16, 64]), (1, [64]))
@@ -168,6 +198,7 @@ def main() -> None:
     }
     found["flagged updates"] = flagged_updates(untied, world)
     found["length curves"] = length_curves(tied, world)
+    found["canary"] = canary(tied, out.with_name("with canary"), world)
     found["round trip"] = round_trip(untied, out.parent, world)
     if world.is_main:
         out.write_text(json.dumps(found))

@@ -1,8 +1,9 @@
-"""Two ranks: rank 1 calls for help and ends; rank 0 waits on a lock in C, where no signal handler of Python's runs."""
+"""Two ranks: rank 1 calls for help and ends; rank 0 waits in C, where no signal handler of Python's runs, for what a
+rank was to tell in the store, as the start of a process group does: no other thread gets at that connection."""
 
 import os
-import signal
 import sys
+from datetime import timedelta
 
 from flare import distress, distributed
 
@@ -16,8 +17,7 @@ def main() -> int:
         distress.call(world)
         sys.stdout.flush()
         os._exit(3)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    signal.sigwait({signal.SIGUSR2})
+    world.store.wait(["never"], timedelta(minutes=5))
     return 0
 
 

@@ -9,7 +9,8 @@ import torch
 
 from flare.data.tokens import TokenCache
 from flare.errors import FlareError
-from flare.metrics import Throughput
+from flare.files import write_json
+from flare.metrics import Throughput, perplexity
 from flare.outcomes import Outcomes
 from flare.trainable import Trainable
 from flare.trainer import Trainer
@@ -90,6 +91,13 @@ def test_two_ranks_that_read_late_stop_at_the_same_step(
     out = tmp_path / "stops.json"
     torchrun(2, "tests.late_stop", base, corpus, cache_dir, out)
     assert json.loads(out.read_text()) == [["stopped", 4, [4]]] * 2
+
+
+def test_the_perplexity_of_a_run_that_went_astray_can_be_recorded(tmp_path: Path) -> None:
+    """JSON has no infinity: the checkpoint could not be written, nor how the run ended."""
+    write_json(tmp_path / "record.json", {"perplexity": perplexity(1e6)})
+    assert json.loads((tmp_path / "record.json").read_text())["perplexity"] > 1e307
+    assert perplexity(0.0) == 1.0
 
 
 def test_throughput_leaves_out_what_happens_while_its_clock_stands(monkeypatch: pytest.MonkeyPatch) -> None:

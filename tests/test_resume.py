@@ -120,7 +120,8 @@ def test_early_stopping_can_be_turned_on_at_resume_and_ends_for_good(train_flags
 
 
 def test_a_run_killed_right_after_its_first_evaluation_resumes(train_flags: list[str], run: Path) -> None:
-    flags = [*train_flags, "--early_stopping_patience", 3]
+    """Its first evaluation is known: a second one would count as one without gain, and end a run of patience 1."""
+    flags = [*train_flags, "--eval_steps", 100, "--early_stopping_patience", 1]
     assert train(*flags, "--max_steps", 1).returncode == 0
     for name in ("checkpoint-1", "../final_model"):
         shutil.rmtree(run / "checkpoints" / name)
@@ -128,6 +129,7 @@ def test_a_run_killed_right_after_its_first_evaluation_resumes(train_flags: list
     result = train(*flags, "--max_steps", 2)
     assert result.returncode == 0, result.stderr
     assert "resumes from checkpoint-0" in result.stderr
+    assert trained(run)["step"] == 2
 
 
 @pytest.mark.slow
@@ -149,12 +151,16 @@ def test_epochs_stay_epochs_on_another_number_of_processes(train_flags: list[str
 def test_resuming_an_older_checkpoint_begins_a_branch_of_its_own(train_flags: list[str], run: Path) -> None:
     flags = [*train_flags, "--save_steps", 2, "--save_total_limit", 1]
     assert train(*flags, "--save_total_limit", 9).returncode == 0
+    elsewhere = shutil.copytree(run / "checkpoints" / "checkpoint-2", run.parent / "checkpoint-2")
     result = train(*flags, "--max_steps", 4, "--resume", run / "checkpoints" / "checkpoint-2")
     assert result.returncode == 0, result.stderr
     assert "superseded-checkpoint-6" in result.stderr
     assert trained(run)["step"] == 4
     assert (run / "checkpoints" / "superseded-checkpoint-6").is_dir()
     assert set_aside_newer(run / "checkpoints", 4) == []
+    result = train(*flags, "--max_steps", 3, "--resume", elsewhere)
+    assert result.returncode == 0, result.stderr
+    assert (run / "checkpoints" / "superseded-checkpoint-4").is_dir()
 
 
 def test_changes_at_resume_are_named(train_flags: list[str], run: Path) -> None:

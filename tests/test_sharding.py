@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from flare.data.order import equal_rounds
+from flare.distributed import World
 from flare.nope.canary import check_canary
 from flare.nope.canary_file import TRUE_MODEL
 from flare.nope.load import load_causal_lm
-from flare.tensor_files import files_for
+from flare.tensor_files import files_for, write_pickled
 from tests.conftest import torchrun, train, write_base
 
 CASES = [
@@ -64,6 +66,17 @@ def test_a_flag_of_the_device_turns_updates_of_shards_off(found: dict) -> None:
     assert found["flagged updates"] == {"same": True, "seen": True}
 
 
+def test_a_sharded_start_is_held_to_its_canary_on_all_ranks(found: dict) -> None:
+    assert found["canary"] == ["loaded", *2 * ["is not the model of its nope_canary.json"]]
+
+
+def test_a_pickled_file_that_the_disk_refuses_is_an_error_of_the_disk() -> None:
+    """torch tells of it with a RuntimeError."""
+    alone = World(0, 0, 1, torch.device("cpu"))
+    with pytest.raises(OSError, match="inline_container"):
+        write_pickled({"weight": torch.zeros(100_000)}, Path("/dev/full"), alone)
+
+
 def test_files_hold_whole_tensors_in_order_and_ranks_take_turns() -> None:
     sizes = {"a": 5, "b": 5, "c": 20, "d": 1, "e": 9, "f": 1}
     files = files_for(sizes, "model", 2, limit_bytes=10)
@@ -116,6 +129,15 @@ def test_the_final_model_of_a_sharded_run_is_whole_and_its_canary_true(whole_run
     final = whole_run / "final_model"
     verdict = check_canary(load_causal_lm(final), final)
     assert (verdict.what, verdict.to_true < 1e-5) == (TRUE_MODEL, True)
+
+
+def test_a_sharded_run_without_nope_layers_ends_with_a_final_model(flags: list[str], tmp_path: Path) -> None:
+    """The control: RoPE everywhere, so there is no canary to write."""
+    run = [*flags, "--base_output_dir", tmp_path, "--experiment_name", "run", "--parallel", "fsdp"]
+    result = train(*run, "--nproc_per_node", 2, "--max_steps", 1, "--no_rope_layers", "none")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "final_model" / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / "final_model" / "nope_canary.json").exists()
 
 
 def test_a_sharded_run_goes_on_with_other_processes_sharded_or_not(

@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from flare.evaluation.verdict import NO_JUMP_NATS, RECOVERED
+from flare.metrics_file import base_loss, trained_tokens
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def recovery_of(stages: dict[str, dict]) -> Recovery | None:
     Raises: nothing; a stage without evaluations adds no point.
     """
     records = (record for stage in sorted(stages) for record in stages[stage].get("history", []))
-    base = next((record["rope_eval_loss"] for record in records if "rope_eval_loss" in record), None)
+    base = base_loss(records)
     curve = held_out_curve(stages)
     if base is None or not curve or curve[0]["tokens"] != 0:
         return None
@@ -46,11 +47,10 @@ def held_out_curve(stages: dict[str, dict]) -> list[dict]:
     """``{"stage", "tokens", "loss"}`` of every evaluation during training, tokens counted over all stages."""
     curve, start = [], 0
     for stage in sorted(stages):
-        records = stages[stage].get("history", [])
-        for record in records:
+        for record in stages[stage].get("history", []):
             if "eval_loss" in record:
                 curve.append({"stage": int(stage), "tokens": start + record["tokens"], "loss": record["eval_loss"]})
-        start += max((record["tokens"] for record in records), default=0)
+        start += trained_tokens(stages[stage])
     return curve
 
 
@@ -63,18 +63,18 @@ def control_curve(found: Recovery | None, stages: dict[str, dict]) -> list[dict]
     return curve
 
 
-def recovery(base_loss: float, curve: list[dict]) -> Recovery:
+def recovery(base: float, curve: list[dict]) -> Recovery:
     """The recovery of a curve whose first point is the untrained model's."""
     untrained, final = curve[0]["loss"], curve[-1]["loss"]
-    jump = untrained - base_loss
+    jump = untrained - base
     hurt = jump >= NO_JUMP_NATS
-    goal = base_loss + (1 - RECOVERED) * jump
+    goal = base + (1 - RECOVERED) * jump
     return Recovery(
-        base_loss=base_loss,
+        base_loss=base,
         untrained_loss=untrained,
         jump=jump,
         final_loss=final,
-        remaining=final - base_loss,
+        remaining=final - base,
         won_back_percent=100.0 * (untrained - final) / jump if hurt else None,
         tokens_to_95_percent=next((p["tokens"] for p in curve if p["loss"] <= goal), None) if hurt else None,
         total_tokens=curve[-1]["tokens"],
