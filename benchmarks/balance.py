@@ -4,7 +4,7 @@
 
 Runs alternate (A B A B) within the same two processes. The slow rank sleeps in each forward pass as long as the rows
 take to work on, measured before: that is half speed whatever else the machine does, and takes no core from the other.
-A step of 36 rows is 9,216 tokens, small beside real ones; with 12 the reduction weighs more, and shares are whole rows.
+A step of 36 rows is 9,216 tokens, small beside real ones; with 12 the reduction weighs more and whole rows fit worse.
 The ideal is the sum of both ranks' rates, each measured alone: no reduction, no update, rows that can be cut.
 """
 
