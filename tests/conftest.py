@@ -1,10 +1,8 @@
-"""Fixtures: tiny models, a small corpus, and real processes that run our scripts."""
+"""Fixtures: tiny models, a small corpus, flags of a run that takes seconds."""
 
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 # One thread a process: OpenMP's threads of two processes on the same cores wait for each other a hundred
@@ -14,7 +12,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 from hypothesis import HealthCheck, settings
 
-REPO = Path(__file__).resolve().parent.parent
+from flare.logs import quiet_torchao
+
 WORDS = "the of layer head token model rope attention value query key and a to in is loss step row data".split()
 
 
@@ -25,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Property tests are the same from run to run: a failure on one machine is one on every machine."""
+    quiet_torchao()
     fixed = {"derandomize": True, "deadline": None, "database": None}
     settings.register_profile("some", max_examples=25, **fixed)
     settings.register_profile("many", max_examples=2000, suppress_health_check=[HealthCheck.too_slow], **fixed)
@@ -107,30 +107,6 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def script_environment(**changes: str) -> dict[str, str]:
-    """The environment without what a surrounding run may have left in it."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FLARE_OUTPUT_DIR", "CUDA_VISIBLE_DEVICES", "NNODES")
-    environment = {k: v for k, v in os.environ.items() if k not in names}
-    return environment | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | changes
-
-
-def run_script(script: str, *flags: object, timeout: int = 240, **kwargs: object) -> subprocess.CompletedProcess:
-    """Run one of our scripts to its end, in a real process without a terminal."""
-    command = [sys.executable, str(REPO / script), *map(str, flags)]
-    kwargs.setdefault("env", script_environment())
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, **kwargs)
-
-
-def torchrun(processes: int, module: str, *arguments: object, timeout: int = 240) -> None:
-    """Run a module of the tests on so many gloo ranks, to its end and without an error."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    result = subprocess.run(
-        [*command, "-m", module, *map(str, arguments)],
-        cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.fixture
 def train_flags(base: Path, corpus: Path, cache_dir: Path, tmp_path: Path) -> list[str]:
     """Flags of a run that takes seconds; append more to override."""
@@ -141,8 +117,3 @@ def train_flags(base: Path, corpus: Path, cache_dir: Path, tmp_path: Path) -> li
         "--logging_steps", "1", "--validation_split_percentage", "10", "--learning_rate", "1e-3",
         "--gradient_checkpointing", "false", "--no_rope_layers", "1", "3",
     ]  # fmt: skip
-
-
-def train(*flags: object, **kwargs: object) -> subprocess.CompletedProcess:
-    """train_qwen_multi_gpu.py in a real process."""
-    return run_script("train_qwen_multi_gpu.py", *flags, **kwargs)

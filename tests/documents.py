@@ -11,8 +11,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import REPO, script_environment, write_base, write_corpus
+from tests.conftest import write_base, write_corpus
 from tests.fake_nvidia_smi import install
+from tests.processes import REPO, script_environment
 
 OURS = re.compile(r"(\w+=\S+ )*(\./run_|\.venv/bin/|python |python3 |sbatch )")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -9,7 +9,7 @@ import subprocess
 import termios
 from collections.abc import Sequence
 
-from tests.conftest import REPO
+from tests.processes import REPO
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 

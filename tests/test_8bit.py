@@ -24,7 +24,8 @@ from flare.shapes import KNOWN_SHAPES
 from flare.suggest import suggest
 from flare.tensor_files import TensorReader
 from flare.trainable import Trainable
-from tests.conftest import torchrun, train, write_base
+from tests.conftest import write_base
+from tests.processes import torchrun, train
 from tests.test_plan import TINY, qwen, tiny_training
 
 needs_torchao = pytest.mark.skipif(

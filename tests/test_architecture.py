@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO
+from tests.processes import REPO
 
 LAYERS = [
     ["errors", "files", "parent", "phase", "terminal", "threads", "__init__"],

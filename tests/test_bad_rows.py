@@ -22,7 +22,7 @@ from flare.data.sources import open_source
 from flare.data.tokens import TokenSettings
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
-from tests.conftest import train
+from tests.processes import train
 from tests.test_token_cache import cache_of
 
 

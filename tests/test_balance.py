@@ -25,7 +25,7 @@ from flare.balance import (
 )
 from flare.data.order import portion, shares
 from flare.errors import ConfigError
-from tests.conftest import torchrun, train
+from tests.processes import torchrun, train
 from tests.test_runs import assert_same_weights, losses
 
 A800, A40 = "NVIDIA A800-SXM4-80GB", "NVIDIA A40"

@@ -16,7 +16,8 @@ import pytest
 from flare.data import file_facts, progress, rows
 from flare.data.file_facts import facts_of, read_facts
 from flare.data.progress import TokenProgress
-from tests.conftest import REPO, script_environment, write_corpus
+from tests.conftest import write_corpus
+from tests.processes import REPO, script_environment
 from tests.test_token_cache import cache_of
 
 

@@ -24,7 +24,8 @@ from flare.nope.patch import patch_checkpoint, patch_qwen_rope
 from flare.nope.probe import probe_nope_layers
 from flare.nope.verify import verify_directory
 from flare.trainable import Trainable
-from tests.conftest import train, write_base
+from tests.conftest import write_base
+from tests.processes import train
 
 LAYERS = [1, 3]
 SHARP = {"initializer_range": 0.1}

@@ -13,7 +13,8 @@ from flare.data.files import FileSource, find_files
 from flare.data.rows import SourceSpec
 from flare.data.tokens import TokenSettings
 from flare.nope.load import load_tokenizer
-from tests.conftest import train, write_base, write_corpus
+from tests.conftest import write_base, write_corpus
+from tests.processes import train
 
 
 @pytest.fixture

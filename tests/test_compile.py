@@ -16,7 +16,7 @@ from flare.nope.canary import measure_canary
 from flare.nope.format import with_nope
 from flare.options import SELECTIVE
 from flare.trainable import Trainable
-from tests.conftest import train
+from tests.processes import train
 from tests.test_runs import losses
 
 LENGTH = 24

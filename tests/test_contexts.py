@@ -20,8 +20,8 @@ from flare.evaluation.perplexity import score_documents
 from flare.evaluation.scorer import TokenScorer
 from flare.evaluation.windows import Window, document_windows, tail_window
 from flare.option_values import parse_lengths
-from tests.conftest import train
 from tests.evaluation_models import PROSE, bpe_tokenizer, bytes_tokenizer, lookup_model, tiny
+from tests.processes import train
 
 RELATIVE = 1e-6
 LONG = PROSE * 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, script_environment
+from tests.processes import REPO, script_environment
 
 
 def run_demo(output: Path, seed: int, *flags: str) -> subprocess.CompletedProcess:

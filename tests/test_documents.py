@@ -24,8 +24,8 @@ from flare.jsonc import read_jsonc
 from flare.nope.flags import build_parser as patch_parser
 from flare.nope.flags import choose_mode
 from flare.options import FIELDS
-from tests.conftest import REPO, train
 from tests.documents import FINISHED, Call, Command, Sandbox, commands_of, documents
+from tests.processes import REPO, train
 
 PAGES = documents()
 COMMANDS = [command for page in PAGES for command in commands_of(page)]

@@ -17,7 +17,8 @@ from flare.nope.canary_file import Canary, read_canary
 from flare.nope.endpoint import verify_endpoint
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint
-from tests.conftest import run_script, script_environment, write_base
+from tests.conftest import write_base
+from tests.processes import run_script, script_environment
 
 LAYERS = [1, 3]
 SHARP = {"initializer_range": 0.1}

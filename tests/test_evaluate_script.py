@@ -9,7 +9,8 @@ from flare.data.rows import SourceSpec
 from flare.errors import ConfigError
 from flare.evaluation.datasets import held_out, join_pages, parse_name
 from flare.evaluation.models import milestones
-from tests.conftest import run_script, write_base, write_corpus
+from tests.conftest import write_base, write_corpus
+from tests.processes import run_script
 
 
 def evaluate(*flags: object):

@@ -15,8 +15,9 @@ import pytest
 
 from flare.evaluation.datasets import load_texts, parse_name
 from flare.evaluation.finished import FinishedParts, model_identity, texts_identity
-from tests.conftest import REPO, run_script, script_environment, write_base, write_corpus
+from tests.conftest import write_base, write_corpus
 from tests.evaluation_models import PROSE, bpe_tokenizer, tiny
+from tests.processes import REPO, run_script, script_environment
 
 RELATIVE = 1e-6
 TEXTS = [PROSE * n for n in (3, 1, 2, 5)]

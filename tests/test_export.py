@@ -25,7 +25,8 @@ from flare.nope.native import to_native
 from flare.nope.patch import patch_checkpoint
 from flare.nope.probe import probe_nope_layers
 from flare.nope.verify import verify_directory
-from tests.conftest import run_script, script_environment, write_base
+from tests.conftest import write_base
+from tests.processes import run_script, script_environment
 
 ODD = {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 24, "num_hidden_layers": 6}
 WIDE = {"num_attention_heads": 5, "num_key_value_heads": 1, "hidden_size": 40, "head_dim": 16, "num_hidden_layers": 6}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import REPO, script_environment
+from tests.processes import REPO, script_environment
 
 TORCH = Path(torch.__file__).parent
 SOURCE = Path(__file__).with_name("fake_card.cpp")

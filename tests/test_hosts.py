@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, script_environment
+from tests.processes import REPO, script_environment
 from tests.test_runs import metrics
 
 

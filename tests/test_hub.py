@@ -10,7 +10,8 @@ from flare.data.hub_sets import HubSource
 from flare.data.rows import SourceSpec
 from flare.errors import ConfigError, EnvError
 from flare.hub import local_model_dir, read_hub_config
-from tests.conftest import script_environment, train, write_corpus
+from tests.conftest import write_corpus
+from tests.processes import script_environment, train_anew
 
 REVISION = "0123456789012345678901234567890123456789"
 
@@ -44,13 +45,13 @@ def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(name: str) ->
 
 def test_training_starts_from_a_cached_hub_model(train_flags: list[str], hub_cache: Path) -> None:
     flags = [*train_flags, "--model_name_or_path", "Qwen/Tiny", "--cache_dir", hub_cache, "--max_steps", 1]
-    result = train(*flags)
+    result = train_anew(*flags)
     assert result.returncode == 0, result.stderr
 
 
 def test_unreachable_data_set_is_one_line_that_names_the_ways_out(train_flags: list[str], tmp_path: Path) -> None:
     environment = script_environment(HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
-    result = train(*train_flags, "--dataset_name", "nobody/nothing", env=environment)
+    result = train_anew(*train_flags, "--dataset_name", "nobody/nothing", env=environment)
     assert result.returncode in (3, 4)
     assert result.stderr.count("\n") == 1
     assert "HF_ENDPOINT" in result.stderr

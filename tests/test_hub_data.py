@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, script_environment
 from tests.fake_hub import add_revision, commit_of, serve
+from tests.processes import REPO, script_environment
 
 READ = """
 import json, sys

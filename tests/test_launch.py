@@ -27,8 +27,8 @@ from flare.plan import check_fits
 from flare.plan_table import plan_lines
 from flare.run import Hardware, Run
 from flare.setup import settle
-from tests.conftest import REPO, run_script, script_environment, train
 from tests.fake_nvidia_smi import install
+from tests.processes import REPO, script_environment, train_anew
 from tests.test_cli import assert_one_line, guide_server, launch
 from tests.test_runs import metrics, start, wait_for_line
 
@@ -290,9 +290,9 @@ def test_global_batch_that_processes_cannot_share_is_refused(base: Path, tmp_pat
 def test_auto_trains_as_the_same_rows_given(train_flags: list[str], tmp_path: Path) -> None:
     """On two processes, where both must come to the same number; and the records have that number."""
     flags = [*train_flags, "--max_steps", 2, "--nproc_per_node", 2, "--global_batch_size", 8]
-    result = train(*flags, *AUTO)
+    result = train_anew(*flags, *AUTO)
     assert result.returncode == 0, result.stderr
-    given = train(*flags, "--per_device_train_batch_size", 4, "--experiment_name", "given")
+    given = train_anew(*flags, "--per_device_train_batch_size", 4, "--experiment_name", "given")
     assert given.returncode == 0, given.stderr
     first, second = (metrics(tmp_path / "out" / name)["stages"]["1"] for name in ("run", "given"))
     assert first["settings"]["per_device_train_batch_size"] == 4
@@ -314,7 +314,7 @@ def dry_run(tmp_path: Path, *flags: object) -> subprocess.CompletedProcess:
     environment = script_environment(
         FLARE_OUTPUT_DIR=str(tmp_path / "out"), HF_HOME=str(tmp_path / "hf"), **guide_server(tmp_path)
     )
-    return run_script("train_qwen_multi_gpu.py", *flags, "--dry_run", env=environment)
+    return train_anew(*flags, "--dry_run", env=environment)
 
 
 def assert_one_line_after_cards(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
@@ -361,7 +361,7 @@ def test_every_block_of_the_examples_plans_on_the_guides_server(tmp_path: Path, 
     ids=["none", "unknown", "the whole file"],
 )
 def test_block_that_is_not_there_lists_the_names(name: str, words: list[str]) -> None:
-    assert_one_line(run_script("train_qwen_multi_gpu.py", "--config", f"{EXAMPLES}{name}"), 2, *words)
+    assert_one_line(train_anew("--config", f"{EXAMPLES}{name}"), 2, *words)
 
 
 def test_a_file_of_one_configuration_has_no_names(tmp_path: Path) -> None:
@@ -497,7 +497,7 @@ def test_two_default_names_of_one_second_are_two_experiments(
 def test_run_without_a_name_is_one_experiment_of_all_ranks(train_flags: list[str], tmp_path: Path) -> None:
     at = train_flags.index("--experiment_name")
     flags = train_flags[:at] + train_flags[at + 2 :]
-    result = train(*flags, "--max_steps", 1, "--nproc_per_node", 2)
+    result = train_anew(*flags, "--max_steps", 1, "--nproc_per_node", 2)
     assert result.returncode == 0, result.stderr
     (run,) = (tmp_path / "out").iterdir()
     assert run.name.startswith("stage1_20")
@@ -581,7 +581,7 @@ def test_bad_card_numbers_are_one_line(tmp_path: Path, script: str, ids: str, wo
     variables = server(tmp_path, "guide")
     if script == "python":
         environment = script_environment(**variables)
-        result = run_script("train_qwen_multi_gpu.py", "--gpu_ids", ids, env=environment)
+        result = train_anew("--gpu_ids", ids, env=environment)
     else:
         result = launch("1", "manual", "x", ids, **variables)
     assert_one_line(result, 2, *words)

@@ -17,7 +17,8 @@ from flare.data.rows import SourceSpec
 from flare.data.tokens import TokenSettings
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
-from tests.conftest import train, write_corpus
+from tests.conftest import write_corpus
+from tests.processes import train
 from tests.test_data import FakeCache
 
 COUNTS = st.lists(st.integers(1, 12), min_size=2, max_size=5)

@@ -16,7 +16,8 @@ from flare.errors import CheckpointError, ConfigError
 from flare.nope.load import load_causal_lm, load_tokenizer
 from flare.nope.patch import patch_checkpoint, patch_qwen_rope
 from flare.nope.probe import probe_nope_layers, verify_nope
-from tests.conftest import run_script, write_base
+from tests.conftest import write_base
+from tests.processes import run_script
 
 FAMILIES = {"qwen2": (Qwen2ForCausalLM, modeling_qwen2), "qwen3": (Qwen3ForCausalLM, modeling_qwen3)}
 

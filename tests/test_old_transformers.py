@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from flare.nope.export import export_native
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint
-from tests.conftest import REPO, script_environment, write_base
+from tests.conftest import write_base
 from tests.old_transformers import generate
+from tests.processes import REPO, script_environment
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,8 @@ import torch
 
 from flare.optim import build_optimizer
 from flare.options import Options
-from tests.conftest import run_script, train, write_base, write_corpus
+from tests.conftest import write_base, write_corpus
+from tests.processes import run_script, train
 
 
 def test_adams_betas_and_epsilon_are_those_of_the_flags() -> None:

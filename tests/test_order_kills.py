@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, script_environment, write_corpus
+from tests.conftest import write_corpus
+from tests.processes import REPO, script_environment
 from tests.test_runs import assert_same_weights
 from tests.test_stream import children, wait_for_end
 

@@ -14,7 +14,7 @@ from flare.metrics import Throughput, perplexity
 from flare.outcomes import Outcomes
 from flare.trainable import Trainable
 from flare.trainer import Trainer
-from tests.conftest import torchrun
+from tests.processes import torchrun
 from tests.test_training import cache, load, trainer  # noqa: F401 (a fixture)
 
 

@@ -20,7 +20,8 @@ from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint
 from flare.nope.shards import read_header
 from flare.nope.tensors import tensor_names
-from tests.conftest import REPO, script_environment, write_base
+from tests.conftest import write_base
+from tests.processes import REPO, script_environment
 
 
 def run(*flags: object) -> int:

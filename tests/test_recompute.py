@@ -8,7 +8,7 @@ import torch
 
 from flare import recompute
 from flare.model import checkpoint_layers
-from tests.conftest import train
+from tests.processes import train
 from tests.test_plan import rows_of_tokens, tiny_training
 from tests.test_runs import losses
 

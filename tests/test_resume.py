@@ -13,7 +13,7 @@ from flare.data.tokens import TokenCache
 from flare.experiment import Experiment
 from flare.metrics_file import enter_stage, record_status
 from flare.nope.load import load_causal_lm
-from tests.conftest import train
+from tests.processes import train
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from flare.nope.canary_file import read_canary
-from tests.conftest import REPO, script_environment, torchrun, train
+from tests.processes import REPO, script_environment, torchrun, train
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ from flare.nope.canary import check_canary
 from flare.nope.canary_file import TRUE_MODEL
 from flare.nope.load import load_causal_lm
 from flare.tensor_files import files_for, write_pickled
-from tests.conftest import torchrun, train, write_base
+from tests.conftest import write_base
+from tests.processes import torchrun, train
 
 CASES = [
     "qwen2: everything", "qwen2: everything, checkpointed", "qwen2: NoPE layers",

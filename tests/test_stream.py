@@ -24,7 +24,8 @@ from flare.data.tokens import TokenSettings
 from flare.distributed import World
 from flare.errors import ConfigError, DataError, EnvError
 from flare.nope.load import load_tokenizer
-from tests.conftest import REPO, script_environment, train, write_corpus
+from tests.conftest import write_corpus
+from tests.processes import REPO, script_environment, train
 from tests.test_token_cache import cache_of, is_alive
 
 ALONE = World(0, 0, 1, torch.device("cpu"))

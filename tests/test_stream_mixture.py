@@ -18,7 +18,8 @@ from flare.data.streaming.rows import StreamSettings
 from flare.data.tokens import TokenSettings
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
-from tests.conftest import train, write_corpus
+from tests.conftest import write_corpus
+from tests.processes import train
 from tests.test_order_kills import STEPS, Runs
 from tests.test_stream import ALONE, read, rows_of
 

@@ -12,7 +12,7 @@ from flare import config
 from flare.evaluation import options as evaluation_options
 from flare.nope import flags
 from flare.terminal import columns, fold, has_colors, paint
-from tests.conftest import REPO, script_environment
+from tests.processes import REPO, script_environment
 from tests.pseudo_terminal import ESCAPE, lines_of, run_in_terminal
 
 COMMANDS = {

@@ -24,7 +24,8 @@ from flare.data.tokens import TokenCache, TokenSettings
 from flare.errors import DataError
 from flare.nope.load import load_tokenizer
 from tests.build_tokens import FileByFile
-from tests.conftest import REPO, script_environment, write_corpus
+from tests.conftest import write_corpus
+from tests.processes import REPO, script_environment
 from tests.test_data import TEXTS, write_files
 
 

@@ -1,18 +1,17 @@
 """Fixtures of the fault matrix: the process that forks runs, and the run that nothing happened to."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import ROWS, SAVE_EVERY, STEPS, Zygote
+from tests import processes
+from tests.faults.harness import ROWS, SAVE_EVERY, STEPS
+from tests.processes import Zygote
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
-    yield zygote
-    zygote.close()
+def zygote() -> Zygote:
+    return processes.zygote()
 
 
 def run_flags(base: Path, corpus: Path, cache_dir: Path, out: Path) -> list[str]:

@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import record
-from tests.conftest import REPO, write_base, write_corpus
+from tests.conftest import write_base, write_corpus
 from tests.faults.conftest import run_flags
-from tests.faults.harness import ROWS, STEPS, Running, Zygote, complete_steps, digest, rows_by_step, stage
+from tests.faults.harness import ROWS, STEPS, complete_steps, digest, rows_by_step, stage
+from tests.processes import REPO, Running, Zygote
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FILE_EVENTS = 200

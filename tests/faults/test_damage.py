@@ -16,7 +16,8 @@ from flare import checkpoint_cli
 from flare.checkpoint import Checkpoint
 from flare.errors import CheckpointError
 from tests.faults.conftest import run_flags
-from tests.faults.harness import STEPS, Zygote, complete_steps, digest, stage
+from tests.faults.harness import STEPS, complete_steps, digest, stage
+from tests.processes import Zygote
 
 SEED = 3
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Zygote, complete_steps, digest, stage, wait_until
+from tests.faults.harness import complete_steps, digest, stage
+from tests.processes import Zygote, wait_until
 
 
 def mounted(directory: Path, options: str) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Ended, Zygote, complete_steps, stage, workers
+from tests.faults.harness import complete_steps, stage, workers
+from tests.processes import Ended, Zygote
 
 
 def test_a_hanging_process_is_ended_with_its_stacks(zygote: Zygote, flags: list[str], run: Path) -> None:

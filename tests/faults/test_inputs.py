@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import REPO, script_environment, write_corpus
-from tests.faults.harness import Ended, Zygote, digest, stage
+from tests.conftest import write_corpus
+from tests.faults.harness import digest, stage
+from tests.processes import REPO, Ended, Zygote, script_environment
 
 
 def refused(ended: Ended, code: int, *words: str) -> None:

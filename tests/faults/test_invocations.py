@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_nvidia_smi import install
-from tests.faults.harness import Zygote
+from tests.processes import Zygote
 
 FILES = {
     "comma.json": '{"training_args": {"learning_rate": 1e-5,}}',

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import run_flags
-from tests.faults.harness import ROWS, STEPS, Zygote, complete_steps, digest, rows_by_step, stage
+from tests.faults.harness import ROWS, STEPS, complete_steps, digest, rows_by_step, stage
+from tests.processes import Zygote
 
 KILLED = -9
 SEED = 8

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_base
-from tests.faults.harness import Zygote, complete_steps, digest, stage
+from tests.faults.harness import complete_steps, digest, stage
+from tests.processes import Zygote
 
 ROOM_MIB = 12
 """What may still be had: a thread's stack, and less than each of the phases below asks for."""

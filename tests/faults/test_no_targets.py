@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_corpus
-from tests.faults.harness import Zygote, complete_steps, digest, stage
+from tests.faults.harness import complete_steps, digest, stage
+from tests.processes import Zygote
 
 
 @pytest.fixture

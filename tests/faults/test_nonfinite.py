@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import ROWS, STEPS, Zygote, complete_steps, digest, stage
+from tests.faults.harness import ROWS, STEPS, complete_steps, digest, stage
+from tests.processes import Zygote
 
 BAD_STEP = 5
 TWO = ("--nproc_per_node", 2, "--per_device_train_batch_size", 1, "--global_batch_size", ROWS)

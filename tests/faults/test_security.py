@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from flare.errors import ConfigError, first_line
-from tests.conftest import REPO
-from tests.faults.harness import Zygote
+from tests.processes import REPO, Zygote
 
 SOURCES = sorted([*(REPO / "flare").rglob("*.py"), *REPO.glob("*.py")])
 RUNS_CODE = {

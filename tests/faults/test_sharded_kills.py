@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from flare.nope.load import load_causal_lm
 from tests.conftest import write_base
-from tests.faults.harness import STEPS, Zygote, complete_steps, digest, stage
+from tests.faults.harness import STEPS, complete_steps, digest, stage
+from tests.processes import Zygote
 
 SHARDED = ("--nproc_per_node", 2, "--parallel", "fsdp", "--per_device_train_batch_size", 1, "--global_batch_size", 2)
 WHOLE = ("--parallel", "ddp", "--per_device_train_batch_size", 1, "--global_batch_size", 2)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import STEPS, Running, Zygote, complete_steps, digest, stage, wait_until, workers
+from tests.faults.harness import STEPS, complete_steps, digest, stage, workers
+from tests.processes import Running, Zygote, wait_until
 
 LONG = ("--max_steps", 100_000, "--eval_steps", 100_000, "--save_steps", 100_000)
 PAUSED = 4

@@ -2,7 +2,7 @@
 
 Each run is a process of its own (environment, directory, streams, session) that takes real signals and dies real
 deaths; only the imported modules are shared. The fault to inject, if any, is installed in it before the script's
-main is called. Started by harness.py, which talks to it in lines of JSON.
+main is called. Started by tests/processes.py, which talks to it in lines of JSON.
 """
 
 import importlib
@@ -11,12 +11,14 @@ import os
 import sys
 import traceback
 
+from flare.logs import quiet_torchao
 from tests.faults import injections
 
 IMPORTED = ("flare.worker", "flare.launch", "flare.plan", "flare.plan_table", "flare.data.build", "tensorboard")
 
 
 def main() -> None:
+    quiet_torchao()
     for name in ("train_qwen_multi_gpu", *IMPORTED, "torch.utils.tensorboard", "transformers.models.qwen2"):
         importlib.import_module(name)
     replies = os.fdopen(os.dup(1), "w")
