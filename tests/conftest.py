@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 
 from flare.logs import quiet_torchao
 
+quiet_torchao()  # before the conftest of faults/ imports torch
+
 WORDS = "the of layer head token model rope attention value query key and a to in is loss step row data".split()
 
 
@@ -24,7 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Property tests are the same from run to run: a failure on one machine is one on every machine."""
-    quiet_torchao()
     fixed = {"derandomize": True, "deadline": None, "database": None}
     settings.register_profile("some", max_examples=25, **fixed)
     settings.register_profile("many", max_examples=2000, suppress_health_check=[HealthCheck.too_slow], **fixed)
