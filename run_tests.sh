@@ -5,7 +5,7 @@
 set -euo pipefail
 . "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/env.sh"
 
-FAST=(architecture balance config documents gpus layers mixture order plan report sources)
+FAST=(architecture config documents gpus layers mixture order plan report sources)
 
 words=() fast=
 for word in "$@"; do

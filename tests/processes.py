@@ -141,6 +141,6 @@ def zygote() -> Zygote:
     return Zygote(Path(directory))
 
 
-def train(*flags: object, timeout: int = 240) -> Ended:
+def train(*flags: object, timeout: int = 240, cwd: Path = REPO) -> Ended:
     """train_qwen_multi_gpu.py in a process of its own, forked from one that has the imports."""
-    return zygote().start(*flags).wait(timeout)
+    return zygote().start(*flags, cwd=cwd).wait(timeout)
