@@ -95,8 +95,28 @@ def test_a_control_is_told_from_a_base_by_the_stage_it_went_through(tmp_path: Pa
             (tmp_path / root / directory / "config.json").write_text(json.dumps(config))
         (tmp_path / root / "training_metrics.json").write_text(json.dumps({"stages": stages}))
     models = ("base/final_model", "control/stage1/final_model", "control/final_model")
-    labels = [m.label for m in milestones([tmp_path / model for model in models])]
-    assert labels == ["base", "control (stage 1)", "control (stage 2)"]
+    found = milestones([tmp_path / model for model in models])
+    assert [m.label for m in found] == ["base", "control (stage 1)", "control (stage 2)"]
+    assert [m.stages for m in found] == [(), (1,), (1, 2)]
+
+
+def test_stages_are_those_of_the_guides_two_experiments_too(tmp_path: Path) -> None:
+    """NAME_stage2 that started from NAME_stage1: a control there is no base. A model moved away has no record."""
+    for kind, nope_layers in (("control", []), ("mine", [1])):
+        for stage in (1, 2):
+            root = tmp_path / f"{kind}_stage{stage}"
+            (root / "final_model").mkdir(parents=True)
+            config = {"model_type": "qwen2", "num_hidden_layers": 4, "flare": {"stage": stage}}
+            config |= {"nope_layers": nope_layers, "model_type": "qwen2_nope"} if nope_layers else {}
+            (root / "final_model" / "config.json").write_text(json.dumps(config))
+            metrics = {"current_stage": stage, "stages": {str(stage): {"status": "finished"}}}
+            (root / "training_metrics.json").write_text(json.dumps(metrics))
+    names = ("control_stage1", "control_stage2", "mine_stage2")
+    found = milestones([tmp_path / name / "final_model" for name in names])
+    assert [m.label for m in found] == ["control (stage 1)", "control (stage 2)", "stage 2"]
+    assert [m.stages for m in found] == [(1,), (1, 2), (1, 2)]
+    (tmp_path / "mine_stage2" / "final_model").rename(tmp_path / "moved")
+    assert milestones([tmp_path / "moved"])[0].stages is None
 
 
 def test_wikitext_lines_are_joined_to_pages() -> None:

@@ -71,6 +71,28 @@ def test_one_and_two_processes_and_batch_one_and_eight_agree(base_model: Path, d
 
 
 @pytest.mark.slow
+def test_two_processes_agree_on_passkey_comparison_and_concat(base_model: Path, tmp_path: Path):
+    """The other metrics, on a model with NoPE layers (the probe) beside its base."""
+    patched = tmp_path / "patched"
+    flags = ["--model_name_or_path", base_model, "--no_rope_layers", "1-2", "--output_dir", patched]
+    assert run_script("patch_qwen_rope.py", *flags).returncode == 0
+    docs = write_corpus(tmp_path / "docs.jsonl", 9, seed=3)
+    flags = [
+        "--model_path", patched, "--compare_to", base_model, "--datasets", docs, "--protocol", "concat",
+        "--max_length", 768, "--passkey", "--passkey_samples", 2, "--generate_tokens", 6,
+    ]  # fmt: skip
+    one = evaluate(tmp_path / "one", *flags, "--device", "cpu", "--batch_size", 1)
+    two = evaluate(tmp_path / "two", *flags, "--gpu_type", "cpu", "--nproc_per_node", 2, "--batch_size", 8)
+    for key in ("model", "datasets", "passkey", "comparison", "milestones", "samples", "verdict"):
+        same(one[key], two[key])
+    assert one["model"]["nope_probe"] == {"verified": True, "layers": [1, 2]}
+    assert len(one["passkey"]) == 5 and {row["num_samples"] for row in one["passkey"]} == {2}
+    assert one["comparison"]["datasets"][str(docs)]["loss_difference"] != 0
+    for results in (one, two):
+        assert results["throughput"]["tokens_per_sec"] > 0 and results["throughput"]["peak_memory_bytes"] > 0
+
+
+@pytest.mark.slow
 def test_several_processes_tell_an_error_once(base_model: Path, tmp_path: Path):
     result = run_script(
         "evaluate_model_enhanced.py", "--model_path", base_model, "--datasets", "/nowhere.jsonl",

@@ -1,6 +1,7 @@
 """Passkey and LAMBADA: RULER's own text and scorer, lm-eval's log-likelihoods, models that copy and that do not."""
 
 import ast
+import json
 import math
 import random
 import re
@@ -19,6 +20,7 @@ from flare.evaluation.generation import generation_samples, repetition_rate
 from flare.evaluation.lambada import last_word, score_lambada
 from flare.evaluation.passkey import DEPTHS, make_samples, score_passkey, string_match_all, write_prompt
 from flare.evaluation.scorer import TokenScorer
+from tests.conftest import torchrun
 from tests.evaluation_models import PROSE, bpe_tokenizer, bytes_tokenizer, lookup_model, tiny
 
 RELATIVE = 1e-6
@@ -151,6 +153,18 @@ def test_a_model_that_copies_finds_every_number_and_one_that_does_not_none(copie
     ]
     assert {(row["accuracy"], row["generated_accuracy"], row["num_samples"]) for row in rows} == {(found, found, 3)}
     assert all(row["value_loss"] < 1e-3 if copies else row["value_loss"] > 10 for row in rows)
+
+
+def test_every_rank_writes_its_texts_and_each_answer_finds_its_question(tmp_path):
+    """Each text has a number of its own: an answer that came back to another one would not count."""
+    torchrun(2, "tests.passkey_ranks", tmp_path / "rows.json")
+    tokenizer = bytes_tokenizer()
+    samples = make_samples(tokenizer, [1200], (0, 100), 3)
+    assert len({sample.value for sample in samples}) == len(samples)
+    alone = score_passkey(engine(Copier(tokenizer, True)), tokenizer, samples, generate=True)
+    together = json.loads((tmp_path / "rows.json").read_text())
+    assert [row.pop("value_loss") for row in together] == pytest.approx([row.pop("value_loss") for row in alone])
+    assert together == alone and {row["generated_accuracy"] for row in together} == {100.0}
 
 
 def test_without_generation_the_written_rate_is_unknown_and_not_zero():

@@ -22,10 +22,9 @@ from flare.evaluation.plots import (
 )
 from flare.evaluation.report import nope_pattern, report_verdict, write_report
 from flare.evaluation.results import add_failure
+from flare.evaluation.rows import ComparisonRow, comparison_row
 from flare.evaluation.tensorboard import write_tensorboard
 from flare.evaluation.verdict import (
-    ComparisonRow,
-    comparison_row,
     comparison_verdict,
     difference_percent,
     number,
@@ -35,8 +34,11 @@ from flare.evaluation.verdict import (
 BASE, PATCHED, STAGE1, STAGE2 = 2.0, 3.0, 2.25, 2.03
 
 
-def row(label: str, role: str, loss: float, *, tokenizer: str = "t1", bits: float | None = None) -> ComparisonRow:
-    return ComparisonRow(label, role, "embedded", loss, math.exp(loss), bits or loss / 2, tokenizer)
+def row(label: str, role: str, loss: float, *, tokenizer: str = "t1", bits: float | None = None, stages=None):
+    if stages is None and role in ("trained", "control"):
+        stages = (1,) if label == "stage 1" else (1, 2)
+    bits = bits or loss / 2
+    return ComparisonRow(label, role, "embedded", loss, math.exp(loss), bits, tokenizer, stages=stages)
 
 
 def four_rows() -> list[ComparisonRow]:
@@ -110,9 +112,38 @@ def test_verdict_tells_the_jump_each_stage_and_the_end():
     ],
 )
 def test_a_control_says_what_more_training_alone_would_have_done(loss, opinion, end):
-    words = comparison_verdict([*four_rows(), row("half", "control", 1.0), row("control", "control", loss)])
+    half = row("half", "control", 1.0, stages=(1,))
+    words = comparison_verdict([*four_rows(), row("control", "control", loss), half])  # whichever stands last
     assert words.startswith(f"{opinion}: stage 2 is 3.0 % above base") and words.endswith(end)
     assert "The same training with RoPE kept is the control: stage 2 is" in words
+
+
+@pytest.mark.parametrize(
+    ("control", "trained", "words"),
+    [
+        ((1,), (1, 2), "control went through stage 1, stage 2 went through stages 1 and 2."),
+        ((1, 2), (2,), "control went through stages 1 and 2, stage 2 went through stage 2."),
+        ((1, 2), (), "control went through stages 1 and 2, what stage 2 went through is not recorded beside it."),
+    ],
+)
+def test_a_control_of_other_stages_is_called_no_fair_one_and_nothing_is_concluded(tmp_path, control, trained, words):
+    rows = [*four_rows()[:2], row("stage 2", "trained", STAGE2, stages=trained)]
+    rows.append(row("control", "control", 1.9, stages=control))
+    verdict = comparison_verdict(rows)
+    assert verdict.startswith("Won back: ") and "That is what removing RoPE costs" not in verdict
+    assert verdict.endswith(
+        f"The control is no fair one: {words} What removing RoPE cost, only a control that went through the same "
+        "stages can tell."
+    )
+    text = report(tmp_path, hand_made(), rows=rows, label="stage 2")
+    assert text.splitlines()[2].endswith("perplexity 7.61 on embedded, +3.0 % against base.")  # not against control
+    assert "Training on more text changes the loss by itself" in text
+
+
+def test_a_control_without_a_base_is_what_the_verdict_is_about():
+    words = comparison_verdict([row("stage 2", "trained", STAGE2), row("control", "control", 2.025)])
+    assert words.startswith("The same training with RoPE kept is the control: stage 2 is 0.5 % above control")
+    assert comparison_verdict([row("base", "base", 2.0), row("control", "control", 2.0)]) == ""
 
 
 @pytest.mark.parametrize(
@@ -183,7 +214,7 @@ def test_the_number_is_the_evaluated_models_whatever_stands_last(tmp_path):
     rows = [*four_rows(), row("control", "control", 1.9)]
     text = report(tmp_path, hand_made(), rows=rows, label="stage 2")
     assert text.splitlines()[2].endswith("perplexity 7.61 on embedded, +3.0 % against base, +13.9 % against control.")
-    assert "- control: the same training with RoPE kept" in text
+    assert "- control: training with RoPE kept" in text
     assert "Training on more text changes the loss by itself" not in text  # the control is there
 
 

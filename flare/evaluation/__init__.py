@@ -4,6 +4,7 @@
     windows.py      document -> windows of tokens; what a protocol is
     perplexity.py   documents -> DatasetScore: sums over windows, the metrics and their definitions
     results.py      evaluation_results.json
+    rows.py         one model on one data set; which control is a fair one
     verdict.py      several results -> what they say, in plain words
     plots.py, report.py, tensorboard.py   results -> PNG, Markdown, events
 

@@ -1,12 +1,13 @@
 """Models held against each other on the same documents: rows for the table, differences with intervals."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flare.evaluation.bootstrap import Difference, paired_difference
 from flare.evaluation.models import Milestone
 from flare.evaluation.perplexity import DatasetScore
-from flare.evaluation.verdict import ComparisonRow, comparison_row, scored_datasets
+from flare.evaluation.rows import ComparisonRow, comparison_row
+from flare.evaluation.verdict import scored_datasets
 
 KEPT_METRICS = ("loss", "perplexity", "bits_per_byte", "token_accuracy", "lambada_accuracy", "lambada_perplexity")
 
@@ -67,6 +68,7 @@ def milestone_records(models: list[Measured]) -> list[dict]:
         {
             "label": m.who.label,
             "role": m.who.role,
+            "stages": None if m.who.stages is None else list(m.who.stages),
             "path": str(m.who.directory),
             "tokenizer_sha256": m.tokenizer,
             "datasets": {
@@ -91,5 +93,6 @@ def comparison_rows(models: list[Measured], seed: int) -> list[ComparisonRow]:
             if m is not models[0] and name in shared_datasets(m, models[0]):
                 found = difference(m.scores[name], models[0].scores[name], m.tokenizer == models[0].tokenizer, seed)
                 interval = (found.low, found.high)
-            rows.append(comparison_row(m.who.label, m.who.role, m.results, name, interval))
+            row = comparison_row(m.who.label, m.who.role, m.results, name, interval)
+            rows.append(replace(row, stages=m.who.stages))
     return rows

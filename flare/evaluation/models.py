@@ -3,15 +3,15 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from flare.distributed import raise_first, rank_from_environment
-from flare.errors import FlareError
+from flare.errors import CheckpointError, FlareError
 from flare.evaluation.options import EvaluationSettings
-from flare.experiment import Experiment
+from flare.experiment import Experiment, stage_one_result
 from flare.hub import read_model_config
 from flare.logs import log
 from flare.nope.canary import hold_to_canary
@@ -31,36 +31,49 @@ class Milestone:
     label: str
     role: str  # base, patched, trained, control
     directory: Path
+    stages: tuple[int, ...] | None = ()  # that it went through; None: not recorded beside it
 
 
 def milestone(directory: Path) -> Milestone:
     """Read off its config.json what a model is."""
     config = read_model_config(directory)
     stage = (config.get("flare") or {}).get("stage")
+    stages = () if stage is None else stages_of(directory, stage)
     if nope_layers_of(config):
         if stage is None:
             return Milestone(1, "patched, untrained", "patched", directory)
-        return Milestone(1 + stage, f"stage {stage}", "trained", directory)
-    if stage is not None and _is_control(directory):
-        return Milestone(10 + stage, f"control (stage {stage})", "control", directory)
+        return Milestone(1 + stage, f"stage {stage}", "trained", directory, stages)
+    if stages and 1 in stages:  # with RoPE everywhere only a control has a stage 1
+        return Milestone(10 + stage, f"control (stage {stage})", "control", directory, stages)
     return Milestone(0, "base", "base", directory)
 
 
-def _is_control(directory: Path) -> bool:
-    """Whether a model with RoPE everywhere went through stage 1, which only a control does."""
-    parent = directory.resolve().parent
-    root = parent.parent if parent.name == "stage1" else parent  # stage 1's own model is set aside there
-    return "1" in Experiment(root).read_metrics().get("stages", {})
+def stages_of(directory: Path, last: int) -> tuple[int, ...] | None:
+    """The stages that a final model went through, the ``last`` one as its config.json says; None when its experiment's
+    records are not beside it."""
+    if last == 1:
+        return (1,)
+    experiment = Experiment(directory.resolve().parent)
+    recorded = experiment.read_metrics().get("stages", {})
+    if not recorded:
+        return None
+    return (1, 2) if "1" in recorded or _has_sibling_stage_one(experiment) else (2,)
+
+
+def _has_sibling_stage_one(experiment: Experiment) -> bool:
+    """Whether stage 1 is an experiment of its own, NAME_stage1 beside NAME_stage2, from which stage 2 then starts."""
+    try:
+        result = stage_one_result(experiment)
+    except CheckpointError:  # that one is not finished, so nothing started from it
+        return False
+    return result is not None and experiment.root not in result.parents
 
 
 def milestones(directories: list[Path]) -> list[Milestone]:
     """Milestones of several models; those that would have one label get their directory's name added."""
     found = [milestone(directory) for directory in directories]
     labels = [m.label for m in found]
-    return [
-        Milestone(m.order, m.label if labels.count(m.label) == 1 else f"{m.label} ({_name(m)})", m.role, m.directory)
-        for m in found
-    ]
+    return [m if labels.count(m.label) == 1 else replace(m, label=f"{m.label} ({_name(m)})") for m in found]
 
 
 def _name(m: Milestone) -> str:

@@ -18,11 +18,10 @@ from flare.evaluation.report_sections import (
     samples_section,
 )
 from flare.evaluation.report_settings import settings_section
+from flare.evaluation.rows import ComparisonRow, fair_control
 from flare.evaluation.verdict import (
-    ComparisonRow,
     comparison_verdict,
     context_verdict,
-    control_of,
     difference_percent,
     number,
     passkey_verdict,
@@ -113,7 +112,7 @@ def _head(results: dict, rows: list[ComparisonRow], label: str, verdict: str) ->
 
 
 def _headline(name: str, entry: dict, rows: list[ComparisonRow], label: str) -> str:
-    """Perplexity, or bits per byte where another tokenizer is in the comparison; against base and control if any."""
+    """Perplexity, or bits per byte where another tokenizer is compared; against base and fair control if any."""
     if len({row.tokenizer_sha256 for row in rows}) > 1:
         text = f"{entry['bits_per_byte']:.4f} bits per byte on {name}"
     else:
@@ -121,7 +120,7 @@ def _headline(name: str, entry: dict, rows: list[ComparisonRow], label: str) -> 
     group = [row for row in rows if row.dataset == name]
     mine = next((row for row in group if row.label == label), None)
     base = next((row for row in group if row.role == "base"), None)
-    for other in (base, control_of(group)):
+    for other in (base, fair_control(group, mine) if mine else None):
         if mine and other and other is not mine:
             text += f", {difference_percent(mine, other):+.1f} % against {other.label}"
     return text + "."
@@ -154,7 +153,7 @@ ROLES = {
     "base": "the model before anything was changed",
     "patched": "RoPE removed, nothing trained since: the damage",
     "trained": "RoPE removed, then trained (stage 1: the NoPE layers only; stage 2: everything)",
-    "control": "the same training with RoPE kept: what the training alone does",
+    "control": "training with RoPE kept: what the training alone does to a model that went through the same stages",
 }
 
 
@@ -282,8 +281,8 @@ def _nope_notes(layers: list[int], measured: bool) -> list[str]:
 
 
 def _comparison_notes(rows: list[ComparisonRow]) -> list[str]:
-    roles = {row.role for row in rows}
-    if not {"base", "trained"} <= roles or "control" in roles:
+    trained = [row for row in rows if row.role == "trained"]
+    if not trained or all(row.role != "base" for row in rows) or fair_control(rows, trained[-1]):
         return []
     return [
         "Training on more text changes the loss by itself. The control that separates this from the removal "

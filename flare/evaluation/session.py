@@ -18,6 +18,7 @@ from flare.evaluation.options import EvaluationSettings
 from flare.evaluation.recovery import control_curve, recovery_of
 from flare.evaluation.report import report_verdict, write_report
 from flare.evaluation.results import add_failure, write_results
+from flare.evaluation.rows import same_stages
 from flare.evaluation.tensorboard import write_tensorboard
 from flare.experiment import environment_lines
 from flare.hub import local_model_dir
@@ -114,7 +115,7 @@ class Evaluation:
         trained = training_length(stages)
         results["verdict"] = report_verdict(results, rows, model.who.label, trained)
         write_results(results, self.results_file)
-        curves = Curves(stages, control_curve(recovered, _control_stages(ordered)))
+        curves = Curves(stages, control_curve(recovered, _control_stages(ordered, model.who)))
         plots = settings.output_dir / "plots"
         figures = draw_figures(results, model.who.label, _positions(ordered), curves, plots)
         report = settings.output_dir / "evaluation_report.md"
@@ -129,9 +130,9 @@ class Evaluation:
         log.info(f"report: {report}")
 
 
-def _control_stages(models: list[Measured]) -> dict:
-    """What the experiment of the last control recorded in training; {} without one."""
-    controls = [m.who for m in models if m.who.role == "control"]
+def _control_stages(models: list[Measured], evaluated: Milestone) -> dict:
+    """What the experiment of the last control of the same stages recorded in training; {} without one."""
+    controls = [m.who for m in models if m.who.role == "control" and same_stages(m.who.stages, evaluated.stages)]
     experiment = experiment_of(controls[-1].directory) if controls else None
     return experiment.read_metrics().get("stages", {}) if experiment else {}
 

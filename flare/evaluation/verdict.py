@@ -2,13 +2,12 @@
 
 A row is one model on one data set. Rows have roles: the ``base`` as it was published, the ``patched``
 model before any training, ``trained`` ones in the order of training, the last of which is the result, and ``control``
-ones, which had the same training with RoPE kept.
+ones, which were trained with RoPE kept: a fair comparison for who went through the same stages.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
+from flare.evaluation.rows import ComparisonRow, control_of, fair_control, same_stages
 from flare.nope.layers import format_layers
 
 RECOVERED = 0.95
@@ -22,37 +21,6 @@ AS_GOOD_PERCENT = 1.0
 
 CLEAR_NATS = 0.02
 """What two losses must lie apart beyond the training length to be called different (a guess: 2 % of perplexity)."""
-
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """One model on one data set, a line of the report's comparison table."""
-
-    label: str
-    role: Literal["base", "patched", "trained", "control"]
-    dataset: str
-    loss: float  # nats per token
-    perplexity: float | None
-    bits_per_byte: float
-    tokenizer_sha256: str
-    interval: tuple[float, float] | None = None  # 95 %, of the loss minus the first row's; nats, or bits per byte
-
-
-def comparison_row(
-    label: str, role: str, results: dict, dataset: str, interval: tuple[float, float] | None = None
-) -> ComparisonRow:
-    """The row of a results dict. Raises: KeyError when the data set was not scored."""
-    scored = results["datasets"][dataset]
-    return ComparisonRow(
-        label=label,
-        role=role,
-        dataset=dataset,
-        loss=scored["loss"],
-        perplexity=scored["perplexity"],
-        bits_per_byte=scored["bits_per_byte"],
-        tokenizer_sha256=results["model"]["tokenizer_sha256"],
-        interval=interval,
-    )
 
 
 def won_back(base_loss: float, patched_loss: float, loss: float) -> float | None:
@@ -84,12 +52,14 @@ def comparison_verdict(rows: list[ComparisonRow]) -> str:
     """What the rows of one data set say: the jump, what each training won back, where it ended.
 
     The first row of the roles base and patched counts, and all trained ones. '' without a base or
-    without anything to hold against it. Only a control can tell winning back from the effect of more training: with
-    one, the opinion is about that.
+    without anything to hold against it. Only a control that went through the same stages can tell winning back from
+    the effect of more training: with one, the opinion is about that.
     """
     base = next((row for row in rows if row.role == "base"), None)
     patched = next((row for row in rows if row.role == "patched"), None)
     trained = [row for row in rows if row.role == "trained"]
+    if base is None and trained and control_of(rows, trained[-1]):
+        return _control_verdict(rows).strip()
     if base is None or not (patched or trained):
         return ""
     if patched is None or patched.tokenizer_sha256 != base.tokenizer_sha256:
@@ -99,7 +69,7 @@ def comparison_verdict(rows: list[ComparisonRow]) -> str:
     shares = [won_back(base.loss, patched.loss, row.loss) for row in trained]
     steps = [_step(row.label, share) for row, share in zip(trained, shares, strict=True) if share is not None]
     story = "; ".join([_jump(base, patched), *steps])
-    result, control = trained[-1], control_of(rows)
+    result, control = trained[-1], fair_control(rows, trained[-1])
     if shares[-1] is None:
         recovered = result.loss <= base.loss + NO_JUMP_NATS
     else:
@@ -110,9 +80,12 @@ def comparison_verdict(rows: list[ComparisonRow]) -> str:
     return f"{opinion}: {_against(result, base)} {story}.{_control_verdict(rows)}"
 
 
-def control_of(rows: list[ComparisonRow]) -> ComparisonRow | None:
-    """The control that went through as much training as any."""
-    return next((row for row in reversed(rows) if row.role == "control"), None)
+def _stages(row: ComparisonRow) -> str:
+    """'LABEL went through stages 1 and 2', or that nobody knows."""
+    if not row.stages:
+        return f"what {row.label} went through is not recorded beside it"
+    word = "stage" if len(row.stages) == 1 else "stages"
+    return f"{row.label} went through {word} {' and '.join(map(str, row.stages))}"
 
 
 def _as_good(row: ComparisonRow, control: ComparisonRow) -> bool:
@@ -121,13 +94,19 @@ def _as_good(row: ComparisonRow, control: ComparisonRow) -> bool:
 
 def _control_verdict(rows: list[ComparisonRow]) -> str:
     """What the control says, or that there is none, behind a space; '' before any training."""
-    control, trained = control_of(rows), [row for row in rows if row.role == "trained"]
+    trained = [row for row in rows if row.role == "trained"]
     if not trained:
         return ""
+    control = control_of(rows, trained[-1])
     if control is None:
         return (
             " More training alone lowers the loss, too: how much of this it was, only the same training with RoPE "
             "kept can tell (the control, not compared here)."
+        )
+    if not same_stages(control.stages, trained[-1].stages):
+        return (
+            f" The control is no fair one: {_stages(control)}, {_stages(trained[-1])}. What removing RoPE cost, only "
+            "a control that went through the same stages can tell."
         )
     held = f"The same training with RoPE kept is the control: {_against(trained[-1], control)}"
     return f" {held}" if _as_good(trained[-1], control) else f" {held} That is what removing RoPE costs here."
@@ -176,8 +155,10 @@ def context_verdict(models: list[dict], label: str, training_length: int | None)
 
 
 def _other(models: list[dict], role: str, mine: dict) -> dict | None:
-    """The base, or the control of the longest training, if its tokens are those of ``mine``."""
+    """The base, or the last control of the same stages, if its tokens are those of ``mine``."""
     found = [m for m in models if m["role"] == role and m is not mine]
+    if role == "control":
+        found = [m for m in found if same_stages(m["stages"], mine["stages"])]
     chosen = found[0 if role == "base" else -1] if found else None
     return chosen if chosen and chosen["tokenizer_sha256"] == mine["tokenizer_sha256"] else None
 
