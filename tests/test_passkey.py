@@ -20,8 +20,8 @@ from flare.evaluation.generation import generation_samples, repetition_rate
 from flare.evaluation.lambada import last_word, score_lambada
 from flare.evaluation.passkey import DEPTHS, make_samples, score_passkey, string_match_all, write_prompt
 from flare.evaluation.scorer import TokenScorer
-from tests.conftest import torchrun
 from tests.evaluation_models import PROSE, bpe_tokenizer, bytes_tokenizer, lookup_model, tiny
+from tests.processes import torchrun
 
 RELATIVE = 1e-6
 
