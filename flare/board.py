@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from flare.experiment import Experiment
-from flare.metrics_file import base_loss, trained_tokens
+from flare.metrics_file import base_loss, recorded_stages, trained_tokens
 from flare.nope.layers import format_layers
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Board:
 
     def __init__(self, experiment: Experiment, stage: int, history: Sequence[dict]) -> None:
         self.stage = stage
-        self.tokens_before, self.base_loss = before(experiment.read_metrics().get("stages", {}), stage)
+        self.tokens_before, self.base_loss = before(recorded_stages(experiment), stage)
         last = history[-1] if history else None
         root, tokens = experiment.tensorboard, self.tokens_before
         self.steps = SummaryWriter(str(root / f"stage{stage}"), purge_step=last and last["step"] + 1)

@@ -257,16 +257,20 @@ def check_output_dir(base_output_dir: str) -> None:
         ) from error
 
 
+def stage_one_sibling(experiment: Experiment) -> Experiment | None:
+    """NAME_stage1 beside NAME_stage2, whether it is there or not."""
+    name = experiment.root.name
+    if not name.endswith("_stage2"):
+        return None
+    return Experiment(experiment.root.with_name(name.removesuffix("_stage2") + "_stage1"))
+
+
 def stage_one_result(experiment: Experiment) -> Path | None:
     """Where stage 2 of this experiment starts from: its own stage 1, or its ``_stage1`` sibling's.
 
     Raises: CheckpointError when such a stage 1 exists and has no final model yet.
     """
-    candidates = [experiment]
-    name = experiment.root.name
-    if name.endswith("_stage2"):
-        candidates.append(Experiment(experiment.root.with_name(name.removesuffix("_stage2") + "_stage1")))
-    for candidate in candidates:
+    for candidate in filter(None, (experiment, stage_one_sibling(experiment))):
         result = candidate.result_of(1)
         if result is not None:
             return result

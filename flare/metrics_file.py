@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
-from flare.experiment import Experiment
+from flare.experiment import Experiment, stage_one_sibling
 from flare.files import write_json
 
 SCHEMA_VERSION = 1
@@ -25,6 +26,23 @@ def enter_stage(experiment: Experiment, stage: int) -> None:
     """Write that the directory now belongs to this stage. Only under the lock, when the hand-over is done: a
     start that dies before must not make stage 1's results look like stage 2's."""
     write_json(experiment.metrics_file, _content(experiment) | {"current_stage": stage})
+
+
+def recorded_stages(experiment: Experiment) -> dict[str, dict]:
+    """The stages that a model of this experiment went through, "1" and "2", each as ``record_status`` wrote it.
+
+    Stage 1 may be an experiment of its own, NAME_stage1 beside NAME_stage2, if stage 2 says that it started there.
+    """
+    stages = experiment.read_metrics().get("stages", {})
+    sibling = stage_one_sibling(experiment)
+    if "1" in stages or sibling is None or sibling.root.name not in Path(_start_of(stages)).parts:
+        return stages
+    first = sibling.read_metrics().get("stages", {})
+    return {"1": first["1"], **stages} if "1" in first else stages
+
+
+def _start_of(stages: dict[str, dict]) -> str:
+    return str(stages.get("2", {}).get("starts_from", ""))
 
 
 def trained_tokens(block: dict) -> int:

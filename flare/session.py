@@ -75,16 +75,16 @@ class Session:
         self._start_rows(progress)
         self._build(resume_from)
         self._settle_balance(resume_from, progress.rows)
+        self.saver.record("running", progress, settings=self.run.settings(), starts_from=str(self.run.init_from))
         metrics = None
-        if self.world.is_main:
-            metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
-            facts = hyperparameters(self.run, self.saver.global_batch_size, self.max_steps)
-            metrics.describe(facts, plan_lines(self.run.plan()))
-        trainer = Trainer(
-            self._parts(), self.options, self.world, progress, self.saver.checkpoint, self.experiment.root, metrics
-        )
-        self.saver.record("running", progress, settings=self.run.settings())
         try:
+            if self.world.is_main:
+                metrics = MetricsWriter(self.experiment, self.options.stage, self.max_steps, progress.history)
+                facts = hyperparameters(self.run, self.saver.global_batch_size, self.max_steps)
+                metrics.describe(facts, plan_lines(self.run.plan()))
+            trainer = Trainer(
+                self._parts(), self.options, self.world, progress, self.saver.checkpoint, self.experiment.root, metrics
+            )
             with self._watchdog() as watchdog:
                 trainer.step_watch = watchdog.step
                 trainer.keep_rows = self._keep_rows

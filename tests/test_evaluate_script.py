@@ -109,12 +109,17 @@ def test_stages_are_those_of_the_guides_two_experiments_too(tmp_path: Path) -> N
             config = {"model_type": "qwen2", "num_hidden_layers": 4, "flare": {"stage": stage}}
             config |= {"nope_layers": nope_layers, "model_type": "qwen2_nope"} if nope_layers else {}
             (root / "final_model" / "config.json").write_text(json.dumps(config))
-            metrics = {"current_stage": stage, "stages": {str(stage): {"status": "finished"}}}
+            start = tmp_path / (f"{kind}_stage1" if stage == 2 else "base") / "final_model"
+            block = {"status": "finished", "starts_from": str(start)}
+            metrics = {"current_stage": stage, "stages": {str(stage): block}}
             (root / "training_metrics.json").write_text(json.dumps(metrics))
     names = ("control_stage1", "control_stage2", "mine_stage2")
     found = milestones([tmp_path / name / "final_model" for name in names])
     assert [m.label for m in found] == ["control (stage 1)", "control (stage 2)", "stage 2"]
     assert [m.stages for m in found] == [(1,), (1, 2), (1, 2)]
+    other_start = {"current_stage": 2, "stages": {"2": {"status": "finished", "starts_from": str(tmp_path / "base")}}}
+    (tmp_path / "mine_stage2" / "training_metrics.json").write_text(json.dumps(other_start))
+    assert milestones([tmp_path / "mine_stage2" / "final_model"])[0].stages == (2,)
     (tmp_path / "mine_stage2" / "final_model").rename(tmp_path / "moved")
     assert milestones([tmp_path / "moved"])[0].stages is None
 

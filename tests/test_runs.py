@@ -13,6 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flare.board import before
+from flare.evaluation.recovery import held_out_curve, recovery_of
+from flare.experiment import Experiment
+from flare.metrics_file import recorded_stages
 from flare.nope.canary_file import read_canary
 from tests.processes import REPO, script_environment, torchrun, train
 
@@ -338,6 +342,11 @@ def test_stage_two_finds_the_sibling_named_stage1(train_flags: list[str], base: 
     assert result.returncode == 0, result.stderr
     assert "x_stage1/final_model" in result.stderr
     assert (tmp_path / "out" / "x_stage1" / "final_model").is_dir()
+    stages = recorded_stages(Experiment(tmp_path / "out" / "x_stage2"))  # one curve for report and TensorBoard
+    found = recovery_of(stages)
+    assert [(p["stage"], p["tokens"]) for p in held_out_curve(stages)] == [(1, 0), (1, 64), (2, 64), (2, 128)]
+    assert found.untrained_loss == stages["1"]["history"][0]["eval_loss"]
+    assert before(stages, 2) == (64, found.base_loss)
 
 
 def test_stage_two_without_stage_one_warns_and_starts_from_the_base(train_flags: list[str], tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from flare.distributed import raise_first, rank_from_environment
-from flare.errors import CheckpointError, FlareError
+from flare.errors import FlareError
 from flare.evaluation.options import EvaluationSettings
-from flare.experiment import Experiment, stage_one_result
+from flare.experiment import Experiment
 from flare.hub import read_model_config
 from flare.logs import log
+from flare.metrics_file import recorded_stages
 from flare.nope.canary import hold_to_canary
 from flare.nope.canary_file import CANARY_FILE, check_recorded_layers
 from flare.nope.format import nope_layers_of
@@ -54,19 +55,8 @@ def stages_of(directory: Path, last: int) -> tuple[int, ...] | None:
     if last == 1:
         return (1,)
     experiment = Experiment(directory.resolve().parent)
-    recorded = experiment.read_metrics().get("stages", {})
-    if not recorded:
-        return None
-    return (1, 2) if "1" in recorded or _has_sibling_stage_one(experiment) else (2,)
-
-
-def _has_sibling_stage_one(experiment: Experiment) -> bool:
-    """Whether stage 1 is an experiment of its own, NAME_stage1 beside NAME_stage2, from which stage 2 then starts."""
-    try:
-        result = stage_one_result(experiment)
-    except CheckpointError:  # that one is not finished, so nothing started from it
-        return False
-    return result is not None and experiment.root not in result.parents
+    recorded = recorded_stages(experiment)
+    return tuple(sorted(map(int, recorded))) if recorded else None
 
 
 def milestones(directories: list[Path]) -> list[Milestone]:

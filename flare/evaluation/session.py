@@ -23,6 +23,7 @@ from flare.evaluation.tensorboard import write_tensorboard
 from flare.experiment import environment_lines
 from flare.hub import local_model_dir
 from flare.logs import log
+from flare.metrics_file import recorded_stages
 
 EXIT_DATA = DataError.exit_code
 
@@ -104,7 +105,7 @@ class Evaluation:
         results, settings, rows = model.results, self.settings, []
         ordered = sorted([*others, model], key=lambda m: m.who.order)
         experiment = experiment_of(model.who.directory)
-        stages = experiment.read_metrics().get("stages", {}) if experiment else {}
+        stages = recorded_stages(experiment) if experiment else {}
         recovered = recovery_of(stages)
         if recovered is not None:
             results["recovery"] = recovered.to_json()
@@ -134,7 +135,7 @@ def _control_stages(models: list[Measured], evaluated: Milestone) -> dict:
     """What the experiment of the last control of the same stages recorded in training; {} without one."""
     controls = [m.who for m in models if m.who.role == "control" and same_stages(m.who.stages, evaluated.stages)]
     experiment = experiment_of(controls[-1].directory) if controls else None
-    return experiment.read_metrics().get("stages", {}) if experiment else {}
+    return recorded_stages(experiment) if experiment else {}
 
 
 def _positions(models: list[Measured]) -> dict[str, dict[str, list[dict]]]:
