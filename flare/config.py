@@ -37,6 +37,8 @@ METAVARS = {
 
 CLOCK = "clock"
 """Source of a default experiment name."""
+SETTLED = ", settled"
+"""Ends the source of a value that came of ``auto``, or of a default that depends on model or machine."""
 
 
 @dataclass
@@ -62,6 +64,12 @@ class Resolved:
         argv = [*self.argv, "--experiment_name", name]
         sources = self.sources | {"experiment_name": "command line"}
         return Resolved(replace(self.options, experiment_name=name), sources, argv, self.warnings)
+
+    def settled(self, **values: Any) -> "Resolved":
+        """The same with what was left open settled; the source of a value that changes by it says so."""
+        changed = [name for name, value in values.items() if getattr(self.options, name) != value]
+        sources = {name: f"{self.sources.get(name, 'default').removesuffix(SETTLED)}{SETTLED}" for name in changed}
+        return replace(self, options=replace(self.options, **values), sources=self.sources | sources)
 
     def given_for_stage(self, name: str) -> bool:
         """Whether the user set this option for this very stage: command line or the file's stage block."""

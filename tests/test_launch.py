@@ -106,6 +106,7 @@ def test_workers_are_told_the_cards_and_what_auto_became(
     assert worker_hardware(worker.options) == run.hardware
     assert (worker.options.per_device_train_batch_size, worker.options.global_batch_size) == (12, 24)
     assert worker.options.gradient_checkpointing is False
+    assert worker.sources["per_device_train_batch_size"] == "command line, settled"
     assert typed.options.per_device_train_batch_size == "auto"
 
 
