@@ -162,7 +162,9 @@ def choose_start(resolved: Resolved, experiment: Experiment) -> tuple[str, str]:
     if options.stage == 2 and not resolved.given_for_stage("model_name_or_path"):
         result = stage_one_result(experiment)
         if result is not None:
-            return str(result), f"stage 2 starts from the result of stage 1: {result}"
+            # The experiment's own result has moved when this is read: Experiment.hand_over.
+            place = experiment.stage1 / "final_model" if result == experiment.final_model else result
+            return str(result), f"stage 2 starts from the result of stage 1: {place}"
         reason = f"warning: no stage 1 result for {experiment.root.name!r}; stage 2 starts from the base model {name}"
     else:
         reason = f"stage {options.stage} starts from {name}"
