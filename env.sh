@@ -25,7 +25,8 @@ flare_find_python() {
   flare_fail 4 "no Python 3.11 to 3.13 on PATH; install one, or set PYTHON=/path/to/python"
 }
 
-# The newest torch wheel wants CUDA 13, which needs driver 580; servers with an older one are common.
+# The newest torch wheel wants CUDA 13, which needs driver 580; servers with an older one are common. A build for any
+# CUDA 12 runs on every driver for CUDA 12, of 525 or newer. Source: NVIDIA, CUDA Compatibility, minor versions.
 # Prints the wheel indexes to try, best first, when this machine's driver is too old for the default wheel.
 flare_torch_indexes() {
   command -v nvidia-smi >/dev/null 2>&1 || return 0
@@ -35,8 +36,8 @@ flare_torch_indexes() {
   set -- $cuda
   local version=$(($1 * 100 + $2))
   [ "$version" -ge 1300 ] && return 0
-  [ "$version" -ge 1206 ] ||
-    flare_fail 4 "the driver supports CUDA $1.$2 only; torch needs one for CUDA 12.6 or newer (driver 560 or newer)"
+  [ "$version" -ge 1200 ] ||
+    flare_fail 4 "the driver supports CUDA $1.$2 only; torch needs one for CUDA 12 (driver 525 or newer)"
   [ "$version" -ge 1208 ] && echo "https://download.pytorch.org/whl/cu128"
   echo "https://download.pytorch.org/whl/cu126"
 }
