@@ -37,8 +37,9 @@ case ${1:-} in
   demo)
     shift
     flare_python "$FLARE_HOME/requirements.txt"
-    cd "$FLARE_HOME"
-    exec "$PYTHON" -m flare.demo "$@"
+    # Not from $FLARE_HOME: a relative --output_dir or PYTHON is the user's. -P: nor from what lies in their directory.
+    PYTHONPATH=$FLARE_HOME${PYTHONPATH:+:$PYTHONPATH} \
+      exec "$PYTHON" -P -m flare.demo "$@" ${dry_run[@]+"${dry_run[@]}"}
     ;;
   1 | 2) ;;
   -h | --help) usage && exit 0 ;;
