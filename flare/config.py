@@ -184,8 +184,8 @@ def _old_names(typed: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
 
 
 def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tuple[dict, dict]:
-    """Values by rising precedence. Steps and epochs replace each other, and so do the two ways to give the warm-up:
-    the higher rank wins."""
+    """Values by rising precedence. Steps and epochs replace each other, and so do the two ways to give the warm-up and
+    the two to name cards: the higher rank wins. ``manual`` names none."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:
@@ -197,6 +197,9 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
         for name, other in (("warmup_steps", "warmup_ratio"), ("warmup_ratio", "warmup_steps")):
             if layer.get(name) and not layer.get(other):
                 values[other] = 0
+        for name, other in (("gpu_type", "gpu_ids"), ("gpu_ids", "gpu_type")):
+            if layer.get(name) not in (None, "manual"):
+                values[other] = None
         values |= layer
         sources |= dict.fromkeys(layer, source)
     return values, sources
@@ -225,12 +228,7 @@ def _impossible(options: Options, sources: dict[str, str]) -> list[str]:
     if not options.streaming and sources.get("streaming_buffer_rows") == "command line":
         problems.append("--streaming_buffer_rows is for --streaming; give both or none")
     if options.gpu_ids is not None and options.gpu_type not in (None, "manual"):
-        if sources.get("gpu_ids") == sources.get("gpu_type"):
-            problems.append("--gpu_ids and --gpu_type are both given; give one")
-        elif sources.get("gpu_ids") == "command line":
-            options.gpu_type = None
-        else:
-            options.gpu_ids = None
+        problems.append("--gpu_ids and --gpu_type are both given; give one")
     if options.gpu_type == "manual" and options.gpu_ids is None:
         problems.append('GPU "manual" needs the card numbers: --gpu_ids 0 1 2 3')
     if options.early_stopping_patience and options.eval_steps is None:
