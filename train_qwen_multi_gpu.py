@@ -70,6 +70,8 @@ def show_plan(run: "Run") -> None:
     from flare.plan import check_fits
     from flare.plan_table import plan_lines
 
+    for warning in run.resolved.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     plan = run.plan()
     print("\n".join(plan_lines(plan)), flush=True)
     check_fits(plan)

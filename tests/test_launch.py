@@ -22,12 +22,14 @@ from flare.handoff import CARDS_VARIABLE, DEVICE_VARIABLE, export_environment, t
 from flare.hosts import check_hosts, rendezvous
 from flare.jsonc import read_jsonc
 from flare.launch import SHUTDOWN_TIMEOUT_SEC, _grant_shutdown, shell_command
+from flare.logs import start_logging
 from flare.nope.patch import patch_checkpoint
 from flare.nvidia_smi import Gpu
 from flare.options import SELECTIVE, STAGE_DEFAULTS
 from flare.plan import check_fits
 from flare.plan_table import plan_lines
 from flare.run import Hardware, Run
+from flare.session import Session
 from flare.setup import settle
 from tests.conftest import REPO, run_script, script_environment, train
 from tests.fake_nvidia_smi import install
@@ -124,12 +126,29 @@ def test_the_theta_of_a_nope_model_goes_on(base: Path, tmp_path: Path) -> None:
         run_of(one, tmp_path / "patched", tmp_path, "--rope_theta", 5000)
 
 
+def test_the_log_of_a_start_names_the_cards_and_the_plan(
+    clean_environment: pytest.MonkeyPatch, base: Path, tmp_path: Path
+) -> None:
+    run = run_of(Hardware(True, 2, CARDS), base, tmp_path)
+    rows = SimpleNamespace(describe=lambda: "rows")
+    corpus = SimpleNamespace(meta={"end_of_text": "<end>", "end_of_text_id": 0}, fingerprint="f", facts={})
+    start_logging(0, 2, tmp_path / "training.log")
+    Session(run, distributed.World(0, 0, 2, torch.device("cpu")), corpus, rows, rows)._log_start()
+    start_logging()
+    lines = (tmp_path / "training.log").read_text().splitlines()
+    assert lines[0].endswith("GPU 0: NVIDIA A800 80GB PCIe, memory 80.0 GiB, free 80.0 GiB, GPU-00000000")
+    assert lines[1].endswith("GPU 1: NVIDIA A40, memory 45.0 GiB, free 45.0 GiB, GPU-00000001")
+    assert any("memory/card" in line for line in lines)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_dry_run_under_torchrun_starts_nothing(train_flags: list[str], tmp_path: Path, rank: int) -> None:
     environment = script_environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29501")
-    result = run_script("train_qwen_multi_gpu.py", *train_flags, "--dry_run", env=environment, timeout=60)
+    flags = [*train_flags, "--stage1_max_seq_len", 32, "--dry_run"]
+    result = run_script("train_qwen_multi_gpu.py", *flags, env=environment, timeout=60)
     assert result.returncode == 0, result.stderr
     assert ("2 processes" in result.stdout) == (rank == 0)
+    assert ("warning: --stage1_max_seq_len is an old name" in result.stderr) == (rank == 0)
     assert not (tmp_path / "out").exists()
 
 
