@@ -61,6 +61,7 @@ if [ "$gpu" = manual ]; then
   flags+=(--gpu_ids "$1")
   shift
 else
+  [ $# -eq 0 ] || [ "${1#-}" != "$1" ] || flare_fail 2 "'$1' is no flag; card numbers are for GPU \"manual\" only"
   flags+=(--gpu_type "$gpu")
 fi
 

@@ -233,4 +233,6 @@ def _impossible(options: Options, sources: dict[str, str]) -> list[str]:
         problems.append('GPU "manual" needs the card numbers: --gpu_ids 0 1 2 3')
     if options.early_stopping_patience and options.eval_steps is None:
         problems.append("--early_stopping_patience needs evaluations; give --eval_steps")
+    if not options.early_stopping_patience and sources.get("early_stopping_threshold") == "command line":
+        problems.append("--early_stopping_threshold is for --early_stopping_patience; give both or none")
     return problems

@@ -104,6 +104,7 @@ def launch(*arguments: object, **environment: str) -> subprocess.CompletedProces
         (["3", "A800"], "unknown stage '3'"),
         (["1"], "no GPU given"),
         (["1", "manual", "x"], "needs the card numbers"),
+        (["1", "A800", "x", "0,1"], "'0,1' is no flag; card numbers are for GPU \"manual\" only"),
         (["demo", "--dry_run"], "unrecognized arguments: --dry_run"),
     ],
 )

@@ -109,6 +109,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         (["--no_rope_layers", "5-2"], "reversed"),
         (["--warmup_steps", "3", "--warmup_ratio", "0.1"], "give one"),
         (["--max_steps", "3", "--num_train_epochs", "1"], "both given"),
+        (["--early_stopping_threshold", "0.1"], "is for --early_stopping_patience; give both or none"),
         (["--config", "nope.json"], "config not found: nope.json"),
     ],
 )
