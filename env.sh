@@ -1,6 +1,6 @@
 # Sourced by run_training.sh and run_tests.sh: sets PYTHON to an interpreter that has what Flare needs.
 #
-# PYTHON=/path given by the user: that one, nothing is installed, what is missing is named.
+# PYTHON=/path given by the user: that one, nothing is installed, what is missing or too old is named.
 # Otherwise .venv beside this file, made from requirements.txt when it is missing or out of date.
 
 FLARE_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -66,10 +66,23 @@ flare_install() { # requirements file
 flare_python() {
   local requirements=$1 missing stamp wanted
   if [ -n "${PYTHON:-}" ]; then
-    missing=$("$PYTHON" - <<'PY'
-import importlib.util as u
-names = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tensorboard", "matplotlib", "tqdm")
-print(" ".join(n for n in names if u.find_spec(n) is None))
+    missing=$("$PYTHON" - "$FLARE_HOME/requirements.txt" <<'PY'
+import re, sys
+from importlib import metadata, util
+
+def numbers(version):
+    return [int(number) for number in re.findall("[0-9]+", version)[:2]]
+
+lacks = [] if sys.version_info >= (3, 11) else ["python>=3.11"]
+for name, least in re.findall("^([a-z]+)[=>]=([0-9.]+)", open(sys.argv[1]).read(), re.M):
+    least = "2.11" if name == "torch" else least  # the file pins what the tests ran on
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:  # some builds tell no version
+        found = least if util.find_spec(name) else None
+    if found is None or numbers(found) < numbers(least):
+        lacks.append(name if found is None else f"{name}>={least} (has {found})")
+print(", ".join(lacks))
 PY
 ) || flare_fail 4 "PYTHON=$PYTHON cannot be run"
     [ -z "$missing" ] || flare_fail 4 "PYTHON=$PYTHON lacks: $missing; install them, or unset PYTHON to use our own .venv"

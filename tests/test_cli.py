@@ -123,6 +123,15 @@ def test_launcher_names_what_the_users_python_lacks(tmp_path: Path) -> None:
     assert_one_line(result, 4, "lacks: torch matplotlib")
 
 
+def test_launcher_names_what_is_too_old_in_the_users_python(tmp_path: Path) -> None:
+    for name, version in (("transformers", "4.57.6"), ("torch", "2.11.0a0+nv26.1"), ("datasets", "10.0")):
+        info = tmp_path / "packages" / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    result = launch("1", "cpu", PYTHONPATH=str(tmp_path / "packages"))
+    assert_one_line(result, 4, "lacks: transformers>=5.17 (has 4.57.6); install them")
+
+
 def test_demo_starts_where_the_user_is(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\ncase "$*" in *flare.demo*) pwd;; *) exec {sys.executable} "$@";; esac\n')
