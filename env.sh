@@ -1,6 +1,6 @@
 # Sourced by run_training.sh and run_tests.sh: sets PYTHON to an interpreter that has what Flare needs.
 #
-# PYTHON=/path given by the user: that one, nothing is installed, what is missing is named.
+# PYTHON=/path given by the user: that one, nothing is installed, what is missing or too old is named.
 # Otherwise .venv beside this file, made from requirements.txt when it is missing or out of date.
 
 FLARE_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -25,7 +25,8 @@ flare_find_python() {
   flare_fail 4 "no Python 3.11 to 3.13 on PATH; install one, or set PYTHON=/path/to/python"
 }
 
-# The newest torch wheel wants CUDA 13, which needs driver 580; servers with an older one are common.
+# The newest torch wheel wants CUDA 13, which needs driver 580; servers with an older one are common. A build for any
+# CUDA 12 runs on every driver for CUDA 12, of 525 or newer. Source: NVIDIA, CUDA Compatibility, minor versions.
 # Prints the wheel indexes to try, best first, when this machine's driver is too old for the default wheel.
 flare_torch_indexes() {
   command -v nvidia-smi >/dev/null 2>&1 || return 0
@@ -35,8 +36,8 @@ flare_torch_indexes() {
   set -- $cuda
   local version=$(($1 * 100 + $2))
   [ "$version" -ge 1300 ] && return 0
-  [ "$version" -ge 1206 ] ||
-    flare_fail 4 "the driver supports CUDA $1.$2 only; torch needs one for CUDA 12.6 or newer (driver 560 or newer)"
+  [ "$version" -ge 1200 ] ||
+    flare_fail 4 "the driver supports CUDA $1.$2 only; torch needs one for CUDA 12 (driver 525 or newer)"
   [ "$version" -ge 1208 ] && echo "https://download.pytorch.org/whl/cu128"
   echo "https://download.pytorch.org/whl/cu126"
 }
@@ -65,10 +66,23 @@ flare_install() { # requirements file
 flare_python() {
   local requirements=$1 missing stamp wanted
   if [ -n "${PYTHON:-}" ]; then
-    missing=$("$PYTHON" - <<'PY'
-import importlib.util as u
-names = ("torch", "transformers", "datasets", "accelerate", "safetensors", "tensorboard", "matplotlib", "tqdm")
-print(" ".join(n for n in names if u.find_spec(n) is None))
+    missing=$("$PYTHON" - "$FLARE_HOME/requirements.txt" <<'PY'
+import re, sys
+from importlib import metadata, util
+
+def numbers(version):
+    return [int(number) for number in re.findall("[0-9]+", version)[:2]]
+
+lacks = [] if sys.version_info >= (3, 11) else ["python>=3.11"]
+for name, least in re.findall("^([a-z]+)[=>]=([0-9.]+)", open(sys.argv[1]).read(), re.M):
+    least = "2.11" if name == "torch" else least  # the file pins what the tests ran on
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:  # some builds tell no version
+        found = least if util.find_spec(name) else None
+    if found is None or numbers(found) < numbers(least):
+        lacks.append(name if found is None else f"{name}>={least} (has {found})")
+print(", ".join(lacks))
 PY
 ) || flare_fail 4 "PYTHON=$PYTHON cannot be run"
     [ -z "$missing" ] || flare_fail 4 "PYTHON=$PYTHON lacks: $missing; install them, or unset PYTHON to use our own .venv"

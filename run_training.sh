@@ -37,8 +37,9 @@ case ${1:-} in
   demo)
     shift
     flare_python "$FLARE_HOME/requirements.txt"
-    cd "$FLARE_HOME"
-    exec "$PYTHON" -m flare.demo "$@"
+    # Not from $FLARE_HOME: a relative --output_dir or PYTHON is the user's. -P: nor from what lies in their directory.
+    PYTHONPATH=$FLARE_HOME${PYTHONPATH:+:$PYTHONPATH} \
+      exec "$PYTHON" -P -m flare.demo "$@" ${dry_run[@]+"${dry_run[@]}"}
     ;;
   1 | 2) ;;
   -h | --help) usage && exit 0 ;;
@@ -60,6 +61,7 @@ if [ "$gpu" = manual ]; then
   flags+=(--gpu_ids "$1")
   shift
 else
+  [ $# -eq 0 ] || [ "${1#-}" != "$1" ] || flare_fail 2 "'$1' is no flag; card numbers are for GPU \"manual\" only"
   flags+=(--gpu_type "$gpu")
 fi
 

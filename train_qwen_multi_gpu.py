@@ -7,7 +7,7 @@ Started plainly it chooses the cards and starts its own workers; under torchrun 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from flare.config import Resolved, resolve
 from flare.errors import run_script
@@ -45,7 +45,6 @@ def start(resolved: Resolved) -> int:
     from flare import launch
     from flare.hosts import check_hosts
     from flare.plan import check_fits
-    from flare.plan_table import plan_lines
     from flare.setup import settle
 
     check_hosts(not resolved.name_is_default)
@@ -57,15 +56,25 @@ def start(resolved: Resolved) -> int:
     hardware = run.hardware
     for line in selection.describe() if selection else ():
         print(line, file=sys.stderr)
-    plan = run.plan()
     if resolved.options.dry_run:
-        print("\n".join(plan_lines(plan)))
-    check_fits(plan)
-    if resolved.options.dry_run:
+        show_plan(run)
         print(f"command: {launch.shell_command(SCRIPT, run, selection)}")
         return 0
+    check_fits(run.plan())
     with launch.claimed_name(run.resolved) as named:
         return launch_run(settle(named, hardware), selection)
+
+
+def show_plan(run: "Run") -> None:
+    """Print the plan. Raises: ConfigError, EnvError for what cannot fit."""
+    from flare.plan import check_fits
+    from flare.plan_table import plan_lines
+
+    for warning in run.resolved.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    plan = run.plan()
+    print("\n".join(plan_lines(plan)), flush=True)
+    check_fits(plan)
 
 
 def launch_run(run: "Run", selection: "Selection | None") -> int:
@@ -83,15 +92,20 @@ def launch_run(run: "Run", selection: "Selection | None") -> int:
     return launch.start_workers(SCRIPT, run)
 
 
-def join(resolved: Resolved) -> NoReturn:
-    """Be one of torchrun's workers."""
+def join(resolved: Resolved) -> int:
+    """Be one of torchrun's workers; in a dry run the first of them prints the plan."""
     from flare.distributed import end_process
     from flare.handoff import told_options, worker_hardware
     from flare.setup import settle
     from flare.worker import run_worker
 
     resolved = told_options(resolved)
-    end_process(run_worker(settle(resolved, worker_hardware(resolved.options))))
+    run = settle(resolved, worker_hardware(resolved.options))
+    if not resolved.options.dry_run:
+        end_process(run_worker(run))
+    if os.environ["RANK"] == "0":
+        show_plan(run)
+    return 0
 
 
 if __name__ == "__main__":

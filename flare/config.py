@@ -37,6 +37,8 @@ METAVARS = {
 
 CLOCK = "clock"
 """Source of a default experiment name."""
+SETTLED = ", settled"
+"""Ends the source of a value that came of ``auto``, or of a default that depends on model or machine."""
 
 
 @dataclass
@@ -62,6 +64,12 @@ class Resolved:
         argv = [*self.argv, "--experiment_name", name]
         sources = self.sources | {"experiment_name": "command line"}
         return Resolved(replace(self.options, experiment_name=name), sources, argv, self.warnings)
+
+    def settled(self, **values: Any) -> "Resolved":
+        """The same with what was left open settled; the source of a value that changes by it says so."""
+        changed = [name for name, value in values.items() if getattr(self.options, name) != value]
+        sources = {name: f"{self.sources.get(name, 'default').removesuffix(SETTLED)}{SETTLED}" for name in changed}
+        return replace(self, options=replace(self.options, **values), sources=self.sources | sources)
 
     def given_for_stage(self, name: str) -> bool:
         """Whether the user set this option for this very stage: command line or the file's stage block."""
@@ -176,8 +184,8 @@ def _old_names(typed: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
 
 
 def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tuple[dict, dict]:
-    """Values by rising precedence. Steps and epochs replace each other, and so do the two ways to give the warm-up:
-    the higher rank wins."""
+    """Values by rising precedence. Steps and epochs replace each other, and so do the two ways to give the warm-up and
+    the two to name cards: the higher rank wins. ``manual`` names none."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:
@@ -189,6 +197,9 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
         for name, other in (("warmup_steps", "warmup_ratio"), ("warmup_ratio", "warmup_steps")):
             if layer.get(name) and not layer.get(other):
                 values[other] = 0
+        for name, other in (("gpu_type", "gpu_ids"), ("gpu_ids", "gpu_type")):
+            if layer.get(name) not in (None, "manual"):
+                values[other] = None
         values |= layer
         sources |= dict.fromkeys(layer, source)
     return values, sources
@@ -217,14 +228,11 @@ def _impossible(options: Options, sources: dict[str, str]) -> list[str]:
     if not options.streaming and sources.get("streaming_buffer_rows") == "command line":
         problems.append("--streaming_buffer_rows is for --streaming; give both or none")
     if options.gpu_ids is not None and options.gpu_type not in (None, "manual"):
-        if sources.get("gpu_ids") == sources.get("gpu_type"):
-            problems.append("--gpu_ids and --gpu_type are both given; give one")
-        elif sources.get("gpu_ids") == "command line":
-            options.gpu_type = None
-        else:
-            options.gpu_ids = None
+        problems.append("--gpu_ids and --gpu_type are both given; give one")
     if options.gpu_type == "manual" and options.gpu_ids is None:
         problems.append('GPU "manual" needs the card numbers: --gpu_ids 0 1 2 3')
     if options.early_stopping_patience and options.eval_steps is None:
         problems.append("--early_stopping_patience needs evaluations; give --eval_steps")
+    if not options.early_stopping_patience and sources.get("early_stopping_threshold") == "command line":
+        problems.append("--early_stopping_threshold is for --early_stopping_patience; give both or none")
     return problems

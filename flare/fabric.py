@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from flare.errors import EnvError
+from flare.errors import EnvError, first_line
 
 LIMIT_SEC = 30.0
 """What the trial may take, the connections between all ranks included (issue 3)."""
@@ -37,7 +37,7 @@ def meet(timeout_sec: float) -> tuple[dist.Store, int, int]:
         store.set(f"host/{rank}", socket.gethostname())
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise EnvError(f"cannot reach the run's meeting point {where}: {_first_line(error)}") from error
+        raise EnvError(f"cannot reach the run's meeting point {where}: {first_line(error)}") from error
     try:
         store.wait([f"host/{r}" for r in range(size)], timeout)
     except dist.DistError as error:
@@ -68,7 +68,7 @@ def check_fabric(store: dist.Store, rank: int, size: int, device: torch.device, 
         return
     problem = f"did not end within {limit_sec:g} s"
     if failures:
-        problem = f"failed after {time.monotonic() - t0:.1f} s ({_first_line(failures[0])})"
+        problem = f"failed after {time.monotonic() - t0:.1f} s ({first_line(failures[0])})"
     # Destructors of a hung process group would wait for it for ever; the error is told before exit handlers run.
     atexit.register(os._exit, EnvError.exit_code)
     raise EnvError(f"the first all-reduce of {size} processes {problem}; {_where_to_look(store, size, device)}")
@@ -128,7 +128,3 @@ def _ranks(ranks: list[int], store: dist.Store | None = None) -> str:
     ]
     names = [f"rank {rank}{host}" for rank, host in zip(ranks, known, strict=False)]
     return ", ".join(names) + (" and others" if len(ranks) > 8 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -71,8 +71,7 @@ class Selection:
 
     def describe(self) -> list[str]:
         """Lines for a log: the cards taken, the cards skipped and why, remarks."""
-        memory = [f"memory {gib(g.memory_total_mib)}, free {gib(g.memory_free_mib)}" for g in self.gpus]
-        lines = [f"GPU {g.index}: {g.name}, {m}, {g.uuid}" for g, m in zip(self.gpus, memory, strict=True)]
+        lines = [card_line(gpu) for gpu in self.gpus]
         lines += [f"GPU {s.gpu.index} skipped: {s.gpu.name}, {s.reason}" for s in self.skipped]
         return lines + self.notes
 
@@ -253,6 +252,12 @@ def list_indices(indices: Iterable[int]) -> str:
         else:
             runs.append([index])
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def card_line(gpu: Gpu) -> str:
+    """A card as logs have it: index, name, memory, UUID."""
+    memory = f"memory {gib(gpu.memory_total_mib)}, free {gib(gpu.memory_free_mib)}"
+    return f"GPU {gpu.index}: {gpu.name}, {memory}, {gpu.uuid}"
 
 
 def gib(mib: int | None) -> str:

@@ -6,7 +6,7 @@ must not be decided a second time, or ranks would differ.
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from flare.config import Resolved
 from flare.gpus import Selection, select_environment
@@ -38,7 +38,7 @@ def export_environment(run: Run, selection: Selection | None) -> dict[str, str]:
 def told_options(resolved: Resolved) -> Resolved:
     """The options of a worker: those of its command line, with what the launcher settled."""
     told = json.loads(os.environ.get(SETTLED_VARIABLE, "{}"))
-    return replace(resolved, options=replace(resolved.options, **told))
+    return resolved.settled(**told)
 
 
 def worker_hardware(options: Options) -> Hardware:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flare.config import Resolved
-from flare.errors import ConfigError, EnvError, FlareError, print_error
+from flare.errors import ConfigError, EnvError, FlareError, first_line, print_error
 from flare.experiment import Experiment
 from flare.gpus import GpuRequest, Selection, Skipped, select_environment, select_gpus
 from flare.handoff import DEVICE_VARIABLE
@@ -88,7 +88,7 @@ def hardware_of(options: Options, selection: Selection | None) -> Hardware:
 
 def shell_command(script: Path, run: Run, selection: Selection | None) -> str:
     """The torchrun command that does what the launcher does, to read or to paste."""
-    argv = [a for a in run.resolved.argv if a != "--dry_run"]
+    argv = _without_dry_run(run.resolved.argv)
     if run.resolved.name_is_default:  # else each worker would take its own time for the name
         argv += ["--experiment_name", run.options.experiment_name]
     variables = select_environment(selection) if selection else {DEVICE_VARIABLE: "cpu"}
@@ -102,6 +102,18 @@ def shell_command(script: Path, run: Run, selection: Selection | None) -> str:
         ]  # fmt: skip
     prefix = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
     return prefix + shlex.join([*start, str(script), *argv])
+
+
+def _without_dry_run(argv: list[str]) -> list[str]:
+    """The command line without the flag, in whichever way it is written: alone, with a value, with ``=``."""
+    kept: list[str] = []
+    before = ""
+    for word in argv:
+        is_value = before == "--dry_run" and not word.startswith("-")
+        if word.partition("=")[0] != "--dry_run" and not is_value:
+            kept.append(word)
+        before = word
+    return kept
 
 
 @contextlib.contextmanager
@@ -177,9 +189,9 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
     try:
         elastic_launch(config, sys.executable)("-u", str(script), *argv)
     except DistError as error:
-        (address, port), reason = master(), str(error).splitlines()[0][:200]
+        address, port = master()
         raise EnvError(
-            f"the {num_nodes()} hosts of this run do not meet at {address}:{port}: {reason}; "
+            f"the {num_nodes()} hosts of this run do not meet at {address}:{port}: {first_line(error)}; "
             "see NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT (another one if it is in use)"
         ) from error
 

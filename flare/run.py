@@ -76,14 +76,13 @@ class Run:
 
     def with_layout(self, micro: int, checkpointing: bool | str, parallel: str) -> "Run":
         """The same run, its rows of a step too, with this micro-batch, gradient checkpointing, ddp or fsdp."""
-        options = replace(
-            self.options,
+        resolved = self.resolved.settled(
             per_device_train_batch_size=micro,
             gradient_checkpointing=checkpointing,
             parallel=parallel,
             global_batch_size=self.global_batch_size,
         )
-        return replace(self, resolved=replace(self.resolved, options=options))
+        return replace(self, resolved=resolved)
 
     def common_settings(self) -> dict[str, object]:
         """What every rank must have the same, on whichever host it was started."""

@@ -18,7 +18,7 @@ from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import CheckpointError, FlareError
 from flare.evaluation.during_training import LengthCurve, MoreEvaluation
-from flare.gpus import peak_tflops
+from flare.gpus import card_line, peak_tflops
 from flare.hub import read_model_config
 from flare.launch import tell_launcher
 from flare.logs import FILES_ONLY, log
@@ -125,6 +125,8 @@ class Session:
         for warning in run.resolved.warnings:
             log.warning(warning)
         reason = run.init_reason
+        for gpu in run.hardware.gpus:  # of this host; the launcher has told the terminal
+            log.info(card_line(gpu), extra=FILES_ONLY)
         for line in plan_lines(run.plan()):
             log.info(line)
         (log.warning if reason.startswith("warning") else log.info)(reason.removeprefix("warning: "))

@@ -39,6 +39,9 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     where = str(init_from or name)
     _check_overwrite(experiment, options, init_from)
     nope_layers = choose_nope_layers(resolved, raw, where)
+    if nope_layers_of(raw):
+        resolved = keep_theta(resolved, raw, where)
+        options = resolved.options
     config = with_nope(raw, nope_layers, options.rope_theta, where)
     _check_length(options, config)
     depth = int(config["num_hidden_layers"])
@@ -162,7 +165,9 @@ def choose_start(resolved: Resolved, experiment: Experiment) -> tuple[str, str]:
     if options.stage == 2 and not resolved.given_for_stage("model_name_or_path"):
         result = stage_one_result(experiment)
         if result is not None:
-            return str(result), f"stage 2 starts from the result of stage 1: {result}"
+            # The experiment's own result has moved when this is read: Experiment.hand_over.
+            place = experiment.stage1 / "final_model" if result == experiment.final_model else result
+            return str(result), f"stage 2 starts from the result of stage 1: {place}"
         reason = f"warning: no stage 1 result for {experiment.root.name!r}; stage 2 starts from the base model {name}"
     else:
         reason = f"stage {options.stage} starts from {name}"
@@ -186,14 +191,20 @@ def choose_nope_layers(resolved: Resolved, raw: dict, where: str) -> list[int]:
                 f"--no_rope_layers {format_layers(asked)} contradicts {where}, whose NoPE layers are "
                 f"{format_layers(existing)}; leave the flag out"
             )
-    theta = theta_of(raw, where)
-    if resolved.given("rope_theta") and options.rope_theta != theta:
-        raise ConfigError(
-            f"--rope_theta {options.rope_theta:g} contradicts {where}, whose rope_theta is {theta:g}; "
-            "leave the flag out"
-        )
-    options.rope_theta = None
     return existing
+
+
+def keep_theta(resolved: Resolved, raw: dict, where: str) -> Resolved:
+    """The options with the RoPE base of a starting model that has NoPE layers: it was trained with that.
+
+    Raises: ConfigError when the command line says another one.
+    """
+    theta, asked = theta_of(raw, where), resolved.options.rope_theta
+    if resolved.given("rope_theta") and asked != theta:
+        raise ConfigError(
+            f"--rope_theta {asked:g} contradicts {where}, whose rope_theta is {theta:g}; leave the flag out"
+        )
+    return resolved.settled(rope_theta=theta)
 
 
 def _check_length(options: Options, config: dict) -> None:

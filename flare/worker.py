@@ -19,6 +19,7 @@ from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics_file import enter_stage, record_status
 from flare.phase import during, is_out_of_memory, while_phase
 from flare.prepare import packed_rows, prepare_data
+from flare.resolved_config import write_resolved_config
 from flare.run import Run
 from flare.session import Session, device_name
 
@@ -91,6 +92,7 @@ def open_experiment(run: Run, world: World) -> Run:
     start_logging(world.rank, world.size, experiment.training_log, experiment.logs)
     if not run.init_from.exists():  # stage 1's result has just moved to stage1/
         run = replace(run, init_from=experiment.stage1 / "final_model")
+    distributed.on_main(world, lambda: write_resolved_config(run))
     return run
 
 

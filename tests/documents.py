@@ -165,4 +165,5 @@ class Sandbox:
         calls = self._record.read_text(encoding="utf-8").split("\n\0")
         fields = [call.removesuffix("\0").split("\0") for call in calls if call]
         n = len(VARIABLES)
-        return [Call(dict(v.split("=", 1) for v in words[:n] if v[-1] != "="), words[n:]) for words in fields]
+        fields = [(words[:n], [word for word in words[n:] if word != "-P"]) for words in fields]  # python's own flag
+        return [Call(dict(v.split("=", 1) for v in settings if v[-1] != "="), words) for settings, words in fields]

@@ -24,7 +24,7 @@ LAYERS = [
     ["run", "setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "board", "metrics"],
     ["garbage", "outcomes", "prefetch", "progress"],
     ["trainer", "evaluation"],
-    ["prepare", "prepare_only", "saving", "resume", "session", "worker", "demo"],
+    ["prepare", "prepare_only", "resolved_config", "saving", "resume", "session", "worker", "demo"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted((REPO / "flare").rglob("*.py"))

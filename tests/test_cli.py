@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,6 @@ def test_traceback_only_on_request(train_flags: list[str]) -> None:
 
 
 def launch(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    import sys
-
     variables = script_environment(PYTHON=sys.executable, **environment)
     return subprocess.run(
         ["bash", str(REPO / "run_training.sh"), *map(str, arguments)],
@@ -105,6 +104,8 @@ def launch(*arguments: object, **environment: str) -> subprocess.CompletedProces
         (["3", "A800"], "unknown stage '3'"),
         (["1"], "no GPU given"),
         (["1", "manual", "x"], "needs the card numbers"),
+        (["1", "A800", "x", "0,1"], "'0,1' is no flag; card numbers are for GPU \"manual\" only"),
+        (["demo", "--dry_run"], "unrecognized arguments: --dry_run"),
     ],
 )
 def test_launcher_names_what_is_wrong(arguments: list[str], words: str) -> None:
@@ -120,6 +121,47 @@ def test_launcher_names_what_the_users_python_lacks(tmp_path: Path) -> None:
         capture_output=True, text=True, env=script_environment(PYTHON=str(python)),
     )  # fmt: skip
     assert_one_line(result, 4, "lacks: torch matplotlib")
+
+
+def test_launcher_names_what_is_too_old_in_the_users_python(tmp_path: Path) -> None:
+    for name, version in (("transformers", "4.57.6"), ("torch", "2.11.0a0+nv26.1"), ("datasets", "10.0")):
+        info = tmp_path / "packages" / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    result = launch("1", "cpu", PYTHONPATH=str(tmp_path / "packages"))
+    assert_one_line(result, 4, "lacks: transformers>=5.17 (has 4.57.6); install them")
+
+
+def test_demo_starts_where_the_user_is(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *flare.demo*) pwd;; *) exec {sys.executable} "$@";; esac\n')
+    python.chmod(0o755)
+    result = subprocess.run(
+        ["bash", str(REPO / "run_training.sh"), "demo", "--output_dir", "here"],
+        cwd=tmp_path, capture_output=True, text=True, env=script_environment(PYTHON="./python"),
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (0, f"{tmp_path}\n"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("cuda", "words"),
+    [
+        ("13.0", ""),
+        ("12.8", "https://download.pytorch.org/whl/cu128 https://download.pytorch.org/whl/cu126"),
+        ("12.2", "https://download.pytorch.org/whl/cu126"),
+        ("11.4", "error: the driver supports CUDA 11.4 only; torch needs one for CUDA 12 (driver 525 or newer)"),
+    ],
+)
+def test_setup_takes_a_torch_that_the_driver_runs(tmp_path: Path, cuda: str, words: str) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '| NVIDIA-SMI 535.183   Driver Version: 535.183   CUDA Version: {cuda}     |'\n")
+    smi.chmod(0o755)
+    result = subprocess.run(
+        ["bash", "-c", f". {REPO}/env.sh && flare_torch_indexes"],
+        capture_output=True, text=True, env=script_environment(PATH=f"{tmp_path}:{os.environ['PATH']}"),
+    )  # fmt: skip
+    assert " ".join((result.stdout + result.stderr).split()) == words
+    assert result.returncode == (4 if "error" in words else 0)
 
 
 def guide_server(tmp_path: Path) -> dict[str, str]:

@@ -109,6 +109,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         (["--no_rope_layers", "5-2"], "reversed"),
         (["--warmup_steps", "3", "--warmup_ratio", "0.1"], "give one"),
         (["--max_steps", "3", "--num_train_epochs", "1"], "both given"),
+        (["--early_stopping_threshold", "0.1"], "is for --early_stopping_patience; give both or none"),
         (["--config", "nope.json"], "config not found: nope.json"),
     ],
 )
@@ -116,6 +117,24 @@ def test_mistake_is_named(flags: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(flags)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("general", "special", "flags", "cards"),
+    [
+        ({"gpu_type": "A800"}, {"gpu_ids": [0, 1]}, [], (None, [0, 1])),
+        ({"gpu_ids": [0, 1]}, {"gpu_type": "A800"}, [], ("A800", None)),
+        ({}, {"gpu_ids": [0, 1]}, ["--gpu_type", "A40"], ("A40", None)),
+        ({}, {"gpu_type": "A40"}, ["--gpu_ids", "3"], (None, [3])),
+        ({"gpu_ids": [0, 1]}, {}, ["--gpu_type", "manual"], ("manual", [0, 1])),
+    ],
+)
+def test_of_the_two_ways_to_name_cards_the_higher_rank_wins(
+    tmp_path: Path, general: dict, special: dict, flags: list[str], cards: tuple
+) -> None:
+    file = write(tmp_path / "c.json", json.dumps({**general, "stages": {"1": special}}))
+    options = resolve(["--config", file, *flags]).options
+    assert (options.gpu_type, options.gpu_ids) == cards
 
 
 def test_key_in_the_wrong_section_names_the_right_one(tmp_path: Path) -> None:

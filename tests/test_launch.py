@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,12 +21,15 @@ from flare.errors import ConfigError, EnvError
 from flare.handoff import CARDS_VARIABLE, DEVICE_VARIABLE, export_environment, told_options, worker_hardware
 from flare.hosts import check_hosts, rendezvous
 from flare.jsonc import read_jsonc
-from flare.launch import SHUTDOWN_TIMEOUT_SEC, _grant_shutdown
+from flare.launch import SHUTDOWN_TIMEOUT_SEC, _grant_shutdown, shell_command
+from flare.logs import start_logging
+from flare.nope.patch import patch_checkpoint
 from flare.nvidia_smi import Gpu
 from flare.options import SELECTIVE, STAGE_DEFAULTS
 from flare.plan import check_fits
 from flare.plan_table import plan_lines
 from flare.run import Hardware, Run
+from flare.session import Session
 from flare.setup import settle
 from tests.fake_nvidia_smi import install
 from tests.processes import REPO, script_environment, train_anew
@@ -106,7 +110,55 @@ def test_workers_are_told_the_cards_and_what_auto_became(
     assert worker_hardware(worker.options) == run.hardware
     assert (worker.options.per_device_train_batch_size, worker.options.global_batch_size) == (12, 24)
     assert worker.options.gradient_checkpointing is False
+    assert worker.sources["per_device_train_batch_size"] == "command line, settled"
     assert typed.options.per_device_train_batch_size == "auto"
+
+
+def test_the_theta_of_a_nope_model_goes_on(base: Path, tmp_path: Path) -> None:
+    patch_checkpoint(base, tmp_path / "patched", [1], rope_theta=4321.0)
+    one, file = Hardware(False, 1), tmp_path / "c.json"
+    run = run_of(one, tmp_path / "patched", tmp_path, "--rope_theta", 4321)
+    assert settle(run.resolved, one).identity()["rope_theta"] == 4321  # settled twice, as every start is
+    file.write_text('{"rope_theta": 5000}')
+    run = run_of(one, tmp_path / "patched", tmp_path, "--config", file)
+    assert (run.options.rope_theta, run.resolved.sources["rope_theta"]) == (4321, "c.json, settled")
+    with pytest.raises(ConfigError, match=r"--rope_theta 5000 contradicts .*patched, whose rope_theta is 4321"):
+        run_of(one, tmp_path / "patched", tmp_path, "--rope_theta", 5000)
+
+
+def test_the_log_of_a_start_names_the_cards_and_the_plan(
+    clean_environment: pytest.MonkeyPatch, base: Path, tmp_path: Path
+) -> None:
+    run = run_of(Hardware(True, 2, CARDS), base, tmp_path)
+    rows = SimpleNamespace(describe=lambda: "rows")
+    corpus = SimpleNamespace(meta={"end_of_text": "<end>", "end_of_text_id": 0}, fingerprint="f", facts={})
+    start_logging(0, 2, tmp_path / "training.log")
+    Session(run, distributed.World(0, 0, 2, torch.device("cpu")), corpus, rows, rows)._log_start()
+    start_logging()
+    lines = (tmp_path / "training.log").read_text().splitlines()
+    assert lines[0].endswith("GPU 0: NVIDIA A800 80GB PCIe, memory 80.0 GiB, free 80.0 GiB, GPU-00000000")
+    assert lines[1].endswith("GPU 1: NVIDIA A40, memory 45.0 GiB, free 45.0 GiB, GPU-00000001")
+    assert any("memory/card" in line for line in lines)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dry_run_under_torchrun_starts_nothing(train_flags: list[str], tmp_path: Path, rank: int) -> None:
+    environment = script_environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29501")
+    flags = [*train_flags, "--stage1_max_seq_len", 32, "--dry_run"]
+    result = train_anew(*flags, env=environment, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert ("2 processes" in result.stdout) == (rank == 0)
+    assert ("warning: --stage1_max_seq_len is an old name" in result.stderr) == (rank == 0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["--dry_run"], ["--dry_run", "true"], ["--dry_run=true"]])
+def test_the_command_of_a_dry_run_trains(base: Path, tmp_path: Path, words: list[str]) -> None:
+    run = run_of(Hardware(False, 1), base, tmp_path, *words, "--experiment_name", "true")
+    command = shlex.split(shell_command(Path("train.py"), run, None))
+    assert "--dry_run" not in " ".join(command)
+    assert command[-2:] == ["--experiment_name", "true"]
+    assert resolve(command[command.index("train.py") + 1 :]).options.dry_run is False
 
 
 def test_a_worker_of_a_cpu_run_sees_no_card(clean_environment: pytest.MonkeyPatch) -> None:

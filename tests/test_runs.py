@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from flare.evaluation.recovery import held_out_curve, recovery_of
 from flare.experiment import Experiment
 from flare.metrics_file import recorded_stages
 from flare.nope.canary_file import read_canary
+from flare.options import Options
 from tests.processes import REPO, script_environment, torchrun, train
 
 
@@ -95,6 +97,40 @@ def test_recorded_command_can_be_pasted_back(train_flags: list[str], tmp_path: P
     )
     assert pasted.returncode == 0, pasted.stderr
     assert "finished already" in pasted.stderr
+
+
+def test_a_start_records_its_resolved_config_and_can_be_repeated_by_it(
+    train_flags: list[str], base: Path, tmp_path: Path
+) -> None:
+    place = train_flags.index("--model_name_or_path")
+    file = tmp_path / "c.json"
+    model = {"model_name_or_path": str(base)}
+    file.write_text(json.dumps({"max_eval_samples": 2, "stages": {"1": {"model_args": model}}}))
+    first = train(*train_flags[:place], *train_flags[place + 2 :], "--config", file)
+    assert first.returncode == 0, first.stderr
+    run = tmp_path / "out" / "run"
+    [recorded] = (run / "logs").glob("resolved_config-stage1-*.json")
+    content = json.loads(recorded.read_text())
+    options = {name: value for section in content["options"].values() for name, value in section.items()}
+    assert options.keys() == content["sources"].keys() == {f.name for f in fields(Options)}
+    for name, value, source in (
+        ("max_eval_samples", 2, "c.json"),
+        ("model_name_or_path", str(base), "c.json: stages.1"),
+        ("max_steps", 6, "command line"),
+        ("no_rope_layers", ["1", "3"], "command line"),
+        ("learning_rate", 1e-3, "command line"),
+        ("weight_decay", 0.0, "default"),
+        ("precision", "fp32", "default, settled"),
+        ("train_layers", ["1", "3"], "default, settled"),
+        ("global_batch_size", 2, "default, settled"),
+        ("rope_theta", 10000.0, "default, settled"),
+    ):
+        assert (name, options[name], content["sources"][name]) == (name, value, source)
+    assert content["run"] == {"init_from": str(base), "processes": 1, "hosts": 1, "cards_of_this_host": []}
+
+    again = train("--config", f"{recorded}#options", "--experiment_name", "again")
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "out" / "again") == losses(run)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +352,10 @@ def test_stage_two_takes_over_stage_one_of_the_same_name(train_flags: list[str],
     flags = without_model[:layers]
     result = train(*flags, "--stage", 2, "--max_steps", 2)
     assert result.returncode == 0, result.stderr
-    assert "stage 2 starts from the result of stage 1" in result.stderr
+    result_of_stage_1 = run / "stage1" / "final_model"
+    assert f"stage 2 starts from the result of stage 1: {result_of_stage_1}\n" in (run / "training.log").read_text()
+    [resolved] = (run / "logs").glob("resolved_config-stage2-*.json")
+    assert json.loads(resolved.read_text())["run"]["init_from"] == str(result_of_stage_1)
     assert all(torch.equal(stage1[n], t) for n, t in weights(run / "stage1" / "final_model").items())
     assert (run / "stage1" / "checkpoints" / "checkpoint-2").is_dir()
     config = json.loads((run / "final_model" / "config.json").read_text())
