@@ -5,7 +5,6 @@ usage (under torchrun): balance_ranks.py OUT ROUNDS STEPS ROWS
 
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -14,17 +13,13 @@ import numpy as np
 import torch
 
 from benchmarks.train_cpu import SHAPE, SMALL_VOCABULARY
-from benchmarks.workload import RandomRows, Workload, random_model
+from benchmarks.workload import RandomRows, Workload, random_model, train_flare
 from flare import distributed
 from flare.balance import equal
 from flare.distributed import World
 from flare.model import TrainingModel
-from flare.optim import build_optimizer, build_schedule
-from flare.options import Options
 from flare.pace import seconds_per_row, settle_balance
 from flare.prefetch import host_tensors
-from flare.progress import Progress
-from flare.trainer import Parts, Trainer
 
 SEQ_LEN = 256
 SLOW_RANK = 1
@@ -61,7 +56,8 @@ def main() -> None:
     for _ in range(rounds):
         for name, counts in shares.items():
             model = Slowed(model_of(workload), slowed.seconds)
-            rates[name].append(train(model, workload, rows, counts, world))
+            history = train_flare(model, workload, rows, world, counts)
+            rates[name].append(median(entry["tokens_per_sec"] for entry in history[1:]))
     if world.is_main:
         found = {name: median(values) for name, values in rates.items()} | {"rounds": rates}
         found |= {"ideal": SEQ_LEN * sum(1 / p for p in paces), "seconds_per_row": paces}
@@ -90,29 +86,6 @@ def pace(model: Slowed, rows: RandomRows, world: World) -> float:
     """Seconds of a row; both ranks measure at the same time."""
     distributed.barrier()
     return seconds_per_row(one_pass(model, rows), world.device)
-
-
-def train(model: Slowed, workload: Workload, rows: RandomRows, counts: tuple[int, ...], world: World) -> float:
-    """Tokens per second over the steps after the first."""
-    options = Options(
-        stage=2, learning_rate=1e-5, per_device_train_batch_size=workload.batch_size, max_steps=workload.steps,
-        max_seq_length=workload.seq_len, lr_scheduler_type="constant", logging_steps=1, eval_steps=None,
-        save_steps=10**9,
-    )  # fmt: skip
-    parts = Parts(
-        model=model,
-        optimizer=build_optimizer(model.trainable_parameters(), options),
-        schedule=build_schedule(options, workload.steps),
-        train_rows=rows,
-        eval_rows=rows,
-        max_steps=workload.steps,
-        global_batch_size=sum(counts),
-        rows_by_rank=counts,
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        progress = Progress()
-        Trainer(parts, options, world, progress, lambda _: None, Path(scratch)).train()
-    return median(entry["tokens_per_sec"] for entry in progress.history[1:])
 
 
 if __name__ == "__main__":

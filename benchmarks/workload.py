@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +26,10 @@ from flare.config import REPO
 from flare.data.order import RowOrder
 from flare.data.train_rows import Batch, TrainRows
 from flare.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from flare.distributed import World
+    from flare.model import TrainingModel
 
 
 @dataclass(frozen=True)
@@ -135,18 +141,35 @@ def random_model(workload: Workload) -> object:
     return causal_lm.train()
 
 
+def train_flare(
+    model: "TrainingModel", workload: Workload, rows: RandomRows, world: "World", counts: Sequence[int]
+) -> list[dict]:
+    """Train with Flare's own trainer; ``counts`` are the rows of each rank in a step. Returns: its history."""
+    from benchmarks.bare_trainer import bare_trainer
+    from flare.options import Options
+
+    options = Options(
+        stage=workload.stage, learning_rate=1e-5, max_steps=workload.steps, max_seq_length=workload.seq_len,
+        per_device_train_batch_size=max(workload.batch_size // workload.processes, 1), lr_scheduler_type="constant",
+        logging_steps=1, eval_steps=None, save_steps=10**9, seed=0,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = bare_trainer(model, rows, options, world, counts, Path(scratch))
+        trainer.train()
+    return trainer.progress.history
+
+
 def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     """(seconds of each step, losses) of Flare's own trainer."""
     import torch
 
     from flare import distributed
     from flare.attention import KERNELS, use_kernel
+    from flare.balance import equal
     from flare.compiler import compile_layers
     from flare.distributed import World
     from flare.model import TrainingModel, checkpoint_layers
-    from flare.optim import build_optimizer, build_schedule
-    from flare.options import SELECTIVE, Options
-    from flare.trainer import Parts, Progress, Trainer
+    from flare.options import SELECTIVE
 
     causal_lm = random_model(workload)
     if workload.gradient_checkpointing:
@@ -156,31 +179,15 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
         use_kernel(causal_lm, workload.attn_implementation)
     if workload.compile:
         compile_layers(model)
-    options = Options(
-        stage=workload.stage, learning_rate=1e-5, max_steps=workload.steps, max_seq_length=workload.seq_len,
-        per_device_train_batch_size=max(workload.batch_size // workload.processes, 1), lr_scheduler_type="constant",
-        logging_steps=1, eval_steps=None, save_steps=10**9, seed=0,
-    )  # fmt: skip
     rows = RandomRows(workload.steps * workload.batch_size, workload.seq_len, workload.shape["vocab_size"])
     world = World(0, 0, 1, torch.device(workload.device, 0) if workload.device == "cuda" else torch.device("cpu"))
     if workload.processes > 1:
         world = distributed.start(use_cuda=False, timeout_sec=600)
-    with tempfile.TemporaryDirectory() as scratch:
-        progress = Progress()
-        parts = Parts(
-            model=model,
-            optimizer=build_optimizer(model.trainable_parameters(), options),
-            schedule=build_schedule(options, workload.steps),
-            train_rows=rows,
-            eval_rows=rows,
-            max_steps=workload.steps,
-            global_batch_size=workload.batch_size,
-        )
-        Trainer(parts, options, world, progress, lambda _: None, Path(scratch)).train()
+    history = train_flare(model, workload, rows, world, equal(workload.batch_size, world.size).rows)
     distributed.barrier()
     distributed.stop()
     tokens = workload.batch_size * workload.seq_len
-    return [tokens / r["tokens_per_sec"] for r in progress.history], [r["loss"] for r in progress.history]
+    return [tokens / r["tokens_per_sec"] for r in history], [r["loss"] for r in history]
 
 
 def run_hf(workload: Workload) -> tuple[list[float], list[float]]:

@@ -21,6 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.bare_trainer import bare_trainer
 from flare import trainer as trainer_module
 from flare.attention import use_kernel
 from flare.data.order import RowOrder
@@ -31,12 +32,11 @@ from flare.memory import loss_bytes, memory
 from flare.model import TrainingModel, checkpoint_layers, set_trainable
 from flare.moments import ADAM_STATE_BYTES
 from flare.nope import modeling_nope
-from flare.optim import build_optimizer, build_schedule
 from flare.options import Options
 from flare.plan_inputs import PlanInputs
 from flare.shapes import ModelShape, known_shape
 from flare.trainable import Trainable
-from flare.trainer import Parts, Progress, Trainer
+from flare.trainer import Trainer
 
 CARD = torch.device("cuda", 0)
 TINY = {
@@ -168,12 +168,8 @@ def trainer_of(
     )  # fmt: skip
     rows = Rows(seq_len, config["vocab_size"])
     with MODE:
-        optimizer = build_optimizer(model.trainable_parameters(), options)
-    parts = Parts(model, optimizer, build_schedule(options, 9), rows, rows, 9, global_batch_size=2 * micro)
-    with MODE:
-        trainer = Trainer(
-            parts, options, World(0, 0, 1, CARD), Progress(), lambda _: None, Path(tempfile.gettempdir()) / "no-stop"
-        )
+        no_stop = Path(tempfile.gettempdir()) / "no-stop"
+        trainer = bare_trainer(model, rows, options, World(0, 0, 1, CARD), [2 * micro], no_stop)
     trainer.outcomes.take = lambda keep=0: []  # the one place where the host reads numbers, a step late
     return trainer
 

@@ -32,10 +32,10 @@ def run_script(script: str, *flags: object, timeout: int = 240, **kwargs: object
 
 
 def torchrun(processes: int, module: str, *arguments: object, timeout: int = 240) -> None:
-    """Run a module of the tests on so many gloo ranks, to its end and without an error."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    """Run a module of the tests on so many gloo ranks (one needs no launcher), to its end and without an error."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
-        [*command, "-m", module, *map(str, arguments)],
+        [sys.executable, *(launcher if processes > 1 else []), "-m", module, *map(str, arguments)],
         cwd=REPO, env=script_environment(), capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bare_trainer import bare_trainer
 from flare import distributed
+from flare.balance import equal
 from flare.data.build import build_token_cache
 from flare.data.packing import PackedRows, split_documents
 from flare.data.rows import SourceSpec
@@ -18,11 +20,10 @@ from flare.hub import read_model_config
 from flare.model import load_for_training, load_in_place
 from flare.nope.format import with_nope
 from flare.nope.load import load_tokenizer
-from flare.optim import build_optimizer, build_schedule
 from flare.options import Options
 from flare.sharding import whole
 from flare.trainable import Trainable
-from flare.trainer import Parts, Progress, Trainer
+from flare.trainer import Trainer
 
 
 def make_trainer(
@@ -36,19 +37,10 @@ def make_trainer(
         open_source(SourceSpec(corpus), cache_dir), load_tokenizer(base), cache_dir, TokenSettings()
     )
     rows = PackedRows(cache, split_documents(cache.hashes, 10)[0], 32, "document")
-    size, rows_by_rank = changes.pop("global_batch_size"), changes.pop("rows_by_rank", None)
+    size = changes.pop("global_batch_size")
+    rows_by_rank = changes.pop("rows_by_rank", None) or equal(size, world.size).rows
     options = Options(**({"learning_rate": 1e-3, "max_seq_length": 32, "max_grad_norm": 0.0} | changes))
-    parts = Parts(
-        model=model,
-        optimizer=build_optimizer(model.trainable_parameters(), options),
-        schedule=build_schedule(options, options.max_steps),
-        train_rows=rows,
-        eval_rows=rows,
-        max_steps=options.max_steps,
-        global_batch_size=size,
-        rows_by_rank=rows_by_rank,
-    )
-    return Trainer(parts, options, world, Progress(), lambda progress: None, scratch)
+    return bare_trainer(model, rows, options, world, rows_by_rank, scratch)
 
 
 def leave() -> None:

@@ -371,7 +371,7 @@ def test_training_does_not_start_from_a_model_that_lies(
     flags = [*train_flags[: train_flags.index("--no_rope_layers")], "--model_name_or_path", tmp_path / "model"]
     result = train(*flags, "--stage", 2)
     assert result.returncode == 2, result.stderr
-    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    (line,) = result.errors
     assert words in line
     assert "put the true config.json back, or remove nope_canary.json" in line
     assert not list((tmp_path / "out" / "run").glob("checkpoints/checkpoint-*"))

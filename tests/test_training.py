@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
+from benchmarks.bare_trainer import bare_trainer
 from flare.data.build import build_token_cache
 from flare.data.order import RowOrder
 from flare.data.packing import PackedRows, split_documents
@@ -23,7 +24,7 @@ from flare.nope.load import load_causal_lm, load_tokenizer
 from flare.optim import build_optimizer, build_schedule
 from flare.options import Options
 from flare.trainable import Trainable
-from flare.trainer import Parts, Progress, Trainer
+from flare.trainer import Trainer
 from tests.conftest import write_base
 
 SEQ_LEN = 32
@@ -51,17 +52,7 @@ def trainer(model: TrainingModel, cache: TokenCache, tmp_path: Path, batch: int 
         "learning_rate": 1e-3, "per_device_train_batch_size": 2, "max_steps": 10, "max_seq_length": SEQ_LEN,
         "eval_steps": None, "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
     } | changes))  # fmt: skip
-    parts = Parts(
-        model=model,
-        optimizer=build_optimizer(model.trainable_parameters(), options),
-        schedule=build_schedule(options, 10),
-        train_rows=rows_of(cache),
-        eval_rows=rows_of(cache),
-        max_steps=10,
-        global_batch_size=batch,
-    )
-    world = World(0, 0, 1, torch.device("cpu"))
-    return Trainer(parts, options, world, Progress(), lambda progress: None, tmp_path)
+    return bare_trainer(model, rows_of(cache), options, World(0, 0, 1, torch.device("cpu")), [batch], tmp_path)
 
 
 # -- the loss ------------------------------------------------------------------------------------------------

@@ -170,6 +170,13 @@ def laid_out(root: Path, written: Written, harm: list[tuple[Callable, int, int]]
     return root / "checkpoints"
 
 
+@pytest.fixture(scope="module")
+def harmed(tmp_path_factory: pytest.TempPathFactory, written: Written) -> Callable[[list], Path]:
+    """Lays the written checkpoints out anew, harmed, and gives their directory."""
+    root = tmp_path_factory.getbasetemp() / "harmed"
+    return lambda harm: laid_out(root, written, harm)
+
+
 def is_as_written(directory: Path, original: Files) -> bool:
     """Bit for bit; what the user added stays out of it, and in the manifest the space between the words."""
     now = files_of(directory)
@@ -186,10 +193,9 @@ def has_foreign_weights(directory: Path, original: Files) -> bool:
 
 @given(HARM)
 def test_what_loads_is_bit_for_bit_what_was_written(
-    tmp_path_factory: pytest.TempPathFactory, written: Written, harm: list
+    harmed: Callable[[list], Path], written: Written, harm: list
 ) -> None:
-    root = tmp_path_factory.getbasetemp() / "harmed"
-    directory = laid_out(root, written, harm)
+    directory = harmed(harm)
     whole = [step for step in STEPS if is_as_written(directory / f"checkpoint-{step}", written[step])]
     newest, skipped = newest_complete(directory)
     assert all(len(reason.splitlines()) == 1 for reason in skipped)
@@ -208,11 +214,9 @@ def test_what_loads_is_bit_for_bit_what_was_written(
 
 
 @given(HARM)
-def test_the_tools_say_what_is_whole_and_break_nothing(
-    tmp_path_factory: pytest.TempPathFactory, written: Written, harm: list
-) -> None:
-    root = tmp_path_factory.getbasetemp() / "harmed"
-    directory = laid_out(root, written, harm)
+def test_the_tools_say_what_is_whole_and_break_nothing(harmed: Callable[[list], Path], harm: list) -> None:
+    directory = harmed(harm)
+    root = directory.parent
     before = {path: path.is_file() and path.read_bytes() for path in directory.rglob("*")}
     assert told("list", root) == (0, "")
     good = [c.step for c in list_checkpoints(directory) if verified(c)]

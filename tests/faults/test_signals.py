@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,20 +33,26 @@ def assert_gone(pids: dict[int, int]) -> None:
 
 
 @pytest.fixture
-def marker(tmp_path: Path) -> Path:
-    return tmp_path / "in-the-save"
+def in_save(zygote: Zygote, flags: list[str], tmp_path: Path) -> Callable[..., Running]:
+    """Starts a run and gives it back while it writes the checkpoint of step PAUSED, for so many seconds."""
 
+    def start(seconds: float, processes: int = 1) -> Running:
+        marker = tmp_path / "in-the-save"
+        fault = ("pause_in_save", PAUSED, str(marker), seconds)
+        if processes > 1:
+            fault = ("in_workers", *fault)
+        running = zygote.start(*flags, "--nproc_per_node", processes, fault=fault)
+        wait_until(marker.exists, "the save")
+        return running
 
-def paused(marker: Path, seconds: float) -> tuple:
-    return ("pause_in_save", PAUSED, str(marker), seconds)
+    return start
 
 
 def test_signals_during_a_save_wait_for_it(
-    zygote: Zygote, flags: list[str], run: Path, whole: Path, marker: Path
+    zygote: Zygote, in_save: Callable[..., Running], flags: list[str], run: Path, whole: Path
 ) -> None:
     """Row 6: a second SIGTERM, as schedulers send, changes nothing."""
-    running = zygote.start(*flags, fault=paused(marker, 1))
-    wait_until(marker.exists, "the save")
+    running = in_save(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         running.send(number)
         time.sleep(0.2)
@@ -59,11 +66,15 @@ def test_signals_during_a_save_wait_for_it(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_insists_ends_the_save_and_keeps_the_checkpoint_before(
-    zygote: Zygote, flags: list[str], run: Path, whole: Path, marker: Path, number: signal.Signals
+    zygote: Zygote,
+    in_save: Callable[..., Running],
+    flags: list[str],
+    run: Path,
+    whole: Path,
+    number: signal.Signals,
 ) -> None:
     """Row 6: the second Ctrl-C, the third of other signals."""
-    running = zygote.start(*flags, fault=paused(marker, 1000))
-    wait_until(marker.exists, "the save")
+    running = in_save(1000)
     if number == signal.SIGINT:
         running.send(number)
         time.sleep(0.2)
@@ -128,12 +139,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 
 
 @pytest.mark.faults
-def test_two_signals_to_a_launcher_wait_for_the_save(
-    zygote: Zygote, flags: list[str], run: Path, marker: Path
-) -> None:
+def test_two_signals_to_a_launcher_wait_for_the_save(in_save: Callable[..., Running], run: Path) -> None:
     """Row 6."""
-    running = zygote.start(*flags, "--nproc_per_node", 2, fault=("in_workers", *paused(marker, 3)))
-    wait_until(marker.exists, "the save")
+    running = in_save(3, processes=2)
     pids = workers(running.pid)
     for _ in range(2):
         running.send(signal.SIGTERM)
@@ -146,11 +154,10 @@ def test_two_signals_to_a_launcher_wait_for_the_save(
 
 @pytest.mark.faults
 def test_a_third_signal_to_a_launcher_ends_all_at_once(
-    zygote: Zygote, flags: list[str], run: Path, marker: Path
+    zygote: Zygote, in_save: Callable[..., Running], flags: list[str], run: Path
 ) -> None:
     """Row 6."""
-    running = zygote.start(*flags, "--nproc_per_node", 2, fault=("in_workers", *paused(marker, 1000)))
-    wait_until(marker.exists, "the save")
+    running = in_save(1000, processes=2)
     pids = workers(running.pid)
     send_until_it_ends(running, signal.SIGTERM)
     assert running.wait().returncode == 128 + signal.SIGTERM

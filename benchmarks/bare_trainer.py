@@ -1,0 +1,38 @@
+"""Flare's trainer without an experiment around it, for benchmarks and tests: nothing is resumed, nothing saved."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flare.data.train_rows import TrainRows
+from flare.distributed import World
+from flare.model import TrainingModel
+from flare.optim import build_optimizer, build_schedule
+from flare.options import Options
+from flare.trainer import Parts, Progress, Trainer
+
+
+def bare_trainer(
+    model: TrainingModel,
+    rows: TrainRows,
+    options: Options,
+    world: World,
+    rows_by_rank: Sequence[int],
+    stop_dir: Path,
+) -> Trainer:
+    """A trainer at step 0 that reads and evaluates the same rows, to ``options.max_steps``.
+
+    Args:
+        rows_by_rank: of each step; together they are the global batch.
+        stop_dir: where a file ``STOP`` would end it; nothing is written there.
+    """
+    parts = Parts(
+        model=model,
+        optimizer=build_optimizer(model.trainable_parameters(), options),
+        schedule=build_schedule(options, options.max_steps),
+        train_rows=rows,
+        eval_rows=rows,
+        max_steps=options.max_steps,
+        global_batch_size=sum(rows_by_rank),
+        rows_by_rank=rows_by_rank,
+    )
+    return Trainer(parts, options, world, Progress(), lambda progress: None, stop_dir)
