@@ -76,6 +76,7 @@ class MetricsWriter:
         self.experiment = experiment
         self.stage = stage
         self.max_steps = max_steps
+        self.warned_of: set[str] = set()
         step = history[-1]["step"] if history else 0
         self._restore_jsonl(history)
         self.board: Board | None = None
@@ -103,11 +104,13 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def _worth_less_than_the_run(self, what: str) -> Iterator[None]:
-        """A log that cannot be written is warned of."""
+        """A log that cannot be written is warned of, once."""
         try:
             yield
         except OSError as error:
-            log.warning(f"cannot write {what}: {error}")
+            if what not in self.warned_of:
+                log.warning(f"cannot write {what}: {error}")
+            self.warned_of.add(what)
 
     def describe(self, settings: dict[str, str | float], plan: Sequence[str]) -> None:
         """What this stage runs with, for TensorBoard."""

@@ -92,7 +92,11 @@ def open_experiment(run: Run, world: World) -> Run:
     start_logging(world.rank, world.size, experiment.training_log, experiment.logs)
     if not run.init_from.exists():  # stage 1's result has just moved to stage1/
         run = replace(run, init_from=experiment.stage1 / "final_model")
-    distributed.on_main(world, lambda: write_resolved_config(run))
+    if world.is_main:
+        try:
+            write_resolved_config(run)
+        except OSError as error:  # a log, worth less than the run
+            log.warning(f"cannot write logs/resolved_config: {error}")
     return run
 
 
