@@ -179,6 +179,20 @@ def test_a_folder_laid_out_as_a_hub_snapshot_has_configurations_and_splits_offli
     assert again[0] == english[0]  # the same bytes elsewhere, with another date, are the same data
 
 
+def test_a_folder_with_a_loading_script_is_read_by_its_files(tmp_path: Path) -> None:
+    """What ``hf download --local-dir`` gives of RedPajama's sample."""
+    folder = tmp_path / "scripted"
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / "scripted.py").write_text("raise SystemExit('ran')")
+    (folder / "a.jsonl").write_bytes(lines("one"))
+    (folder / "b.jsonl").write_bytes(lines("two"))
+    result = read(tmp_path, "http://127.0.0.1:9", str(folder), offline=True)
+    assert answer(result)[1] == ["one", "two"]
+    assert "scripted is a loading script, which is not run; reads the 2 files beside it" in result.stderr
+    refused = read(tmp_path, "http://127.0.0.1:9", str(folder), offline=True, dataset_split="test")
+    assert "leave out --dataset_config and --dataset_split" in error(refused, 2)
+
+
 def test_what_hf_download_put_into_the_hubs_cache_is_found_by_its_name_offline(tmp_path: Path) -> None:
     commit = "0123456789" * 4
     repository = tmp_path / "hf" / "hub" / "datasets--lab--news"

@@ -8,6 +8,7 @@ from typing import Any
 
 from flare.data.rows import Piece, Row, Source, SourceSpec, missing_column
 from flare.data.saved_sets import table_slices
+from flare.data.snapshots import is_about_script
 from flare.errors import ConfigError, DataError, EnvError, FlareError, first_line
 from flare.hub import cached_data_sets
 from flare.logs import log
@@ -116,7 +117,7 @@ def _load_with_fallback(spec: SourceSpec, commit: str | None) -> Any:
     try:
         return load_dataset(spec.dataset_name, revision=commit, **arguments)
     except RuntimeError as error:
-        if "script" not in str(error):
+        if not is_about_script(error):
             raise
     name = spec.dataset_name
     if spec.dataset_revision:

@@ -1,10 +1,10 @@
 """What every source of documents offers: rows in a fixed order, in pieces that worker processes read on their own.
 
-What is usable text is decided in ``flare.data.tokens``; nothing here opens a file or tokenises.
+What is usable text is decided in ``flare.data.documents``; nothing here opens a file or tokenises.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flare.errors import ConfigError, nearest
 
@@ -36,17 +36,22 @@ class BadRow:
         self.reason = reason
 
 
+COLUMN_HINT = "use --text_column"
+"""How another column is named in training. Pieces do not know who reads them: evaluation says it in its own words."""
+
+
 def missing_column(column: str, where: object, columns: list[str]) -> ConfigError:
     """The error of a column that a file or data set has not."""
     known = ", ".join(columns) or "none"
-    return ConfigError(
-        f"column {column!r} not in {where}; columns: {known}; use --text_column{nearest(column, columns)}"
-    )
+    return ConfigError(f"column {column!r} not in {where}; columns: {known}; {COLUMN_HINT}{nearest(column, columns)}")
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """What the user asked for."""
+    """What the user asked for.
+
+    ``option``: where the name was given, for messages.
+    """
 
     dataset_name: str
     text_column: str = "text"
@@ -55,6 +60,12 @@ class SourceSpec:
     cache_dir: str | None = None
     streaming: bool = False
     dataset_revision: str | None = None
+    option: str = field(default="--dataset_name", compare=False)
+
+    @property
+    def asked(self) -> str:
+        """How the user named the set: the option and its value."""
+        return f"{self.option} {self.dataset_name}"
 
 
 class Piece:
