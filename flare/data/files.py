@@ -17,7 +17,7 @@ from flare.data.file_formats import (
     holds_lines,
     kind_of,
 )
-from flare.data.rows import Piece, Source, gather, missing_column, piece_bytes
+from flare.data.rows import Piece, Source, gather, missing_column, piece_bytes, reading_data
 from flare.errors import ConfigError, DataError, first_line
 
 BATCH_BYTES = 8 * 2**20
@@ -103,10 +103,12 @@ class HashedFiles(Source):
         self.root = root
         self.memo_dir = memo_dir
         self._facts: list[FileFacts] | None = None
-        for file in files:
-            if file.stat().st_size == 0:
-                raise DataError(f"{file} is empty (0 bytes)")
+        with reading_data():
+            empty = next((file for file in files if file.stat().st_size == 0), None)
+        if empty:
+            raise DataError(f"{empty} is empty (0 bytes)")
 
+    @reading_data()
     def facts(self) -> list[FileFacts]:
         """Hash and cuts of every file; the first call reads those once of which nothing is noted."""
         if self._facts is None:
@@ -138,6 +140,7 @@ class HashedFiles(Source):
 class FileSource(HashedFiles):
     """Local files of known kinds, one after the other by name."""
 
+    @reading_data()
     def pieces(self) -> list[Piece]:
         most_bytes = piece_bytes(sum(facts.size for facts in self.facts()))
         parts = []

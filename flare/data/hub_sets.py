@@ -30,8 +30,16 @@ class Shard(Piece):
     def rows(self) -> Iterator[Row]:
         shard = self.dataset.shard(self.count, self.index)
         name = self.name if self.count == 1 else f"{self.name} shard {self.index}"
-        for number, record in enumerate(shard):
-            yield Row(record[self.column], f"{name}[{number}]")
+        number = 0
+        try:
+            for record in shard:
+                yield Row(record[self.column], f"{name}[{number}]")
+                number += 1
+        except (
+            Exception
+        ) as error:  # a damaged file, a lost connection: ``datasets`` and the hub's client raise many kinds
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{name} cannot be read behind its first {number} rows ({reason})") from error
 
 
 class HubSource(Source):

@@ -4,9 +4,10 @@ What is usable text is decided in ``flare.data.documents``; nothing here opens a
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from flare.errors import ConfigError, nearest
+from flare.errors import ConfigError, DataError, nearest
 
 PIECE_BYTES = 32 * 2**20
 """Input of a piece, where its format can be cut: a few seconds of tokenising, and a few hundred pieces in 10 GB."""
@@ -79,6 +80,22 @@ class Piece:
         raise NotImplementedError
 
 
+@contextmanager
+def reading_data() -> Iterator[None]:
+    """A file of the data that cannot be read is a DataError; what is left of OSError is about the cache's disk."""
+    try:
+        yield
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        raise DataError(f"the data{where} cannot be read: {error.strerror or error}") from error
+
+
+def read_rows(piece: Piece) -> Iterator[Row]:
+    """The piece's rows. Raises: as ``Piece.rows``; DataError when a file cannot be read."""
+    with reading_data():
+        yield from piece.rows()
+
+
 class Source:
     """Rows of a corpus, in a fixed order, and an identity that changes when its content does."""
 
@@ -97,7 +114,7 @@ class Source:
     def rows(self) -> Iterator[Row]:
         """The rows of all pieces, one after the other."""
         for piece in self.pieces():
-            yield from piece.rows()
+            yield from read_rows(piece)
 
 
 @dataclass(frozen=True)
