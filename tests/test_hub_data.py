@@ -18,14 +18,18 @@ import json, sys
 from pathlib import Path
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
+from flare.data.streaming.pieces import streamed_facts, streamed_identity
 from flare.errors import run_script
 from flare.logs import start_logging
 
 def main():
     start_logging()
-    source = open_source(SourceSpec(**json.loads(sys.argv[1])), Path("."))
-    rows = [row for piece in source.pieces() for row in piece.rows()]
-    print(json.dumps([source.fingerprint(), [row.value for row in rows], rows[0].where, source.describe()]))
+    spec = SourceSpec(**json.loads(sys.argv[1]))
+    source = open_source(spec, Path("."))
+    facts = streamed_facts(source) if spec.streaming else source.describe()
+    identity = streamed_identity(facts) if spec.streaming else source.fingerprint()
+    rows = list(source.rows())
+    print(json.dumps([identity, [row.value for row in rows], rows[0].where, facts]))
     return 0
 
 sys.exit(run_script(main))
@@ -93,6 +97,19 @@ def test_revisions_are_told_apart_online_and_offline(tmp_path: Path, hub: tuple)
     assert "which commit of 'lab/news' that is" in error(
         read(tmp_path, url, "lab/news", offline=True, dataset_revision="v9"), 4
     )
+
+
+def test_a_streamed_set_of_a_mirror_is_known_by_its_commit(tmp_path: Path, hub: tuple) -> None:
+    root, url, _ = hub
+    files = {"README.md": b"# 1", "train-0.jsonl": lines("a"), "train-1.jsonl": lines("b")}
+    old = add_revision(root, "datasets/lab/news", "v1", files)
+    first = answer(read(tmp_path, url, "lab/news", streaming=True, dataset_revision="v1"))
+    assert first[1:3] == (["a", "b"], "lab/news shard 0[0]")
+    add_revision(root, "datasets/lab/news", "main", files | {"train-1.jsonl": lines("c")})
+    second = answer(read(tmp_path, url, "lab/news", streaming=True))
+    assert second[1] == ["a", "c"]
+    assert second[0] != first[0]
+    assert answer(read(tmp_path, url, "lab/news", streaming=True, dataset_revision=old)) == first
 
 
 def test_a_loading_script_is_replaced_by_the_hubs_parquet_copy(tmp_path: Path, hub: tuple) -> None:

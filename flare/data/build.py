@@ -120,7 +120,8 @@ class Builder:
 
     def _make_parts(self) -> None:
         processes, threads = workers_for(self.pieces, self.encoder, self.settings.num_workers)
-        with TokenProgress(len(self.pieces), len(self.ledger.rows)) as progress:
+        sizes = [piece.expected_bytes for piece in self.pieces]
+        with TokenProgress(sizes, self.ledger.rows) as progress:
             for index in run_tasks(self._next_task, self.encoder, processes, threads, progress.report):
                 self.ledger.finish(index, Part(self._place(index)).num_rows)
                 progress.finish(index)

@@ -70,7 +70,12 @@ class SourceSpec:
 
 
 class Piece:
-    """A part of a source. It pickles to a few hundred bytes and opens what it reads in the process that reads it."""
+    """A part of a source. It pickles to a few hundred bytes and opens what it reads in the process that reads it.
+
+    ``expected_bytes``: text that it is likely to give, for the progress.
+    """
+
+    expected_bytes: int = PIECE_BYTES
 
     def rows(self) -> Iterator[Row]:
         """Its rows, in order; can be called again.
@@ -122,6 +127,10 @@ class Several(Piece):
     """Small pieces that follow each other, read as one: a folder of a million files gives a few hundred."""
 
     parts: tuple[Piece, ...]
+
+    @property
+    def expected_bytes(self) -> int:
+        return sum(part.expected_bytes for part in self.parts)
 
     def rows(self) -> Iterator[Row]:
         for part in self.parts:
