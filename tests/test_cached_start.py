@@ -1,6 +1,7 @@
 """What a start with a finished token cache reads, and what a start that tokenises shows."""
 
 import fcntl
+import gzip
 import json
 import logging
 import os
@@ -15,7 +16,10 @@ import pytest
 
 from flare.data import file_facts, progress, rows
 from flare.data.file_facts import facts_of, read_facts
+from flare.data.files import PACKED
 from flare.data.progress import TokenProgress
+from flare.data.rows import SourceSpec
+from flare.data.sources import open_source
 from tests.conftest import write_corpus
 from tests.processes import REPO, script_environment
 from tests.test_token_cache import cache_of
@@ -87,18 +91,31 @@ def test_a_file_that_was_just_written_is_not_noted(tmp_path: Path, monkeypatch: 
 def test_progress_without_a_terminal_is_a_log_line_with_tokens_a_second(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = iter([100.0, 110.0, 110.0, 140.0, 140.0, 140.0, 150.0, 150.0, 150.0])
+    clock = iter([100.0, 110.0, 110.0, 140.0, 140.0, 140.0, 150.0, 150.0, 150.0, 150.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(progress.log, "propagate", True)
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
     caplog.set_level(logging.INFO, progress.log.name)
-    with TokenProgress(num_pieces=4, done=1) as bar:
-        bar.report(1, 1000, progress.PIECE_BYTES // 2)
+    with TokenProgress([2000, 2000, 3000, 1000], done=[0]) as bar:
+        bar.report(1, 1000, 1000)
         assert not caplog.messages  # ten seconds
-        bar.report(1, 3000, 10)
+        bar.report(1, 3000, 40)
     assert caplog.messages == ["tokenising: 38% of the data, 4,000 tokens, 100 tokens/s"]
+    bar.report(1, 1, 5000)  # more text than the size says
     bar.finish(1)
     assert bar.share == 0.5
+
+
+def test_the_share_of_a_large_piece_is_known_by_its_text(tmp_path: Path) -> None:
+    """A .csv is one piece, however large; so is an archive, of which the text is a guess."""
+    (tmp_path / "d").mkdir()
+    lines = write_corpus(tmp_path / "d" / "a.jsonl", 20).stat().st_size
+    (tmp_path / "d" / "b.csv").write_text("text\n" + "word " * 2**20 + "\n")
+    table = (tmp_path / "d" / "b.csv").stat().st_size
+    (tmp_path / "d" / "c.txt.gz").write_bytes(gzip.compress(b"word"))
+    packed = (tmp_path / "d" / "c.txt.gz").stat().st_size
+    pieces = open_source(SourceSpec(str(tmp_path / "d")), tmp_path / "c").pieces()
+    assert [piece.expected_bytes for piece in pieces] == [lines, table, PACKED * packed]
 
 
 def test_progress_on_a_terminal_is_a_bar_with_tokens_a_second(tmp_path: Path, base: Path) -> None:

@@ -109,7 +109,7 @@ def test_of_very_many_files_folders_are_named(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr("flare.data.files.MAX_LISTED_FILES", 2)
 
     def described() -> dict[str, str]:
-        return FileSource(find_files(folder), "text", folder).describe()
+        return FileSource(find_files(folder, ""), "text", folder).describe()
 
     before = described()
     assert set(before) == {"text_column", "folder .", "folder sub"}

@@ -52,7 +52,7 @@ def test_a_folder_is_read_file_by_file_and_a_txt_is_one_document(tmp_path: Path)
     (tmp_path / "b" / "book.txt").write_text("one\n\nbook", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"text": "line"}\n', encoding="utf-8")
     (tmp_path / "notes.md").write_text("not data", encoding="utf-8")
-    assert read(tmp_path, tmp_path) == ["line", "one\n\nbook"]
+    assert read(tmp_path, tmp_path / "cache") == ["line", "one\n\nbook"]
 
 
 def test_missing_column_names_those_present(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """evaluate_model_enhanced.py as a user runs it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from flare.data.rows import SourceSpec
 from flare.errors import ConfigError
-from flare.evaluation.datasets import held_out, join_pages, parse_name
+from flare.evaluation.datasets import held_out, join_pages, load_texts, parse_name
 from flare.evaluation.models import milestones
 from tests.conftest import write_base, write_corpus
 from tests.processes import run_script
@@ -70,7 +71,7 @@ def test_a_set_that_cannot_be_had_leaves_the_others_standing(family: dict[str, P
     assert result.returncode == 3, result.stderr
     entries = json.loads((tmp_path / "evaluation_results.json").read_text())["datasets"]
     assert sorted(entry["status"] for entry in entries.values()) == ["failed", "ok"]
-    assert "no such file" in entries["/nowhere/x.jsonl"]["error"]
+    assert entries["/nowhere/x.jsonl"]["error"].startswith("--datasets /nowhere/x.jsonl: no such file")
 
 
 def test_a_config_that_lies_about_its_layers_is_refused(family: dict[str, Path], tmp_path: Path) -> None:
@@ -140,6 +141,21 @@ def test_hub_names_carry_config_split_and_column() -> None:
         assert parse_name(local, None).spec == SourceSpec(local)
     with pytest.raises(ConfigError, match="known sets: wikitext2"):
         parse_name("wikitext3", None)
+
+
+def test_errors_name_what_evaluation_was_given(tmp_path: Path) -> None:
+    """Training's options for a data set and its column do not exist here."""
+    (tmp_path / "body.jsonl").write_text('{"body": "one"}\n')
+    (tmp_path / "notes.md").write_text("no data")
+    for name, words in (
+        ("body.jsonl", "columns: body; of a file it must be that one, of a hub set owner/name:config:split:COLUMN"),
+        ("notes.md", f"--datasets {tmp_path}/notes.md: cannot read 'notes.md'"),
+        ("*.csv", f"--datasets {tmp_path}/*.csv: matches no file"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)) as raised:
+            load_texts(parse_name(str(tmp_path / name), None), None)
+        assert "--dataset_name" not in str(raised.value)
+        assert "--text_column" not in str(raised.value)
 
 
 def test_embedded_evaluation_uses_only_documents_that_the_demo_held_out(tmp_path: Path) -> None:

@@ -18,14 +18,18 @@ import json, sys
 from pathlib import Path
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
+from flare.data.streaming.pieces import streamed_facts, streamed_identity
 from flare.errors import run_script
 from flare.logs import start_logging
 
 def main():
     start_logging()
-    source = open_source(SourceSpec(**json.loads(sys.argv[1])), Path("."))
-    rows = [row for piece in source.pieces() for row in piece.rows()]
-    print(json.dumps([source.fingerprint(), [row.value for row in rows], rows[0].where, source.describe()]))
+    spec = SourceSpec(**json.loads(sys.argv[1]))
+    source = open_source(spec, Path("."))
+    facts = streamed_facts(source) if spec.streaming else source.describe()
+    identity = streamed_identity(facts) if spec.streaming else source.fingerprint()
+    rows = list(source.rows())
+    print(json.dumps([identity, [row.value for row in rows], rows[0].where, facts]))
     return 0
 
 sys.exit(run_script(main))
@@ -93,6 +97,19 @@ def test_revisions_are_told_apart_online_and_offline(tmp_path: Path, hub: tuple)
     assert "which commit of 'lab/news' that is" in error(
         read(tmp_path, url, "lab/news", offline=True, dataset_revision="v9"), 4
     )
+
+
+def test_a_streamed_set_of_a_mirror_is_known_by_its_commit(tmp_path: Path, hub: tuple) -> None:
+    root, url, _ = hub
+    files = {"README.md": b"# 1", "train-0.jsonl": lines("a"), "train-1.jsonl": lines("b")}
+    old = add_revision(root, "datasets/lab/news", "v1", files)
+    first = answer(read(tmp_path, url, "lab/news", streaming=True, dataset_revision="v1"))
+    assert first[1:3] == (["a", "b"], "lab/news shard 0[0]")
+    add_revision(root, "datasets/lab/news", "main", files | {"train-1.jsonl": lines("c")})
+    second = answer(read(tmp_path, url, "lab/news", streaming=True))
+    assert second[1] == ["a", "c"]
+    assert second[0] != first[0]
+    assert answer(read(tmp_path, url, "lab/news", streaming=True, dataset_revision=old)) == first
 
 
 def test_a_loading_script_is_replaced_by_the_hubs_parquet_copy(tmp_path: Path, hub: tuple) -> None:
@@ -177,6 +194,20 @@ def test_a_folder_laid_out_as_a_hub_snapshot_has_configurations_and_splits_offli
     (tmp_path / "moved" / "en" / "a.jsonl").touch()
     again = answer(read(tmp_path, "http://127.0.0.1:9", moved, offline=True, dataset_config="en"))
     assert again[0] == english[0]  # the same bytes elsewhere, with another date, are the same data
+
+
+def test_a_folder_with_a_loading_script_is_read_by_its_files(tmp_path: Path) -> None:
+    """What ``hf download --local-dir`` gives of RedPajama's sample."""
+    folder = tmp_path / "scripted"
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / "scripted.py").write_text("raise SystemExit('ran')")
+    (folder / "a.jsonl").write_bytes(lines("one"))
+    (folder / "b.jsonl").write_bytes(lines("two"))
+    result = read(tmp_path, "http://127.0.0.1:9", str(folder), offline=True)
+    assert answer(result)[1] == ["one", "two"]
+    assert "scripted is a loading script, which is not run; reads the 2 files beside it" in result.stderr
+    refused = read(tmp_path, "http://127.0.0.1:9", str(folder), offline=True, dataset_split="test")
+    assert "leave out --dataset_config and --dataset_split" in error(refused, 2)
 
 
 def test_what_hf_download_put_into_the_hubs_cache_is_found_by_its_name_offline(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from flare.data import rows as rows_module
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
+from flare.data.streaming.pieces import streamed_facts, streamed_identity
 from flare.errors import ConfigError, DataError
 from tests.conftest import write_corpus
 from tests.test_data import TEXTS, read, write_files
@@ -87,11 +88,27 @@ def test_globs_take_the_files_that_match_by_name(tmp_path: Path) -> None:
     assert read(tmp_path / "odd[1].txt", tmp_path) == ["brackets"]
 
 
+def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change in any of them is seen and named, also by what streaming knows without reading them."""
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        write_corpus(tmp_path / "set" / name / "part.jsonl", 3, seed=ord(name))
+    (tmp_path / "set" / ".cache" / "huggingface").mkdir(parents=True)  # as hf download leaves it
+    monkeypatch.chdir(tmp_path)
+    expected = ["text_column", "file a/part.jsonl", "file b/part.jsonl"]
+    for path in ("set/*/part.jsonl", "./set", str(tmp_path / "set")):
+        source = open_source(SourceSpec(path), tmp_path / "c")
+        assert list(source.describe()) == list(streamed_facts(source)) == expected
+    before = streamed_identity(streamed_facts(source))
+    write_corpus(tmp_path / "set" / "a" / "part.jsonl", 3)
+    assert streamed_identity(streamed_facts(source)) != before
+
+
 def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
     (tmp_path / ".ipynb_checkpoints").mkdir()
     for name in ("a.txt", ".hidden.txt", ".ipynb_checkpoints/a.txt"):
         (tmp_path / name).write_text(name)
-    assert read(tmp_path, tmp_path) == ["a.txt"]
+    assert read(tmp_path, tmp_path / "cache") == ["a.txt"]
 
 
 def test_a_cache_directory_inside_the_data_is_no_data(tmp_path: Path, base: Path) -> None:
@@ -101,6 +118,11 @@ def test_a_cache_directory_inside_the_data_is_no_data(tmp_path: Path, base: Path
     again = cache_of(tmp_path / "data", base, tmp_path / "data" / "cache")
     assert again.directory == first.directory
     assert first.meta["num_documents"] == 20
+    (again.directory / "x.jsonl").write_text('{"text": "cached"}\n')
+    assert len(read(tmp_path / "data" / "**" / "*.jsonl", tmp_path / "data" / "cache")) == 20
+    with pytest.raises(ConfigError, match=r"--cache_dir .*data is the folder of the data itself; give another"):
+        cache_of(tmp_path / "data", base, tmp_path / "data")
+    assert len(read(tmp_path / "data" / "*.jsonl", tmp_path / "data")) == 20
 
 
 # -- save_to_disk ---------------------------------------------------------------------------------------------

@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from flare.config import resolve
+from flare.data.hub_sets import HubSource
 from flare.data.packing import PackedRows, split_documents
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
+from flare.data.streaming.pieces import streamed_facts, streamed_pieces
 from flare.data.streaming.rows import StreamedRows, StreamSettings
-from flare.data.streaming.survey import StreamedCorpus, open_streamed
+from flare.data.streaming.survey import StreamedCorpus, open_streamed, survey
 from flare.data.tokens import TokenSettings
 from flare.distributed import World
 from flare.errors import ConfigError, DataError, EnvError
@@ -145,8 +147,6 @@ def test_reading_goes_on_from_any_position(started: StreamedRows, folder: Path, 
 
 def test_a_streamed_set_of_datasets_gives_its_shards(base: Path, tmp_path: Path) -> None:
     """``datasets``' own streaming, of a folder laid out as a data set; each shard is a piece."""
-    from flare.data.hub_sets import HubSource
-
     (tmp_path / "set").mkdir()
     for number in range(3):
         write_corpus(tmp_path / "set" / f"train-{number}.jsonl", 20, seed=number)
@@ -302,9 +302,27 @@ def test_an_error_of_a_reader_reaches_the_rank(folder: Path, base: Path, tmp_pat
     file.unlink()
     rows = rows_of(corpus, tmp_path)
     rows.start(ALONE, None, STEP_ROWS)
-    with pytest.raises(EnvError, match=r"the data cannot be read: .*No such file.*0.jsonl"):
+    with pytest.raises(DataError, match=r"the data .*0.jsonl cannot be read: No such file"):
         rows.rows(0, 4)
     rows.close()
+
+
+@pytest.mark.filterwarnings("ignore")  # datasets' own
+def test_what_the_survey_cannot_read_is_a_data_error(folder: Path, base: Path, tmp_path: Path) -> None:
+    """Neither a cache directory that cannot be written nor a traceback: a file that is gone, a damaged shard."""
+    source = open_source(SourceSpec(str(write_corpus(tmp_path / "gone.jsonl", 5)), streaming=True), tmp_path)
+    pieces = streamed_pieces(source)
+    source.files[0].unlink()
+    for broken in (lambda: streamed_facts(source), lambda: survey(pieces, TokenSettings(), 10)):
+        with pytest.raises(DataError, match=r"the data .*gone.jsonl cannot be read: No such file"):
+            broken()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"te')
+    source = HubSource(SourceSpec(str(tmp_path / "set"), streaming=True))
+    with pytest.raises(
+        DataError, match=r"set cannot be read behind its first 0 rows \(ArrowInvalid: JSON parse error"
+    ):
+        open_streamed(source, load_tokenizer(base), tmp_path / "cache", TokenSettings(), 10)
 
 
 @pytest.mark.parametrize(

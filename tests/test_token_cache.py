@@ -21,7 +21,7 @@ from flare.data.encode import end_of_text_id
 from flare.data.rows import SourceSpec
 from flare.data.sources import open_source
 from flare.data.tokens import TokenCache, TokenSettings
-from flare.errors import DataError
+from flare.errors import DataError, EnvError
 from flare.nope.load import load_tokenizer
 from tests.build_tokens import FileByFile
 from tests.conftest import write_corpus
@@ -55,6 +55,19 @@ def test_cache_is_built_once_and_again_when_the_content_changes(tmp_path: Path, 
     assert (again.directory / "meta.json").stat().st_mtime_ns == stamp
     write_corpus(file, 20, seed=1)
     assert cache_of(file, base, tmp_path / "c").directory != first.directory
+
+
+def test_a_finished_cache_is_used_where_nothing_can_be_written(tmp_path: Path, base: Path) -> None:
+    """As one that another user has made. Root may write anywhere, so a directory lies where the lock would."""
+    file = write_corpus(tmp_path / "x.jsonl", 20)
+    made = cache_of(file, base, tmp_path / "c")
+    (lock,) = (tmp_path / "c").glob(".tokens-*.lock")
+    lock.unlink()
+    lock.mkdir()
+    assert cache_of(file, base, tmp_path / "c").directory == made.directory
+    shutil.rmtree(made.directory)
+    with pytest.raises(EnvError, match=r"cannot write the token cache .*: Is a directory"):
+        cache_of(file, base, tmp_path / "c")
 
 
 def test_dataset_size_takes_the_first_documents(tmp_path: Path, base: Path) -> None:

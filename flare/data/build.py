@@ -11,6 +11,8 @@ import fcntl
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +24,7 @@ from flare.data.parts import Part
 from flare.data.pool import Task, run_tasks
 from flare.data.progress import TokenProgress
 from flare.data.rows import Piece, Source
-from flare.data.tokens import TokenCache, TokenSettings, cache_key
+from flare.data.tokens import TokenCache, TokenSettings, cache_key, open_whole, remove_damaged
 from flare.errors import ConfigError, DataError, EnvError
 from flare.files import write_json
 from flare.logs import log
@@ -35,50 +37,44 @@ little of the rest. What is too many for all of them is too many at once."""
 def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settings: TokenSettings) -> TokenCache:
     """Open the cache of this corpus and tokenizer; build it first when it is missing.
 
-    One process builds, others wait on the lock and then find it. Call before the process group starts:
-    a long build would run into its timeout.
+    A finished one is only read: it may lie where this user cannot write. Call before the process group starts: a long
+    build would run into its timeout.
 
-    Raises: DataError for too many bad rows or no usable document; EnvError when the disk is full.
+    Raises: DataError for too many bad rows or no usable document; ConfigError or EnvError when the directory cannot
+    be made or written, or the disk is full.
     """
     key = cache_key(source.fingerprint(), tokenizer_sha256(tokenizer), settings)
-    fingerprint = key["fingerprint"]
-    directory = cache_dir / f"tokens-{fingerprint}"
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--cache_dir {cache_dir} cannot be made: {error.strerror}") from error
-    with open(cache_dir / f".tokens-{fingerprint}.lock", "w") as lock:
+    directory = cache_dir / f"tokens-{key['fingerprint']}"
+    cache = open_whole(directory)
+    if cache is None:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info(f"waits for another process that makes the token cache {directory}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        cache = open_whole(directory)
-        if cache is None:
-            try:
-                Builder(source, tokenizer, directory, settings).build(key)
-            except OSError as error:
-                raise EnvError(f"cannot write the token cache {directory}: {error.strerror or error}") from error
-            cache = TokenCache(directory)
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--cache_dir {cache_dir} cannot be made: {error.strerror}") from error
+        try:
+            with build_lock(directory):
+                cache = open_whole(directory)
+                if cache is None:
+                    remove_damaged(directory)
+                    Builder(source, tokenizer, directory, settings).build(key)
+                    cache = TokenCache(directory)
+        except OSError as error:
+            raise EnvError(f"cannot write the token cache {directory}: {error.strerror or error}") from error
     meta = cache.meta
     check_bad_rows(BadRows(meta["bad_rows"], meta["first_bad_rows"]), meta["num_documents"], settings.max_bad_rows)
     return cache
 
 
-def open_whole(directory: Path) -> TokenCache | None:
-    """The cache if it is whole; what is left of a damaged one is removed."""
-    try:
-        cache = TokenCache(directory)
-        if cache.is_whole:
-            return cache
-    except FileNotFoundError:
-        if not directory.exists():
-            return None
-    except (OSError, ValueError, KeyError):
-        pass
-    log.warning(f"the token cache {directory} is damaged and built again")
-    shutil.rmtree(directory, ignore_errors=True)
-    return None
+@contextmanager
+def build_lock(directory: Path) -> Iterator[None]:
+    """One process builds; the others wait, and then find what it has built."""
+    with open(directory.with_name(f".{directory.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info(f"waits for another process that makes the token cache {directory}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class Builder:
@@ -124,7 +120,8 @@ class Builder:
 
     def _make_parts(self) -> None:
         processes, threads = workers_for(self.pieces, self.encoder, self.settings.num_workers)
-        with TokenProgress(len(self.pieces), len(self.ledger.rows)) as progress:
+        sizes = [piece.expected_bytes for piece in self.pieces]
+        with TokenProgress(sizes, self.ledger.rows) as progress:
             for index in run_tasks(self._next_task, self.encoder, processes, threads, progress.report):
                 self.ledger.finish(index, Part(self._place(index)).num_rows)
                 progress.finish(index)

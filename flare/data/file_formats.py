@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flare.data.records import array_elements, csv_values
-from flare.data.rows import BadRow, Piece, Row, missing_column
+from flare.data.rows import PIECE_BYTES, BadRow, Piece, Row, missing_column
 from flare.errors import DataError, first_line
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet", ".csv")
@@ -86,6 +86,7 @@ class WholeFile(Piece):
     file: Path
     kind: str
     column: str
+    expected_bytes: int = PIECE_BYTES
 
     def rows(self) -> Iterator[Row]:
         readers = {".txt": _read_txt, ".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv}
@@ -102,6 +103,10 @@ class LineRange(Piece):
     begin: int
     end: int
     first_line: int
+
+    @property
+    def expected_bytes(self) -> int:
+        return self.end - self.begin
 
     def rows(self) -> Iterator[Row]:
         with open(self.file, "rb") as stream:
@@ -125,6 +130,7 @@ class RowGroups(Piece):
     end: int
     first_row: int
     batch_rows: int = 1000
+    expected_bytes: int = PIECE_BYTES
 
     def rows(self) -> Iterator[Row]:
         import pyarrow.parquet

@@ -2,6 +2,9 @@
 
 import glob
 import hashlib
+import os
+from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 
 from flare.data.file_facts import FileFacts, facts_of
@@ -12,31 +15,43 @@ from flare.data.file_formats import (
     RowGroups,
     WholeFile,
     holds_lines,
+    is_archive,
     kind_of,
 )
-from flare.data.rows import Piece, Source, gather, missing_column, piece_bytes
+from flare.data.rows import Piece, Source, gather, missing_column, piece_bytes, reading_data
 from flare.errors import ConfigError, DataError, first_line
 
 BATCH_BYTES = 8 * 2**20
 """Text of a parquet file that is decoded at once."""
+PACKED = 3
+"""Bytes of text in a byte of an archive: a guess, for the progress."""
 MAX_LISTED_FILES = 1000
 """Files that are told apart when data has changed; of a larger corpus, folders are."""
 
 
-def find_files(path: Path, without: Path | None = None) -> list[Path]:
+def find_files(path: Path, asked: str, without: Path | None = None) -> list[Path]:
     """The file itself, or all files of a known kind in a folder, by name; none of those in the folder ``without``.
+
+    Args:
+        asked: the option that named the path, and its value.
 
     Raises: ConfigError for a file of no known kind; DataError for a folder without any.
     """
     if path.is_file():
         if kind_of(path) is None:
-            raise ConfigError(f"--dataset_name {path}: cannot read {path.name!r}; known: {known_kinds()}")
+            raise ConfigError(f"{asked}: cannot read {path.name!r}; known: {known_kinds()}")
         return [path]
-    found = (p for p in path.rglob("*") if kind_of(p) and p.is_file() and not is_hidden(p.relative_to(path)))
-    files = sorted(p for p in found if without is None or without.resolve() not in p.resolve().parents)
+    files = readable((p for p in path.rglob("*") if not is_hidden(p.relative_to(path))), without)
     if not files:
-        raise DataError(f"--dataset_name {path}: the folder holds none of {known_kinds()}")
+        raise DataError(f"{asked}: the folder holds none of {known_kinds()}")
     return files
+
+
+def readable(paths: Iterable[Path], without: Path | None) -> list[Path]:
+    """The files of a known kind among these, by name; none of those in the folder ``without``."""
+    left_out = without and without.resolve()
+    files = (path for path in paths if kind_of(path) and path.is_file())
+    return sorted(file for file in files if left_out is None or left_out not in file.resolve().parents)
 
 
 def is_hidden(path: Path) -> bool:
@@ -49,17 +64,25 @@ def is_glob(name: str) -> bool:
     return any(character in name for character in "*?[")
 
 
-def match_files(pattern: str) -> list[Path]:
+def match_files(pattern: str, asked: str, without: Path | None = None) -> list[Path]:
     """All files of a known kind that a glob matches, by name; ``**`` goes through folders.
+
+    Args:
+        asked, without: as of ``find_files``.
 
     Raises: ConfigError when it matches none.
     """
     matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-    files = sorted(path for path in matches if path.is_file() and kind_of(path))
+    files = readable(matches, without)
     if not files:
         others = f" (it matches {len(matches)} other files)" if matches else f" (looked in {Path.cwd()})"
-        raise ConfigError(f"--dataset_name {pattern}: matches no file of the kinds {known_kinds()}{others}")
+        raise ConfigError(f"{asked}: matches no file of the kinds {known_kinds()}{others}")
     return files
+
+
+def glob_root(pattern: str) -> Path:
+    """The folder that all matches of a glob lie in: what comes before its first wildcard."""
+    return Path(*takewhile(lambda part: not is_glob(part), Path(pattern).parts))
 
 
 def known_kinds() -> str:
@@ -83,10 +106,12 @@ class HashedFiles(Source):
         self.root = root
         self.memo_dir = memo_dir
         self._facts: list[FileFacts] | None = None
-        for file in files:
-            if file.stat().st_size == 0:
-                raise DataError(f"{file} is empty (0 bytes)")
+        with reading_data():
+            empty = next((file for file in files if file.stat().st_size == 0), None)
+        if empty:
+            raise DataError(f"{empty} is empty (0 bytes)")
 
+    @reading_data()
     def facts(self) -> list[FileFacts]:
         """Hash and cuts of every file; the first call reads those once of which nothing is noted."""
         if self._facts is None:
@@ -109,14 +134,16 @@ class HashedFiles(Source):
         return {"text_column": self.text_column} | listed
 
     def name_of(self, file: Path) -> str:
-        """A file's name from ``root``."""
-        is_inside = self.root is not None and file != self.root and file.is_relative_to(self.root)
-        return str(file.relative_to(self.root)) if is_inside else file.name
+        """A file's name from ``root``, which tells it from all others; of a file that is the root, its own name."""
+        path = Path(os.path.abspath(file))  # ``datasets`` gives absolute paths, whatever it was given
+        root = Path(os.path.abspath(self.root or file.parent))
+        return str(path.relative_to(root)) if path != root and path.is_relative_to(root) else file.name
 
 
 class FileSource(HashedFiles):
     """Local files of known kinds, one after the other by name."""
 
+    @reading_data()
     def pieces(self) -> list[Piece]:
         most_bytes = piece_bytes(sum(facts.size for facts in self.facts()))
         parts = []
@@ -131,7 +158,8 @@ class FileSource(HashedFiles):
         if kind == ".parquet":
             return row_groups(file, self.text_column, most_bytes)
         if not holds_lines(file):
-            return [(WholeFile(file, kind, self.text_column), facts.size)]
+            text_bytes = facts.size * (PACKED if is_archive(file) else 1)
+            return [(WholeFile(file, kind, self.text_column, text_bytes), facts.size)]
         starts = [(0, 1), *facts.cuts]
         ends = [byte for byte, _ in facts.cuts] + [facts.size]
         return [
@@ -179,6 +207,6 @@ def row_groups(file: Path, column: str, most_bytes: int) -> list[tuple[Piece, in
             continue
         rows = sum(n for n, _ in sizes[begin:end])
         batch_rows = max(1, min(1000, BATCH_BYTES * rows // max(size, 1)))
-        parts.append((RowGroups(file, column, begin, end, first_row, batch_rows), size))
+        parts.append((RowGroups(file, column, begin, end, first_row, batch_rows, size), size))
         first_row, begin = first_row + rows, end
     return parts

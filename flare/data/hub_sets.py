@@ -8,6 +8,7 @@ from typing import Any
 
 from flare.data.rows import Piece, Row, Source, SourceSpec, missing_column
 from flare.data.saved_sets import table_slices
+from flare.data.snapshots import is_about_script
 from flare.errors import ConfigError, DataError, EnvError, FlareError, first_line
 from flare.hub import cached_data_sets
 from flare.logs import log
@@ -29,8 +30,16 @@ class Shard(Piece):
     def rows(self) -> Iterator[Row]:
         shard = self.dataset.shard(self.count, self.index)
         name = self.name if self.count == 1 else f"{self.name} shard {self.index}"
-        for number, record in enumerate(shard):
-            yield Row(record[self.column], f"{name}[{number}]")
+        number = 0
+        try:
+            for record in shard:
+                yield Row(record[self.column], f"{name}[{number}]")
+                number += 1
+        except (
+            Exception
+        ) as error:  # a damaged file, a lost connection: ``datasets`` and the hub's client raise many kinds
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{name} cannot be read behind its first {number} rows ({reason})") from error
 
 
 class HubSource(Source):
@@ -116,7 +125,7 @@ def _load_with_fallback(spec: SourceSpec, commit: str | None) -> Any:
     try:
         return load_dataset(spec.dataset_name, revision=commit, **arguments)
     except RuntimeError as error:
-        if "script" not in str(error):
+        if not is_about_script(error):
             raise
     name = spec.dataset_name
     if spec.dataset_revision:

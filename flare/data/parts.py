@@ -12,7 +12,7 @@ import os
 import shutil
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -20,8 +20,7 @@ import numpy as np
 
 from flare.data.documents import BadRows, text_hash, usable_texts
 from flare.data.encode import Encoder, batches
-from flare.data.rows import Piece, Row
-from flare.errors import DataError
+from flare.data.rows import Piece, read_rows
 
 FILES = ("tokens.bin", "lengths.npy", "hashes.npy")
 
@@ -81,7 +80,7 @@ def write_part(
     bad, bad_at = BadRows(), []
     lengths, hashes = array("q"), array("Q")
     with open(temporary / "tokens.bin", "wb") as out:
-        for texts in batches(usable_texts(islice(_read(piece), limit), bad, bad_at)):
+        for texts in batches(usable_texts(islice(read_rows(piece), limit), bad, bad_at)):
             before = out.tell()
             for text, ids in zip(texts, encoder.encode(texts), strict=True):
                 out.write(ids.tobytes())
@@ -102,15 +101,6 @@ def write_part(
     shutil.rmtree(directory, ignore_errors=True)  # a damaged one
     temporary.rename(directory)
     return Part(directory)
-
-
-def _read(piece: Piece) -> Iterator[Row]:
-    """The piece's rows. Raises: DataError when they cannot be read, to tell that from a disk that is full."""
-    try:
-        yield from piece.rows()
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        raise DataError(f"the data{where} cannot be read: {error.strerror or error}") from error
 
 
 def _digest(directory: Path) -> str:

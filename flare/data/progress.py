@@ -2,10 +2,10 @@
 
 import sys
 import time
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
-from flare.data.rows import PIECE_BYTES
 from flare.logs import log
 from flare.terminal import columns
 
@@ -13,16 +13,17 @@ LOG_EVERY_SEC = 30.0
 
 
 class TokenProgress:
-    """Tokens done and the share of the pieces; in an open piece a character counts as a byte of its size.
+    """Tokens done and the share of the text; in an open piece a character counts as a byte of its size.
 
     Args:
-        num_pieces: of the corpus; nearly all of them have the same size.
-        done: pieces that were finished before.
+        sizes: text of each piece in bytes, as far as it is known.
+        done: indices of the pieces that were finished before.
     """
 
-    def __init__(self, num_pieces: int, done: int) -> None:
-        self.num_pieces = num_pieces
-        self.done = done
+    def __init__(self, sizes: list[int], done: Iterable[int]) -> None:
+        self.sizes = sizes
+        self.total = max(sum(sizes), 1)
+        self.done = sum(sizes[index] for index in done)
         self.open: dict[int, int] = {}
         self.tokens = 0
         self.t0 = self.logged = time.monotonic()
@@ -47,14 +48,14 @@ class TokenProgress:
     def finish(self, index: int) -> None:
         """A piece is done."""
         self.open.pop(index, None)
-        self.done += 1
+        self.done += self.sizes[index]
         self._show()
 
     @property
     def share(self) -> float:
         """Of the corpus, what is done."""
-        begun = sum(min(characters / PIECE_BYTES, 1.0) for characters in self.open.values())
-        return min((self.done + begun) / max(self.num_pieces, 1), 1.0)
+        begun = sum(min(characters, self.sizes[index]) for index, characters in self.open.items())
+        return (self.done + begun) / self.total
 
     def _show(self) -> None:
         rate = self.tokens / max(time.monotonic() - self.t0, 1e-9)

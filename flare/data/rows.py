@@ -1,12 +1,13 @@
 """What every source of documents offers: rows in a fixed order, in pieces that worker processes read on their own.
 
-What is usable text is decided in ``flare.data.tokens``; nothing here opens a file or tokenises.
+What is usable text is decided in ``flare.data.documents``; nothing here opens a file or tokenises.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from flare.errors import ConfigError, nearest
+from flare.errors import ConfigError, DataError, nearest
 
 PIECE_BYTES = 32 * 2**20
 """Input of a piece, where its format can be cut: a few seconds of tokenising, and a few hundred pieces in 10 GB."""
@@ -36,17 +37,22 @@ class BadRow:
         self.reason = reason
 
 
+COLUMN_HINT = "use --text_column"
+"""How another column is named in training. Pieces do not know who reads them: evaluation says it in its own words."""
+
+
 def missing_column(column: str, where: object, columns: list[str]) -> ConfigError:
     """The error of a column that a file or data set has not."""
     known = ", ".join(columns) or "none"
-    return ConfigError(
-        f"column {column!r} not in {where}; columns: {known}; use --text_column{nearest(column, columns)}"
-    )
+    return ConfigError(f"column {column!r} not in {where}; columns: {known}; {COLUMN_HINT}{nearest(column, columns)}")
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """What the user asked for."""
+    """What the user asked for.
+
+    ``option``: where the name was given, for messages.
+    """
 
     dataset_name: str
     text_column: str = "text"
@@ -55,10 +61,21 @@ class SourceSpec:
     cache_dir: str | None = None
     streaming: bool = False
     dataset_revision: str | None = None
+    option: str = field(default="--dataset_name", compare=False)
+
+    @property
+    def asked(self) -> str:
+        """How the user named the set: the option and its value."""
+        return f"{self.option} {self.dataset_name}"
 
 
 class Piece:
-    """A part of a source. It pickles to a few hundred bytes and opens what it reads in the process that reads it."""
+    """A part of a source. It pickles to a few hundred bytes and opens what it reads in the process that reads it.
+
+    ``expected_bytes``: text that it is likely to give, for the progress.
+    """
+
+    expected_bytes: int = PIECE_BYTES
 
     def rows(self) -> Iterator[Row]:
         """Its rows, in order; can be called again.
@@ -66,6 +83,22 @@ class Piece:
         Raises: ConfigError when the first record of a file has no such column; DataError for a damaged file.
         """
         raise NotImplementedError
+
+
+@contextmanager
+def reading_data() -> Iterator[None]:
+    """A file of the data that cannot be read is a DataError; what is left of OSError is about the cache's disk."""
+    try:
+        yield
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        raise DataError(f"the data{where} cannot be read: {error.strerror or error}") from error
+
+
+def read_rows(piece: Piece) -> Iterator[Row]:
+    """The piece's rows. Raises: as ``Piece.rows``; DataError when a file cannot be read."""
+    with reading_data():
+        yield from piece.rows()
 
 
 class Source:
@@ -86,7 +119,7 @@ class Source:
     def rows(self) -> Iterator[Row]:
         """The rows of all pieces, one after the other."""
         for piece in self.pieces():
-            yield from piece.rows()
+            yield from read_rows(piece)
 
 
 @dataclass(frozen=True)
@@ -94,6 +127,10 @@ class Several(Piece):
     """Small pieces that follow each other, read as one: a folder of a million files gives a few hundred."""
 
     parts: tuple[Piece, ...]
+
+    @property
+    def expected_bytes(self) -> int:
+        return sum(part.expected_bytes for part in self.parts)
 
     def rows(self) -> Iterator[Row]:
         for part in self.parts:

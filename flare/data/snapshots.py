@@ -6,8 +6,10 @@
 from pathlib import Path
 
 from flare.data.file_formats import kind_of
+from flare.data.files import find_files
 from flare.data.rows import SourceSpec
 from flare.errors import ConfigError, DataError, first_line
+from flare.logs import log
 
 CARD = "README.md"
 
@@ -29,6 +31,8 @@ def is_snapshot(path: Path) -> bool:
 def snapshot_files(path: Path, spec: SourceSpec) -> list[Path]:
     """The files of ``--dataset_config`` and ``--dataset_split``, in the order of the hub.
 
+    Which they are of a loading script only the script knows, and it is not run: then all files of the folder.
+
     Raises: ConfigError for a configuration or split that is not there; DataError for a folder without data, or
     with files of a kind that is not read.
     """
@@ -41,6 +45,10 @@ def snapshot_files(path: Path, spec: SourceSpec) -> list[Path]:
         raise ConfigError(f"data set {path}: {' '.join(str(error).split())}; see --dataset_config") from error
     except (DatasetsError, OSError) as error:
         raise DataError(f"data set {path}: {first_line(error)}") from error
+    except RuntimeError as error:
+        if not is_about_script(error):
+            raise
+        return files_beside_script(path, spec)
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     if spec.dataset_split not in splits:
         raise ConfigError(f"--dataset_split {spec.dataset_split}: {path} has the splits {', '.join(splits) or 'none'}")
@@ -48,6 +56,23 @@ def snapshot_files(path: Path, spec: SourceSpec) -> list[Path]:
     for file in files:
         if kind_of(file) is None:
             raise DataError(f"{file} is of a kind that is not read from a folder; give the hub's name of the set")
+    return files
+
+
+def is_about_script(error: RuntimeError) -> bool:
+    """Whether ``datasets`` (4 and newer) refuses a set since it is a loading script."""
+    return "script" in str(error)
+
+
+def files_beside_script(path: Path, spec: SourceSpec) -> list[Path]:
+    """All files of a folder that holds a loading script. Raises: ConfigError for a configuration or split of it."""
+    if spec.dataset_config or spec.dataset_split != "train":
+        raise ConfigError(
+            f"data set {path} is a loading script, which is not run: it has no configurations and splits; leave out "
+            "--dataset_config and --dataset_split for all its files, or name those to read by a glob"
+        )
+    files = find_files(path, spec.asked)
+    log.warning(f"data set {path} is a loading script, which is not run; reads the {len(files)} files beside it")
     return files
 
 

@@ -1,7 +1,7 @@
 """Where documents come from: hub data sets, local files, folders and saved sets, the embedded corpus.
 
 A source yields rows as they are, with the place they came from; what is usable text is decided in
-``flare.data.tokens``. Nothing here tokenises.
+``flare.data.documents``. Nothing here tokenises.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flare.data.embedded import embedded_documents
 from flare.data.file_formats import kind_of
-from flare.data.files import FileSource, find_files, is_glob, match_files
+from flare.data.files import FileSource, find_files, glob_root, is_glob, match_files
 from flare.data.hub_sets import HubSource
 from flare.data.rows import Piece, Row, Source, SourceSpec
 from flare.data.saved_sets import SavedSource, is_saved
@@ -22,7 +22,7 @@ from flare.logs import log
 
 
 def open_source(spec: SourceSpec, token_dir: Path) -> Source:
-    """The source that ``--dataset_name`` names: ``embedded``, what lies at that path, a glob, or a hub set.
+    """The source that ``spec.dataset_name`` names: ``embedded``, what lies at that path, a glob, or a hub set.
 
     Raises: ConfigError for a path that is not there, DataError / EnvError for a hub set that cannot be had.
     """
@@ -33,10 +33,12 @@ def open_source(spec: SourceSpec, token_dir: Path) -> Source:
         return open_path(path, spec, token_dir)
     path = Path(name).expanduser()
     if is_glob(name):
-        return FileSource(match_files(str(path)), spec.text_column, memo_dir=token_dir)
+        root = glob_root(str(path))
+        files = match_files(str(path), spec.asked, cache_below(root, token_dir))
+        return FileSource(files, spec.text_column, root, token_dir)
     looks_local = kind_of(path) is not None or path.is_absolute() or name.startswith((".", "~"))
     if looks_local or name.count("/") > 1:
-        raise ConfigError(f"--dataset_name {name}: no such file or directory (looked in {Path.cwd()})")
+        raise ConfigError(f"{spec.asked}: no such file or directory (looked in {Path.cwd()})")
     return open_hub_set(spec, token_dir)
 
 
@@ -53,13 +55,24 @@ def open_path(path: Path, spec: SourceSpec, token_dir: Path) -> Source:
     """A file, a folder of files, what ``save_to_disk`` wrote, or a folder laid out as on the hub.
 
     Only the last one has configurations, and the last two have splits: elsewhere ``--dataset_split`` has no effect.
+
+    Raises: ConfigError when the cache directory is the folder of files itself.
     """
     if is_saved(path):
         return SavedSource(path, spec, token_dir)
     if is_snapshot(path):
         return FileSource(snapshot_files(path, spec), spec.text_column, path, token_dir)
-    is_inside = path.resolve() in token_dir.resolve().parents  # a cache that lies in the data is no data
-    return FileSource(find_files(path, token_dir if is_inside else None), spec.text_column, path, token_dir)
+    if path.resolve() == token_dir.resolve():  # what is cached there would be data at the next start
+        raise ConfigError(
+            f"--cache_dir {token_dir} is the folder of the data itself; give another, in it or elsewhere"
+        )
+    files = find_files(path, spec.asked, cache_below(path, token_dir))
+    return FileSource(files, spec.text_column, path, token_dir)
+
+
+def cache_below(folder: Path, token_dir: Path) -> Path | None:
+    """The cache directory if it lies in a folder of data: what is in it is no data."""
+    return token_dir if folder.resolve() in token_dir.resolve().parents else None
 
 
 def open_hub_set(spec: SourceSpec, token_dir: Path) -> Source:

@@ -10,10 +10,13 @@ This module opens what is finished; ``flare.data.build`` makes it.
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from flare.logs import log
 
 FORMAT_VERSION = 1
 
@@ -73,6 +76,22 @@ class TokenCache:
     @property
     def end_of_text_id(self) -> int:
         return self.meta["end_of_text_id"]
+
+
+def open_whole(directory: Path) -> TokenCache | None:
+    """The cache, if it is there and whole."""
+    try:
+        cache = TokenCache(directory)
+        return cache if cache.is_whole else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def remove_damaged(directory: Path) -> None:
+    """Make room for a cache that is not whole, if there is something. The caller holds the lock."""
+    if directory.exists():
+        log.warning(f"the token cache {directory} is damaged and built again")
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def default_cache_dir(cache_dir: str | None) -> Path:

@@ -13,7 +13,7 @@ from flare.data.file_formats import kind_of
 from flare.data.files import is_glob
 from flare.data.hub_sets import HubSource
 from flare.data.packing import split_documents
-from flare.data.rows import Source, SourceSpec
+from flare.data.rows import COLUMN_HINT, Source, SourceSpec
 from flare.data.sources import open_source, path_of
 from flare.data.tokens import default_cache_dir
 from flare.errors import ConfigError, DataError
@@ -29,6 +29,8 @@ STREAMED_DOCUMENTS = 1000
 EMBEDDED_HELD_OUT_PERCENT = 5
 """Of the embedded corpus, the share by document hash that is evaluated. Training that holds out this share or
 more (the demo does) has not seen these documents."""
+OPTION = "--datasets"
+COLUMN_PART = "of a file it must be that one, of a hub set owner/name:config:split:COLUMN names another"
 WIKITEXT_TITLE = re.compile(r"^ = [^=].* = \n$")
 
 
@@ -58,18 +60,22 @@ def load_texts(request: DatasetRequest, max_samples: int | None, mirror: str | N
 
     Raises: ConfigError for a name that means nothing, DataError / EnvError for a set that cannot be had.
     """
-    source = _open(request.spec, mirror)
-    if request.kind == "wikitext2":
-        texts: Iterator[str] = join_pages(str(row.value) for row in source.rows())
-    else:
-        texts = usable_texts(source.rows(), BadRows())
-    if request.name == "embedded":
-        texts = iter(held_out(list(texts)))
     limit = max_samples if max_samples is not None else STREAMED_DOCUMENTS if request.spec.streaming else None
-    documents = list(islice(texts, limit))
+    try:
+        documents = list(islice(_documents(request, mirror), limit))
+    except ConfigError as error:  # training has an option for the column
+        raise ConfigError(str(error).replace(COLUMN_HINT, COLUMN_PART)) from error
     if not documents:
         raise DataError(f"data set {request.name!r} holds no document")
     return documents
+
+
+def _documents(request: DatasetRequest, mirror: str | None) -> Iterator[str]:
+    rows = _open(request.spec, mirror).rows()
+    if request.kind == "wikitext2":
+        return join_pages(str(row.value) for row in rows)
+    texts = usable_texts(rows, BadRows())
+    return iter(held_out(list(texts))) if request.name == "embedded" else texts
 
 
 def _open(spec: SourceSpec, mirror: str | None) -> Source:
@@ -84,6 +90,11 @@ def parse_name(word: str, cache_dir: str | None) -> DatasetRequest:
 
     Raises: ConfigError for a name that means nothing.
     """
+    request = _request(word, cache_dir)
+    return replace(request, spec=replace(request.spec, option=OPTION))
+
+
+def _request(word: str, cache_dir: str | None) -> DatasetRequest:
     kind, equals, file = word.partition("=")
     if equals and kind in KNOWN:
         return DatasetRequest(kind, kind, SourceSpec(file, KNOWN[kind].text_column, cache_dir=cache_dir))
@@ -94,7 +105,7 @@ def parse_name(word: str, cache_dir: str | None) -> DatasetRequest:
     hub_name, *rest = word.split(":")
     if "/" not in hub_name:
         known = ", ".join([*KNOWN, "embedded"])
-        raise ConfigError(f"--datasets {word}: no file of that name; known sets: {known}; hub sets: owner/name")
+        raise ConfigError(f"{OPTION} {word}: no file of that name; known sets: {known}; hub sets: owner/name")
     config, split, column = (part or None for part in (*rest, None, None, None)[:3])
     return DatasetRequest(word, "", SourceSpec(hub_name, column or "text", config, split or "test", cache_dir))
 

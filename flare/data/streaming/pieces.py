@@ -10,7 +10,7 @@ from typing import BinaryIO
 from flare.data.file_formats import LineRange, WholeFile, holds_lines, kind_of
 from flare.data.files import MAX_LISTED_FILES, FileSource, row_groups
 from flare.data.hub_sets import HubSource
-from flare.data.rows import PIECE_BYTES, Piece, Row, Source, gather
+from flare.data.rows import PIECE_BYTES, Piece, Row, Source, gather, reading_data
 
 ENOUGH_PIECES = 128
 """A small corpus is cut into so many pieces, so that the lanes have something to take turns with."""
@@ -45,6 +45,7 @@ class LineSplit(Piece):
         return stream.tell()
 
 
+@reading_data()
 def streamed_pieces(source: Source) -> list[Piece]:
     """The pieces of a source, without reading its files where that is possible."""
     if not isinstance(source, FileSource):
@@ -66,6 +67,7 @@ def _file_parts(file: Path, column: str, piece_bytes: int) -> list[tuple[Piece, 
     return [(LineSplit(file, column, begin, end), end - begin) for begin, end in pairwise(cuts)]
 
 
+@reading_data()
 def streamed_facts(source: Source) -> dict[str, str]:
     """What a source is made of, part by part, without reading its files: of local ones, kind, size and both ends.
 

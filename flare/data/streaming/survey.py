@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from flare.data.build import check_bad_rows, open_whole, too_many_bad
+from flare.data.build import check_bad_rows, too_many_bad
 from flare.data.documents import BadRows, text_hash, usable_texts
 from flare.data.encode import Encoder, tokenizer_sha256
 from flare.data.packing import PackedRows
-from flare.data.rows import Piece, Source
+from flare.data.rows import Piece, Source, read_rows
 from flare.data.streaming.pieces import shortened, streamed_facts, streamed_identity, streamed_pieces
-from flare.data.tokens import TokenCache, TokenSettings, cache_key
+from flare.data.tokens import TokenCache, TokenSettings, cache_key, open_whole, remove_damaged
 from flare.errors import ConfigError, DataError, EnvError
 from flare.files import write_json
 from flare.logs import log
@@ -83,6 +83,7 @@ def open_streamed(
             fcntl.flock(lock, fcntl.LOCK_EX)
             held_out = open_whole(directory)
             if held_out is None:
+                remove_damaged(directory)
                 found = survey(streamed_pieces(source), settings, percentage)
                 write_held_out(found, encoder, tokenizer, directory, key)
                 held_out = TokenCache(directory)
@@ -146,7 +147,7 @@ def survey(pieces: list[Piece], settings: TokenSettings, percentage: float) -> F
 def _counted(piece: Piece, found: Found, settings: TokenSettings) -> Iterator:
     """The piece's rows up to ``--dataset_size``. Raises: DataError when too many of those before are bad."""
     size = settings.dataset_size
-    for row in islice(piece.rows(), None if size is None else size - found.rows):
+    for row in islice(read_rows(piece), None if size is None else size - found.rows):
         if too_many_bad(found.bad.count, found.rows, settings.max_bad_rows, size):
             check_bad_rows(found.bad, found.rows - found.bad.count, settings.max_bad_rows)
         found.rows += 1

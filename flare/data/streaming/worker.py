@@ -16,9 +16,9 @@ import numpy as np
 from flare.data.child import ignore_stop_signals
 from flare.data.documents import BadRows, text_hash, usable_texts
 from flare.data.encode import Encoder, batches
-from flare.data.rows import Row
+from flare.data.rows import Row, read_rows
 from flare.data.streaming.messages import Job, Segment
-from flare.errors import EnvError, FlareError
+from flare.errors import FlareError
 from flare.parent import end_with_parent
 
 NICENESS = 10
@@ -32,7 +32,7 @@ class OpenPiece:
         self.encoder, self.held_out_below = encoder, job.held_out_below
         self.next_row = row
         self.bad = BadRows()
-        rows = islice(job.pieces[number].rows(), row, job.limits[number])
+        rows = islice(read_rows(job.pieces[number]), row, job.limits[number])
         self.batches = batches(usable_texts(self._counted(rows), self.bad))
 
     def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -80,8 +80,6 @@ def answer(pipe: Connection, job: Job, encoder: Encoder, open_pieces: dict[int, 
         raise
     except FlareError as error:
         pipe.send((None, error))
-    except OSError as error:
-        pipe.send((None, EnvError(f"the data cannot be read: {error}")))
     except Exception as error:  # whatever a reader raises must be shown by the run, not lost here
         pipe.send((None, FlareError(f"tokenising failed: {type(error).__name__}: {error}")))
 
