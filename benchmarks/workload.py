@@ -143,7 +143,7 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     from flare.attention import KERNELS, use_kernel
     from flare.compiler import compile_layers
     from flare.distributed import World
-    from flare.model import TrainingModel, checkpoint_layers
+    from flare.model import HALF_DTYPES, TrainingModel, checkpoint_layers
     from flare.optim import build_optimizer, build_schedule
     from flare.options import SELECTIVE, Options
     from flare.trainer import Parts, Progress, Trainer
@@ -151,7 +151,7 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     causal_lm = random_model(workload)
     if workload.gradient_checkpointing:
         checkpoint_layers(causal_lm, workload.gradient_checkpointing == SELECTIVE)
-    model = TrainingModel(causal_lm, bf16=workload.precision == "bf16", documents=False)
+    model = TrainingModel(causal_lm, HALF_DTYPES.get(workload.precision), documents=False)
     if workload.attn_implementation in KERNELS:
         use_kernel(causal_lm, workload.attn_implementation)
     if workload.compile:

@@ -161,7 +161,7 @@ def trainer_of(
         checkpoint_layers(causal_lm)
     if kernel != "sdpa":
         use_kernel(causal_lm, kernel)
-    model = TrainingModel(causal_lm, bf16=True, documents=packing == "document")
+    model = TrainingModel(causal_lm, torch.bfloat16, documents=packing == "document")
     options = Options(
         stage=stage, learning_rate=1e-5, max_steps=9, max_seq_length=seq_len, per_device_train_batch_size=micro,
         lr_scheduler_type="constant", eval_steps=None, save_steps=10**9, packing=packing,
@@ -235,7 +235,7 @@ def loss_peaks(head_trains: bool) -> list[int]:
         labels = torch.empty(4096, dtype=torch.int64, device=CARD)
         with LivingBytes() as living:
             linear_cross_entropy_sum(hidden, weight, labels)
-    return [living.peak, loss_bytes(shape, replace(plan, bf16=True), head_trains, on_card=True)]
+    return [living.peak, loss_bytes(shape, replace(plan, half=True), head_trains, on_card=True)]
 
 
 def step_peaks(model: str, layers: int, stage: int, checkpointing: bool) -> list[int]:
