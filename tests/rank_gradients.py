@@ -26,11 +26,18 @@ from flare.trainer import Parts, Progress, Trainer
 
 
 def make_trainer(
-    base: Path, corpus: str, cache_dir: Path, scratch: Path, parallel: str = "ddp", **changes: object
+    base: Path,
+    corpus: str,
+    cache_dir: Path,
+    scratch: Path,
+    parallel: str = "ddp",
+    precision: str = "fp32",
+    progress: Progress | None = None,
+    **changes: object,
 ) -> Trainer:
     """A trainer of a tiny model on this rank of the run that torchrun started."""
     world = distributed.start(use_cuda=False, timeout_sec=60)
-    how = (with_nope(read_model_config(base), [1, 3], None, str(base)), Trainable(True), "fp32", "auto")
+    how = (with_nope(read_model_config(base), [1, 3], None, str(base)), Trainable(True), precision, "auto")
     model = load_in_place(base, *how, world) if parallel == "fsdp" else load_for_training(base, *how)
     cache = build_token_cache(
         open_source(SourceSpec(corpus), cache_dir), load_tokenizer(base), cache_dir, TokenSettings()
@@ -48,7 +55,7 @@ def make_trainer(
         global_batch_size=size,
         rows_by_rank=rows_by_rank,
     )
-    return Trainer(parts, options, world, Progress(), lambda progress: None, scratch)
+    return Trainer(parts, options, world, progress or Progress(), lambda progress: None, scratch)
 
 
 def leave() -> None:
@@ -70,7 +77,7 @@ def main() -> None:
     runner.parts.optimizer.register_step_pre_hook(
         lambda *_: caught.update({n: whole(p.grad).clone() for n, p in runner.parts.model.trainable_parameters()})
     )
-    loss, _, _ = runner._step()
+    loss = runner._step().loss
     if runner.world.is_main:
         torch.save({"loss": loss, "gradients": caught}, out)
     leave()
