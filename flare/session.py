@@ -173,8 +173,8 @@ class Session:
             layers = checkpoint_layers(self.model.causal_lm, selective)
             log.info(f"{'selective ' if selective else ''}gradient checkpointing on layers {format_layers(layers)}")
         self.optimizer = build_optimizer(self.model.trainable_parameters(), self.options)
-        if resume_from and resume_from.step > 0:  # before its first step Adam has no state
-            reader = TensorReader.of_state(resume_from.path, "optimizer")
+        reader = TensorReader.of_state(resume_from.path, "optimizer") if resume_from else None
+        if reader and reader.names():  # before its first update, which may come after some steps, Adam has no state
             try:
                 load_optimizer_tensors(self.optimizer, reader)
             except KeyError as error:
