@@ -41,7 +41,7 @@ class Memory:
         """(name, bytes) of each part, in the order of the table."""
         return [
             ("weights", self.weights),
-            ("gathered weights" if self.sharded else "16-bit copies", self.weight_copies),
+            ("gathered weights" if self.sharded else "copies in 16 bits", self.weight_copies),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("activations", self.activations),
@@ -194,7 +194,8 @@ def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card:
     Gradients of the hidden states (N, H), in their dtype (fp16: in fp32), and of the weight (V, H), in fp32, when it
     trains.
     Beside them a chunk's logits (C, V) in their dtype; on a card also in fp32, on a CPU a few rows of them. In bf16
-    also the weight's copy when it trains, and the chunk's gradient of it, on a CPU a block of that in fp32, too.
+    also the weight's copy when it trains, and the chunk's gradient of it, on a CPU a block of that in fp32, too. A CPU
+    makes fp16's products from fp32 copies of a block of their operands.
     """
     rows = min(loss_chunk_rows(shape.vocab_size, on_card), batch.tokens)
     chunk, head = rows * shape.vocab_size, shape.embedding_params if head_trains else 0
@@ -206,5 +207,9 @@ def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card:
     if on_card:
         return beside + max(FP32_BYTES * chunk, HALF_BYTES * head)
     softmax = FP32_BYTES * min(CPU_SOFTMAX_ROWS, rows) * shape.vocab_size
+    if batch.fp16:
+        block = min(CPU_BLOCK_ROWS, shape.vocab_size)
+        copies = block * rows + (block + rows) * shape.hidden_size
+        return beside + softmax + FP32_BYTES * copies
     product = (HALF_BYTES + FP32_BYTES) * min(CPU_BLOCK_ROWS * shape.hidden_size, head)
     return beside + softmax + product

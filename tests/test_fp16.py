@@ -10,14 +10,19 @@ import torch
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from flare import loss_scale
+from flare.compiler import compile_layers
 from flare.config import resolve
 from flare.data.order import RowOrder
 from flare.data.tokens import TokenCache
 from flare.errors import ConfigError, FlareError
+from flare.evaluation.launch import with_precision
+from flare.evaluation.options import EvaluationSettings
+from flare.gpus import lacks_bf16
 from flare.loss import FP16_FOLD, IGNORE_INDEX, _chunk_gradient, _InPlace, linear_cross_entropy_sum
 from flare.loss_scale import LossScale
 from flare.model import checkpoint_layers
 from flare.nope.load import load_causal_lm
+from flare.optim import optimizer_tensors
 from flare.options import Options
 from flare.outcomes import Outcomes
 from flare.run import Hardware
@@ -27,6 +32,7 @@ from flare.trainer import Trainer
 from tests.conftest import run_script, script_environment, torchrun, train, write_base
 from tests.fake_nvidia_smi import install
 from tests.overflow_ranks import BROKEN
+from tests.test_compile import batch
 from tests.test_outcomes import poison, weights
 from tests.test_training import cache, gradients, load, rows_of, trainer  # noqa: F401 (a fixture)
 
@@ -188,6 +194,35 @@ def test_scales_and_skipped_steps_are_those_of_autocast_and_torchs_grad_scaler(
         assert outcome.loss / factor == pytest.approx(loss.item(), rel=2e-3)
     assert ours.progress.overflow_steps == 3
     assert scales[:4] == [2.0**16, 2.0**16, 2.0**15, 2.0**14] and max(scales[4:]) >= 2.0**15
+
+
+def test_compiled_layers_give_what_eager_ones_give(base: Path) -> None:
+    """aot_eager traces what inductor gets; fp16's rounding: the loss to 1e-3, the final norm's gradient to 1 %."""
+    torch._dynamo.reset()
+    models = [load(base, [1, 3], STAGES[1], precision="fp16") for _ in range(2)]
+    compile_layers(models[1], "aot_eager")
+    losses = [model(**batch(1)) for model in models]
+    for loss in losses:
+        loss.backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3)
+    one, other = (dict(model.trainable_parameters()) for model in models)
+    for name in (n for n in one if n.endswith("proj.weight")):
+        assert (one[name].grad - other[name].grad).norm() < 1e-2 * one[name].grad.norm(), name
+
+
+def test_an_overflow_leaves_8_bit_moments_as_they_were(cache: TokenCache, tmp_path: Path) -> None:  # noqa: F811
+    wide = write_base(tmp_path / "wide", hidden_size=128, intermediate_size=256)
+    runner = fp16(wide, cache, tmp_path, optim="adamw_torch_8bit")
+    forward = runner.module.forward
+    runner.module.forward = lambda **batch: forward(**batch) * (1e7 if runner.progress.step == 1 else 1.0)
+    held = []
+    for _ in range(3):
+        runner._step()
+        tensors = optimizer_tensors(runner.parts.optimizer) | weights(runner)
+        held.append({name: tensor.clone() for name, tensor in tensors.items()})
+    assert any(name.endswith("|codes") for name in held[0])
+    assert all(torch.equal(tensor, held[1][name]) for name, tensor in held[0].items())
+    assert not all(torch.equal(tensor, held[2][name]) for name, tensor in held[1].items())
 
 
 # -- overflow ------------------------------------------------------------------------------------------------
@@ -413,3 +448,35 @@ def test_attention_kernels_that_need_ampere_are_not_taken_in_fp16(base: Path, tm
     assert settle(resolve(flags), Hardware(True, 1)).attention == "sdpa"
     with pytest.raises(ConfigError, match="varlen runs on cards in bf16 only"):
         settle(resolve([*flags, "--attn_implementation", "varlen"]), Hardware(True, 1))
+
+
+@pytest.mark.parametrize(
+    ("names", "lack"),
+    [
+        (
+            ("Tesla V100-SXM2-32GB", "Tesla V100S-PCIE-32GB", "GRID V100-8Q", "Tesla P100-PCIE-16GB", "Tesla P40",
+             "Tesla T4", "NVIDIA T4", "Tesla K80", "NVIDIA TITAN V", "TITAN RTX", "TITAN X (Pascal)",
+             "NVIDIA GeForce RTX 2080 Ti", "GeForce RTX 2070 SUPER", "NVIDIA GeForce RTX 2060", "GeForce GTX 1080 Ti",
+             "NVIDIA GeForce GTX 1660 SUPER", "Quadro RTX 8000", "Quadro GV100", "NVIDIA T1000 8GB"), True,
+        ),
+        (
+            ("NVIDIA A100-SXM4-80GB", "NVIDIA A800 80GB PCIe", "NVIDIA A40", "NVIDIA A10", "NVIDIA A2",
+             "NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 2050", "NVIDIA GeForce RTX 4090", "NVIDIA RTX A4000",
+             "NVIDIA RTX 4000 SFF Ada Generation", "NVIDIA L4", "NVIDIA L40S", "NVIDIA H100 80GB HBM3", "NVIDIA H20",
+             "NVIDIA H200", "NVIDIA B200", "NVIDIA GH200 480GB", "NVIDIA GB10", "NVIDIA RTX 2000 Ada Generation",
+             "NVIDIA RTX PRO 6000 Blackwell Server Edition"), False,
+        ),
+    ],
+)  # fmt: skip
+def test_names_tell_which_cards_are_older_than_ampere(names: tuple[str, ...], lack: bool) -> None:
+    assert [name for name in names if lacks_bf16(name) != lack] == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_card", "old", "expected"),
+    [("auto", True, True, "fp16"), ("auto", True, False, "bf16"), ("auto", False, False, "fp32"),
+     ("bf16", True, True, "bf16")],
+)  # fmt: skip
+def test_evaluation_on_old_cards_is_in_fp16(asked: str, on_card: bool, old: bool, expected: str) -> None:
+    settings = EvaluationSettings("model", ("data",), Path("out"), precision=asked)
+    assert with_precision(settings, on_card, old).precision == expected
