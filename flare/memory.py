@@ -192,10 +192,9 @@ def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card:
     """Peak of ``flare.loss.linear_cross_entropy_sum`` beyond its inputs: C rows of V logits at a time.
 
     Gradients of the hidden states (N, H), in their dtype (fp16: in fp32), and of the weight (V, H), in fp32, when it
-    trains.
-    Beside them a chunk's logits (C, V) in their dtype; on a card also in fp32, on a CPU a few rows of them. In bf16
-    also the weight's copy when it trains, and the chunk's gradient of it, on a CPU a block of that in fp32, too. A CPU
-    makes fp16's products from fp32 copies of a block of their operands.
+    trains. Beside them a chunk's logits (C, V) in their dtype; on a card also in fp32, on a CPU a few rows of them. In
+    16 bits also the weight's copy when it trains, and the chunk's gradient of it, on a CPU a block of that in fp32,
+    too; there fp16's products are made from fp32 copies of a block of their operands.
     """
     rows = min(loss_chunk_rows(shape.vocab_size, on_card), batch.tokens)
     chunk, head = rows * shape.vocab_size, shape.embedding_params if head_trains else 0

@@ -153,7 +153,6 @@ def trainer_of(
     checkpointing: bool,
     micro: int,
     seq_len: int,
-    seq_len: int,
     precision: str = "bf16",
 ) -> Trainer:
     """As the session puts it together, on one card."""
