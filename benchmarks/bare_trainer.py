@@ -18,12 +18,14 @@ def bare_trainer(
     world: World,
     rows_by_rank: Sequence[int],
     stop_dir: Path,
+    progress: Progress | None = None,
 ) -> Trainer:
-    """A trainer at step 0 that reads and evaluates the same rows, to ``options.max_steps``.
+    """A trainer that reads and evaluates the same rows, to ``options.max_steps``.
 
     Args:
         rows_by_rank: of each step; together they are the global batch.
         stop_dir: where a file ``STOP`` would end it; nothing is written there.
+        progress: where it begins; at step 0 when None.
     """
     parts = Parts(
         model=model,
@@ -35,4 +37,4 @@ def bare_trainer(
         global_batch_size=sum(rows_by_rank),
         rows_by_rank=rows_by_rank,
     )
-    return Trainer(parts, options, world, Progress(), lambda progress: None, stop_dir)
+    return Trainer(parts, options, world, progress or Progress(), lambda progress: None, stop_dir)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flare.flops import token_flops
-from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape, known_shape
+from flare.shapes import FP32_BYTES, HALF_BYTES, ModelShape, known_shape
 from flare.trainable import Trainable
 
 MFU = 0.45
@@ -83,7 +83,7 @@ class Step:
     def layer_sec(self, cluster: Cluster, cards: int) -> tuple[float, float]:
         """(gather, reduce) seconds of a layer, embedding and head shared out among the layers."""
         layers = self.shape.num_hidden_layers
-        gather = cluster.collective_sec(BF16_BYTES * self.shape.total_params / layers, cards)
+        gather = cluster.collective_sec(HALF_BYTES * self.shape.total_params / layers, cards)
         return gather, cluster.collective_sec(FP32_BYTES * self.trainable.params(self.shape) / layers, cards)
 
 

@@ -168,13 +168,13 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     from flare.balance import equal
     from flare.compiler import compile_layers
     from flare.distributed import World
-    from flare.model import TrainingModel, checkpoint_layers
+    from flare.model import HALF_DTYPES, TrainingModel, checkpoint_layers
     from flare.options import SELECTIVE
 
     causal_lm = random_model(workload)
     if workload.gradient_checkpointing:
         checkpoint_layers(causal_lm, workload.gradient_checkpointing == SELECTIVE)
-    model = TrainingModel(causal_lm, bf16=workload.precision == "bf16", documents=False)
+    model = TrainingModel(causal_lm, HALF_DTYPES.get(workload.precision), documents=False)
     if workload.attn_implementation in KERNELS:
         use_kernel(causal_lm, workload.attn_implementation)
     if workload.compile:

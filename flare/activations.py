@@ -6,7 +6,7 @@ of them. The derivations are written out in docs/memory.md; tests/test_plan.py h
 
 from dataclasses import dataclass
 
-from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
+from flare.shapes import FP32_BYTES, HALF_BYTES, ModelShape
 from flare.trainable import Trainable
 
 
@@ -16,16 +16,17 @@ class Microbatch:
 
     In bf16 runs matmuls run in bf16 under autocast; frozen weights are bf16 and trainable ones fp32. The
     residual stream has the dtype of the embedding: bf16 when that is frozen, fp32 when it trains. Sharded runs
-    gather all weights in bf16 and need no autocast.
+    gather all weights in bf16 and need no autocast. fp16 runs are the same in fp16, but for the loss.
     """
 
     rows: int  # B
     seq_len: int  # T
-    bf16: bool
+    half: bool  # bf16 or fp16
     fp32_residual: bool
     document_mask: bool = True  # packed rows: SDPA gets a (B, 1, T, T) mask and k, v expanded to all heads
     eager_attention: bool = False
-    autocast: bool = True  # of a bf16 run
+    autocast: bool = True  # of a bf16 or fp16 run
+    fp16: bool = False  # half is fp16, whose products the loss makes in fp32
 
     @property
     def tokens(self) -> int:
@@ -33,11 +34,11 @@ class Microbatch:
 
     @property
     def compute_bytes(self) -> int:
-        return BF16_BYTES if self.bf16 else FP32_BYTES
+        return HALF_BYTES if self.half else FP32_BYTES
 
     @property
     def residual_bytes(self) -> int:
-        return FP32_BYTES if self.fp32_residual or not self.bf16 else BF16_BYTES
+        return FP32_BYTES if self.fp32_residual or not self.half else HALF_BYTES
 
     @property
     def mask_elements(self) -> int:
@@ -75,7 +76,7 @@ def attention_saved_bytes(shape: ModelShape, batch: Microbatch, trains: bool) ->
     outputs = 1 if trains or not batch.eager_attention else 0
     saved = batch.compute_bytes * batch.tokens * ((1 + outputs) * shape.query_size + 2 * key_value)
     if batch.eager_attention:
-        formats = FP32_BYTES + (BF16_BYTES if batch.bf16 else 0)
+        formats = FP32_BYTES + (HALF_BYTES if batch.half else 0)
         return saved + formats * shape.num_attention_heads * batch.mask_elements
     logsumexp = FP32_BYTES * batch.tokens * shape.num_attention_heads
     return saved + logsumexp + batch.compute_bytes * batch.mask_elements
@@ -158,7 +159,7 @@ def backward_transient_bytes(shape: ModelShape, batch: Microbatch, mlp_trains: b
     inner = batch.compute_bytes * batch.tokens * shape.intermediate_size
     moments = [(2 if mlp_trains else 3) * inner]
     if mlp_trains:
-        formats = FP32_BYTES + (BF16_BYTES if batch.bf16 else 0)
+        formats = FP32_BYTES + (HALF_BYTES if batch.half else 0)
         moments.append(formats * shape.hidden_size * shape.intermediate_size)
     if batch.eager_attention:
         scores = (batch.compute_bytes + FP32_BYTES) * shape.num_attention_heads * batch.mask_elements

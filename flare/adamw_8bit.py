@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from flare.moments import block_size
-from flare.sharding import is_sharded
+from flare.sharding import is_sharded, local_part
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 """Names of AdamW's moments, and whether they may be negative: the 8-bit codes of each have a table of their own."""
@@ -31,7 +31,7 @@ def _zeros(parameter: torch.Tensor, signed: bool) -> torch.Tensor:
     """A moment of this parameter, sharded as it is."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    block, local = block_size(parameter.shape), _local(parameter.detach())
+    block, local = block_size(parameter.shape), local_part(parameter.detach())
     if block is None or local.numel() == 0:  # more ranks than rows: this one has none
         return torch.zeros_like(parameter.detach())
     moment = OptimState8bit.zeros(local.shape, signed, block, local.device, local.dtype)
@@ -48,7 +48,7 @@ def parts_8bit(parameter: torch.Tensor, moment: torch.Tensor) -> dict[str, torch
 
     ``codes`` (R, ...) uint8 and ``scale`` (R, blocks of a row) fp32: an element is table[code] x scale of its block.
     """
-    local = _local(moment)
+    local = local_part(moment)
     if not local.numel():
         return blank_parts_8bit(parameter)
     return _sharded_parts(parameter, local.codes, local.scale)
@@ -56,7 +56,7 @@ def parts_8bit(parameter: torch.Tensor, moment: torch.Tensor) -> dict[str, torch
 
 def blank_parts_8bit(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """Room for the parts of a moment of this parameter."""
-    local = _local(parameter.detach())
+    local = local_part(parameter.detach())
     codes = torch.zeros_like(local, dtype=torch.uint8)
     return _sharded_parts(parameter, codes, local.new_zeros(local.numel() // block_size(parameter.shape)))
 
@@ -83,18 +83,14 @@ def code_table(key: str) -> torch.Tensor:
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, moment: torch.Tensor) -> None:
     """Write the numbers that an 8-bit moment's parts stand for into an fp32 moment. Needs no torchao."""
-    codes, scale, target = _local(codes), _local(scale), _local(moment)
+    codes, scale, target = local_part(codes), local_part(scale), local_part(moment)
     numbers = table.to(target.device)[codes.int()].view(*scale.shape, -1) * scale.unsqueeze(-1)
     target.copy_(numbers.view_as(target))
 
 
 def encode(numbers: torch.Tensor, moment: torch.Tensor) -> None:
     """Round an fp32 moment into an 8-bit one."""
-    _local(moment).copy_(_local(numbers))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local_part(moment).copy_(local_part(numbers))
 
 
 def _sharded_like(parameter: DTensor, local: torch.Tensor, shape: torch.Size) -> DTensor:

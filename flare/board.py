@@ -22,6 +22,7 @@ BY_STEP = {
     "perplexity": "train/perplexity",
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
+    "loss_scale": "train/loss_scale",
     "epoch": "train/epoch",
     "tokens_per_sec": "speed/tokens_per_sec",
     "mfu": "speed/mfu",

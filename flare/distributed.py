@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 LOST_PEER = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
 """Of the errors of gloo and of NCCL."""
+AMPERE = (8, 0)
+"""The first compute capability that has bf16."""
 WAIT_HOURS = 12
 """How long ranks wait for what rank 0 does alone: a large checkpoint on a slow disk takes long, and is no hang."""
 
@@ -54,21 +56,29 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def start(use_cuda: bool, timeout_sec: int, planned: Sequence[Gpu] = (), fabric_limit_sec: float = LIMIT_SEC) -> World:
+def start(
+    use_cuda: bool,
+    timeout_sec: int,
+    planned: Sequence[Gpu] = (),
+    fabric_limit_sec: float = LIMIT_SEC,
+    needs_bf16: bool = False,
+) -> World:
     """Bind this process to its card and join the process group (none for a single process).
 
     Args:
         timeout_sec: of the run's collectives.
         planned: the cards of the plan, in the order of local ranks; nothing is compared when empty.
         fabric_limit_sec: of the trial all-reduce.
+        needs_bf16: the run computes in it.
 
-    Raises: EnvError for another card than planned, or processes that do not reach each other.
+    Raises: EnvError for another card than planned, one without bf16 where it is needed, or processes
+        that do not reach each other.
     """
     rank, local_rank = rank_from_environment(), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
-        bind_card(local_rank, planned)
+        bind_card(local_rank, planned, needs_bf16)
     store = None
     if size > 1:
         store, rank, size = meet(timeout_sec)
@@ -84,10 +94,10 @@ def start(use_cuda: bool, timeout_sec: int, planned: Sequence[Gpu] = (), fabric_
     return World(rank, local_rank, size, device, store)
 
 
-def bind_card(local_rank: int, planned: Sequence[Gpu]) -> None:
+def bind_card(local_rank: int, planned: Sequence[Gpu], needs_bf16: bool = False) -> None:
     """Use the card of this local rank, if it is the one of the plan. Nothing is allocated on it before.
 
-    Raises: EnvError when there is no such card, or another one.
+    Raises: EnvError when there is no such card, or another one, or one that lacks the bf16 that the run needs.
     """
     count = torch.cuda.device_count()
     if local_rank >= count:
@@ -99,6 +109,11 @@ def bind_card(local_rank: int, planned: Sequence[Gpu]) -> None:
     if planned:
         card = torch.cuda.get_device_properties(local_rank)
         check_card(planned[local_rank], card.name, str(card.uuid))
+    if needs_bf16 and (capability := torch.cuda.get_device_capability(local_rank)) < AMPERE:
+        raise EnvError(
+            f"{torch.cuda.get_device_name(local_rank)} has no bf16 (compute capability {capability[0]}."
+            f"{capability[1]}, below {AMPERE[0]}.{AMPERE[1]}); use --precision fp16"
+        )
 
 
 def check_agreement(world: World, settings: dict[str, object]) -> None:

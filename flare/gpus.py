@@ -39,6 +39,16 @@ OTHER_PRODUCT = {"H100": {"pcie", "nvl"}, "H200": {"nvl"}, "4090": {"d", "laptop
 """Words that make another product, with another peak, of a name in PEAK_TFLOPS."""
 
 
+BEFORE_AMPERE = {
+    "tesla", "quadro", "titan", "gtx", "gt",  # names that NVIDIA gave up before Ampere
+    "2060", "2070", "2080",  # GeForce RTX; 2050 is an Ampere
+    "k80", "m10", "m40", "m60", "p4", "p40", "p100", "gp100", "v100", "v100s", "gv100", "t4", "t4g",
+    "t400", "t500", "t550", "t600", "t1000", "t1200", "xavier",
+}  # fmt: skip
+"""Words of the names of cards whose compute capability is below 8.0: they have no bf16. Source: NVIDIA's table of
+CUDA GPUs. What is not here is judged by ``distributed.bind_card``."""
+
+
 @dataclass(frozen=True)
 class GpuRequest:
     """What the user asked for; with nothing given, every free card."""
@@ -299,6 +309,11 @@ def peak_tflops(name: str) -> float | None:
         if chip.casefold() in words and not words & OTHER_PRODUCT.get(chip, set()):
             return tflops
     return None
+
+
+def lacks_bf16(name: str) -> bool:
+    """Whether a card's name, as nvidia-smi prints it, says that it is older than Ampere."""
+    return bool(name_words(name) & BEFORE_AMPERE)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from flare.chunks import CPU_BLOCK_ROWS, CPU_SOFTMAX_ROWS, loss_chunk_rows
 IGNORE_INDEX = -100
 """Label of a position without a target, as in transformers and torch."""
 
+FP16_FOLD = 2.0**15
+"""What the logits' gradient is multiplied by while it is in fp16, whose smallest normal number is 6.1e-5 and largest
+65,504: its numbers lie in [-1, 1], and a probability of 1 / 151,936 is 6.6e-6. From 1.9e-9 on all digits are kept."""
+
 
 def linear_cross_entropy_sum(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int | None = None
@@ -19,7 +23,8 @@ def linear_cross_entropy_sum(
     """Sum of token NLLs (nats) of ``softmax(hidden @ weight.T)``, differentiable once, in fp32.
 
     Args:
-        hidden: (N, H) final hidden states, any float dtype: the logits are computed in it.
+        hidden: (N, H) final hidden states, any float dtype: the logits are computed in it. In fp16 the gradient by
+            the logits is held times ``FP16_FOLD``, and its products are made in fp32.
         weight: (V, H) of any float dtype: an fp32 master gets its gradient summed and returned in fp32.
         labels: (N,) int64 targets, already shifted; ``IGNORE_INDEX`` marks positions without one.
         chunk_rows: rows whose logits exist at the same time.
@@ -41,7 +46,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk_rows):
         head = weight.to(hidden.dtype)
-        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        fp16 = hidden.dtype == torch.float16
+        wide = torch.float32 if fp16 else hidden.dtype  # what is too small for fp16 now may be scaled up in backward
+        hidden_grad = torch.empty_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         chunk_gradient = _chunk_gradient if hidden.is_cuda else _InPlace(min(chunk_rows, len(hidden)), head)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -53,10 +60,13 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             if weight_grad is not None:
                 _add_product(weight_grad, logits_grad.T, rows)
             if hidden_grad is not None:
-                torch.mm(logits_grad, head, out=hidden_grad[chunk])
+                if fp16:
+                    hidden_grad[chunk] = _fp32_product(logits_grad, head)
+                else:
+                    torch.mm(logits_grad, head, out=hidden_grad[chunk])
             del logits_grad  # gone before the next chunk's logits come
         ctx.gradients = (hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = (hidden.dtype, weight.dtype)
         return total
 
     @staticmethod
@@ -64,15 +74,18 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("a second backward pass through the loss: its gradients were handed out by the first")
         (hidden_grad, weight_grad), ctx.gradients = ctx.gradients, None
+        hidden_dtype, weight_dtype = ctx.dtypes
+        if hidden_dtype == torch.float16:
+            scale = scale / FP16_FOLD
         if hidden_grad is not None:
-            hidden_grad.mul_(scale)
+            hidden_grad = hidden_grad.mul_(scale).to(hidden_dtype)
         if weight_grad is not None:
-            weight_grad = weight_grad.mul_(scale).to(ctx.weight_dtype)
+            weight_grad = weight_grad.mul_(scale).to(weight_dtype)
         return hidden_grad, weight_grad, None, None
 
 
 def _chunk_gradient(rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of NLLs, its gradient by the logits (C, V): softmax minus one-hot, in the dtype of ``rows``).
+    """(sum of NLLs, its gradient by the logits (C, V): softmax minus one-hot, in the dtype of ``rows``, fp16 folded).
 
     A card's kernels cast on the way, so one fp32 copy is all that exists beside bf16 logits, whose place the gradient
     takes. ``log_softmax`` with ``dtype=float32`` would make two: it casts inside its kernel from fp16 only.
@@ -84,10 +97,11 @@ def _chunk_gradient(rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
     exponentials = (logits - largest).exp_()
     sums = exponentials.sum(1, keepdim=True)
     nll = sums.log() + largest - at_target
-    share = wanted / sums
+    ones = wanted * _fold(logits.dtype)
+    share = ones / sums
     gradient = torch.mul(exponentials, share, out=logits)
     # Subtracted before the rounding: near 1 a bf16 probability is worth two digits.
-    gradient.scatter_(1, targets, (exponentials.gather(1, targets) * share - wanted.float()).to(logits.dtype))
+    gradient.scatter_(1, targets, (exponentials.gather(1, targets) * share - ones).to(logits.dtype))
     return torch.where(wanted, nll, 0).sum(), gradient
 
 
@@ -118,7 +132,7 @@ class _InPlace:
         if not wanted.all():
             wide.mul_(wanted)
         if wide is not logits:
-            logits.copy_(wide)
+            logits.copy_(wide.mul_(FP16_FOLD) if logits.dtype == torch.float16 else wide)
         return torch.where(wanted, nll, 0).sum()
 
 
@@ -126,11 +140,31 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     """Add ``left @ right`` to an fp32 ``total``. A bf16 product is one of tensor cores or AMX, rounded to bf16."""
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
-    elif left.is_cuda:
-        total += left @ right
-    else:  # to add, a CPU makes an fp32 copy of the product: of a block it stays in the cache
-        for part, rows in zip(total.split(CPU_BLOCK_ROWS), left.split(CPU_BLOCK_ROWS), strict=True):
-            part += rows @ right
+        return
+    fp16 = left.dtype == torch.float16
+    if left.is_cuda:
+        block = -(-len(left) // 2) if fp16 else len(left)  # half of it in fp32 takes what all of it takes in bf16
+    else:
+        block = CPU_BLOCK_ROWS  # to add, a CPU makes an fp32 copy of the product: of a block it stays in the cache
+    for part, rows in zip(total.split(block), left.split(block), strict=True):
+        part += _fp32_product(rows, right) if fp16 else rows @ right
+
+
+def _fp32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` of fp16 operands, in fp32: a sum over many rows may exceed what fp16 holds.
+
+    A CPU's product has no wider result than its operands, so blocks of these are copied.
+    """
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    total = torch.zeros(len(left), right.shape[1])
+    for columns, rows in zip(left.split(CPU_BLOCK_ROWS, 1), right.split(CPU_BLOCK_ROWS), strict=True):
+        total.addmm_(columns.float(), rows.float())
+    return total
+
+
+def _fold(dtype: torch.dtype) -> float:
+    return FP16_FOLD if dtype == torch.float16 else 1.0
 
 
 def _targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from flare.gathered import gathered
 from flare.moments import COMPILED_UPDATE_BYTES, EAGER_UPDATE_BYTES, EIGHT_BIT, moment_bytes
 from flare.options import SELECTIVE
 from flare.plan_inputs import PlanInputs
-from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
+from flare.shapes import FP32_BYTES, HALF_BYTES, ModelShape
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Memory:
     The parts are not all at their largest at once, so ``peak_bytes`` is at most their sum.
     """
 
-    weights: int  # frozen in bf16 on bf16 runs, trainable as fp32 masters
-    weight_copies: int  # bf16 copies of trainable matmul weights that autocast caches; FSDP2's gathered weights
+    weights: int  # frozen in bf16 on bf16 runs (fp16 on fp16 ones), trainable as fp32 masters
+    weight_copies: int  # 16-bit ones of trainable matmul weights that autocast caches; FSDP2's gathered weights
     gradients: int  # fp32, of trainable parameters
     optimizer: int  # AdamW's moments, and what its update needs for a moment
     activations: int  # what autograd saves from the forward to the backward pass
@@ -41,7 +41,7 @@ class Memory:
         """(name, bytes) of each part, in the order of the table."""
         return [
             ("weights", self.weights),
-            ("gathered weights" if self.sharded else "bf16 copies", self.weight_copies),
+            ("gathered weights" if self.sharded else "copies in 16 bits", self.weight_copies),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("activations", self.activations),
@@ -101,7 +101,7 @@ def _layer(inputs: PlanInputs, layer_idx: int, shards: int) -> _Layer:
     saved = activations.layer_saved_bytes(shape, batch, trainable, layer_idx)
     params = trainable.attention(layer_idx) * shape.attention_params
     params += trainable.mlp(layer_idx) * (shape.mlp_params + shape.norm_params)
-    copied = trainable.matmul_params(shape, layer_idx) if inputs.bf16 and shards == 1 else 0
+    copied = trainable.matmul_params(shape, layer_idx) if inputs.half and shards == 1 else 0
     own_input = activations.layer_input_bytes(shape, batch)
     # An fp32 input is itself what the recomputed norm saves: counted once.
     input_saved = batch.residual_bytes == FP32_BYTES and (
@@ -114,7 +114,7 @@ def _layer(inputs: PlanInputs, layer_idx: int, shards: int) -> _Layer:
     return _Layer(
         kept=kept,
         rerun=rerun,
-        copies=BF16_BYTES * copied,
+        copies=HALF_BYTES * copied,
         gradients=FP32_BYTES * params // shards,
         first_gradient=FP32_BYTES * trainable.mlp(layer_idx) * shape.mlp_params // 3 // shards,
         transient=activations.backward_transient_bytes(shape, batch, trainable.mlp(layer_idx)),
@@ -191,18 +191,24 @@ def _update_bytes(inputs: PlanInputs, shards: int) -> int:
 def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card: bool = False) -> int:
     """Peak of ``flare.loss.linear_cross_entropy_sum`` beyond its inputs: C rows of V logits at a time.
 
-    Gradients of the hidden states (N, H), in their dtype, and of the weight (V, H), in fp32, when it trains.
-    Beside them a chunk's logits (C, V) in their dtype; on a card also in fp32, on a CPU a few rows of them. In bf16
-    also the weight's copy when it trains, and the chunk's gradient of it, on a CPU a block of that in fp32, too.
+    Gradients of the hidden states (N, H), in their dtype (fp16: in fp32), and of the weight (V, H), in fp32, when it
+    trains. Beside them a chunk's logits (C, V) in their dtype; on a card also in fp32, on a CPU a few rows of them. In
+    16 bits also the weight's copy when it trains, and the chunk's gradient of it, on a CPU a block of that in fp32,
+    too; there fp16's products are made from fp32 copies of a block of their operands.
     """
     rows = min(loss_chunk_rows(shape.vocab_size, on_card), batch.tokens)
     chunk, head = rows * shape.vocab_size, shape.embedding_params if head_trains else 0
-    gradients = batch.compute_bytes * batch.tokens * shape.hidden_size + FP32_BYTES * head
-    if not batch.bf16:
+    hidden_bytes = FP32_BYTES if batch.fp16 else batch.compute_bytes
+    gradients = hidden_bytes * batch.tokens * shape.hidden_size + FP32_BYTES * head
+    if not batch.half:
         return gradients + FP32_BYTES * chunk * (2 if on_card else 1)
-    beside = gradients + BF16_BYTES * (chunk + head)
+    beside = gradients + HALF_BYTES * (chunk + head)
     if on_card:
-        return beside + max(FP32_BYTES * chunk, BF16_BYTES * head)
+        return beside + max(FP32_BYTES * chunk, HALF_BYTES * head)
     softmax = FP32_BYTES * min(CPU_SOFTMAX_ROWS, rows) * shape.vocab_size
-    product = (BF16_BYTES + FP32_BYTES) * min(CPU_BLOCK_ROWS * shape.hidden_size, head)
+    if batch.fp16:
+        block = min(CPU_BLOCK_ROWS, shape.vocab_size)
+        copies = block * rows + (block + rows) * shape.hidden_size
+        return beside + softmax + FP32_BYTES * copies
+    product = (HALF_BYTES + FP32_BYTES) * min(CPU_BLOCK_ROWS * shape.hidden_size, head)
     return beside + softmax + product

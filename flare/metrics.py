@@ -156,8 +156,10 @@ def format_record(record: dict, max_steps: int) -> str:
     mfu = ""
     if record.get("mfu") is not None:
         mfu = f" | MFU {record['mfu']:.1%} (executed {record['executed_flops_use']:.1%})"
+    scale = f" | loss scale {record['loss_scale']:g}" if "loss_scale" in record else ""
+    norm = "overflow" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
     waited = f" | data wait {record['data_wait']:.0%}" if record.get("data_wait", 0) >= WORTH_A_WORD else ""
     return (
-        f"{where} | loss {record['loss']:.4f} | lr {record['learning_rate']:.2e} | grad {record['grad_norm']:.3g} | "
-        f"{record['tokens_per_sec']:,.0f} tokens/s{mfu}{waited} | memory {record['memory_gib']:.1f} GiB"
+        f"{where} | loss {record['loss']:.4f} | lr {record['learning_rate']:.2e} | grad {norm} | "
+        f"{record['tokens_per_sec']:,.0f} tokens/s{mfu}{scale}{waited} | memory {record['memory_gib']:.1f} GiB"
     )

@@ -23,6 +23,9 @@ from flare.sharding import is_sharded, materialise, shard_model
 from flare.tensor_files import TensorReader, restore_weights
 from flare.trainable import Trainable
 
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions whose matmuls run in 16 bits. fp16 also needs its loss scaled: see ``flare.loss_scale``."""
+
 
 class TrainingModel(torch.nn.Module):
     """A causal LM whose forward pass is the summed loss of a batch of packed rows.
@@ -31,14 +34,16 @@ class TrainingModel(torch.nn.Module):
     takes these (see ``flare.attention``).
 
     Args:
-        bf16: matmuls run in bf16 under autocast.
+        half_dtype: bf16 or fp16, in which matmuls run under autocast; None: fp32.
         documents: rows may hold several documents (``document`` packing); else attention is plainly causal.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, bf16: bool = False, documents: bool = True) -> None:
+    def __init__(
+        self, causal_lm: PreTrainedModel, half_dtype: torch.dtype | None = None, documents: bool = True
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        self.bf16 = bf16
+        self.half_dtype = half_dtype
         self.documents = documents
         self.compiled = False
 
@@ -71,8 +76,8 @@ class TrainingModel(torch.nn.Module):
         """((B*T, H) hidden states in the compute dtype, (V, H) head weight as it is held)."""
         weight = self.causal_lm.get_output_embeddings().weight
         # A sharded model gathers its weights in the dtype that it computes in.
-        autocast = self.bf16 and not is_sharded(self)
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=autocast):
+        autocast = self.half_dtype is not None and not is_sharded(self)
+        with torch.autocast(input_ids.device.type, self.half_dtype, enabled=autocast):
             outputs = self.causal_lm.get_decoder()(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -80,8 +85,7 @@ class TrainingModel(torch.nn.Module):
                 **self._attention_arguments(position_ids, bounds),
             )
         hidden = outputs.last_hidden_state.flatten(0, 1)
-        dtype = torch.bfloat16 if self.bf16 else weight.dtype
-        return hidden.to(dtype), weight
+        return hidden.to(self.half_dtype or weight.dtype), weight
 
     def decode(self, **inputs: object) -> BaseModelOutputWithPast:
         """The decoder's own outputs, without the head: the way in for those who look at hidden states."""
@@ -122,7 +126,7 @@ def load_for_training(
 
     Args:
         config: the config.json to open the weights with (see ``nope.format.with_nope``).
-        precision: bf16 (frozen weights in bf16, trainable ones fp32 masters) or fp32.
+        precision: bf16 or fp16 (frozen weights in it, trainable ones fp32 masters), or fp32.
         attn_implementation: eager, or else SDPA until ``attention.use_kernel`` says otherwise.
         documents: as ``TrainingModel``.
     Raises: CheckpointError for damaged weights, or a model that is not the one of its canary.
@@ -166,7 +170,7 @@ def attention_for(attn_implementation: str) -> str:
 def _ready(causal_lm: PreTrainedModel, trainable: Trainable, precision: str, documents: bool) -> TrainingModel:
     set_trainable(causal_lm, trainable, precision)
     causal_lm.train()
-    return TrainingModel(causal_lm, precision == "bf16", documents)
+    return TrainingModel(causal_lm, HALF_DTYPES.get(precision), documents)
 
 
 def set_trainable(causal_lm: PreTrainedModel, trainable: Trainable, precision: str) -> None:
@@ -174,7 +178,7 @@ def set_trainable(causal_lm: PreTrainedModel, trainable: Trainable, precision: s
 
     Nothing below the lowest trainable layer needs a gradient, so autograd records nothing there.
     """
-    frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    frozen_dtype = HALF_DTYPES.get(precision, torch.float32)
     for name, parameter in causal_lm.named_parameters():
         parameter.requires_grad_(trainable.covers(name))
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)

@@ -98,9 +98,10 @@ class Options:
     precision: str = option(
         TRAINING,
         "hardware",
-        "auto: bf16 on cards, fp32 on the CPU (bf16: frozen weights in bf16, trainable ones as fp32 masters)",
+        "auto: bf16 on cards (fp16 if one is older than Ampere), fp32 on the CPU. bf16, fp16: frozen weights in it, "
+        "trainable ones as fp32 masters; fp16 with dynamic loss scaling",
         "auto",
-        choices=("auto", "bf16", "fp32"),
+        choices=("auto", "bf16", "fp16", "fp32"),
     )
     parallel: str = option(
         TRAINING,

@@ -5,12 +5,14 @@ asynchronous copy and are read a step later (``lag`` 1), on all ranks at the sam
 keeps the optimizer from taking over what is not finite.
 """
 
+import math
 from collections import deque
 from typing import NamedTuple
 
 import torch
 
 from flare import distributed
+from flare.loss_scale import LEAST_SCALE, LossScale
 
 
 class Outcome(NamedTuple):
@@ -19,6 +21,19 @@ class Outcome(NamedTuple):
     loss: float
     grad_norm: float
     stop: bool
+    loss_scale: float | None = None
+    """In fp16, that of the next step."""
+    good_steps: int = 0
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def overflow(self) -> bool:
+        """Whether only the gradients are not finite, in fp16: a smaller loss scale helps, if there is one."""
+        scale = self.loss_scale
+        return scale is not None and scale >= LEAST_SCALE and math.isfinite(self.loss) and not self.finite
 
 
 class Outcomes:
@@ -26,14 +41,17 @@ class Outcomes:
 
     Args:
         lag: steps that may be queued before the host reads the first one's numbers; 0: read each at once.
+        loss_scale: of fp16; it is updated by each step that is put here.
     """
 
-    def __init__(self, device: torch.device, lag: int) -> None:
+    def __init__(self, device: torch.device, lag: int, loss_scale: LossScale | None = None) -> None:
         self.lag = lag
+        self.loss_scale = loss_scale
         self.pin = device.type == "cuda"
         self.failed = torch.zeros((), device=device)
-        """1 from the first step on whose loss or gradient norm is not finite; as ``found_inf`` of a fused
-        optimizer it turns that update, and all later ones, off."""
+        """1 from the first step on whose numbers end the run: the loss or the gradient norm is not finite."""
+        self.found_inf = self.failed
+        """The same, and 1 for a step whose fp16 gradients overflow; a fused optimizer leaves such updates out."""
         self._pending: deque[tuple[object, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def put(self, place: object, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool) -> None:
@@ -44,10 +62,10 @@ class Outcomes:
         votes, norm = torch.full_like(loss, float(stop), dtype=torch.float64), grad_norm.double()
         parts = distributed.sum_in_place(torch.stack([loss.double(), votes, norm - norm]))  # 0, or NaN
         numbers = torch.stack([parts[0], torch.where(norm.isfinite(), norm + parts[2], norm), parts[1]])
-        self.failed = torch.maximum(self.failed, 1 - torch.isfinite(numbers).all().float())
+        numbers = self._settle(numbers)
         event = None
         if self.pin:
-            numbers = torch.empty(3, dtype=torch.float64, pin_memory=True).copy_(numbers, non_blocking=True)
+            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._pending.append((place, numbers, event))
@@ -59,6 +77,19 @@ class Outcomes:
             place, numbers, event = self._pending.popleft()
             if event:
                 event.synchronize()
-            loss, grad_norm, votes = numbers.tolist()
-            taken.append((place, Outcome(loss, grad_norm, votes > 0)))
+            loss, grad_norm, votes, *scale = numbers.tolist()
+            taken.append((place, Outcome(loss, grad_norm, votes > 0, *scale)))
         return taken
+
+    def _settle(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Decide on the device what becomes of a step's update; its numbers, with what the loss scale is now."""
+        fails = 1 - torch.isfinite(numbers).all().float()
+        scale, overflow = self.loss_scale, torch.zeros_like(fails)
+        if scale:
+            overflow = fails * numbers[0].isfinite()
+            scale.update(overflow)
+            overflow = overflow * (scale.scale >= LEAST_SCALE)
+            numbers = torch.cat([numbers, torch.stack([scale.scale, scale.good_steps]).double()])
+        self.failed = torch.maximum(self.failed, fails - overflow)
+        self.found_inf = torch.maximum(self.failed, overflow)
+        return numbers

@@ -42,9 +42,8 @@ def settle_balance(option: str, num_rows: int, world: World, record: dict | None
     return balance.by_speed(num_rows, cards, seconds)
 
 
-def multiply_as_a_layer(config: dict, tokens: int, device: torch.device) -> None:
+def multiply_as_a_layer(config: dict, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
     """The matrix products of one MLP, forward, on random numbers: what tells cards apart where a pass cannot."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hidden = torch.randn(tokens, config["hidden_size"], device=device, dtype=dtype)
     weight = torch.randn(config["hidden_size"], config["intermediate_size"], device=device, dtype=dtype)
     for _ in range(3):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flare.activations import Microbatch
-from flare.shapes import BF16_BYTES, FP32_BYTES, ModelShape
+from flare.shapes import FP32_BYTES, HALF_BYTES, ModelShape
 from flare.trainable import Trainable
 
 
@@ -16,7 +16,8 @@ class PlanInputs:
     stage: int = 1
     nope_layers: tuple[int, ...] = ()
     trainable: Trainable | None = None  # None: the stage's default, stage 1 nope_layers, stage 2 everything
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision_reason: str = ""  # why this one
     world_size: int = 1  # processes on all hosts, one a card
     parallel: Literal["ddp", "fsdp"] = "ddp"
     per_device_batch: int = 1  # rows of a micro-batch
@@ -36,7 +37,7 @@ class PlanInputs:
     processes_per_host: int | None = None  # CPU runs; None: all of them
 
     def __post_init__(self) -> None:
-        assert self.precision in ("bf16", "fp32"), self.precision
+        assert self.precision in ("bf16", "fp16", "fp32"), self.precision
         assert min(self.world_size, self.per_device_batch, self.accumulation, self.seq_len) >= 1, self
 
     @property
@@ -49,15 +50,17 @@ class PlanInputs:
         return self.world_size if self.parallel == "fsdp" else 1
 
     @property
-    def bf16(self) -> bool:
-        return self.precision == "bf16"
+    def half(self) -> bool:
+        """Whether it computes in 16 bits: fp16 takes the memory that bf16 takes."""
+        return self.precision in ("bf16", "fp16")
 
     @property
     def microbatch(self) -> Microbatch:
         return Microbatch(
             rows=self.per_device_batch,
             seq_len=self.seq_len,
-            bf16=self.bf16,
+            half=self.half,
+            fp16=self.precision == "fp16",
             fp32_residual=self.what_trains.everything and self.shards == 1,
             autocast=self.shards == 1,
             document_mask=self.document_mask,
@@ -72,4 +75,4 @@ class PlanInputs:
     @property
     def frozen_bytes(self) -> int:
         """Bytes of a frozen weight."""
-        return BF16_BYTES if self.bf16 else FP32_BYTES
+        return HALF_BYTES if self.half else FP32_BYTES

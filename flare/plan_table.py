@@ -31,6 +31,8 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     yield "NoPE layers", format_layers(list(inputs.nope_layers))
     yield "runs in", _runs_in_words(inputs)
+    if inputs.precision == "fp16":
+        yield "", f"fp16 {inputs.precision_reason}".rstrip()
     yield "batch", _batch_words(plan)
     names = [name for name, _ in inputs.gpus]
     if len(names) == inputs.world_size and (words := plan_words(inputs.balance, inputs.global_batch_size, names)):

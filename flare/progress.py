@@ -21,6 +21,9 @@ class Progress:
     history: list[dict] = field(default_factory=list)
     data_place: dict | None = None  # of streamed rows
     skipped_steps: int = 0  # whose numbers were not finite: --skip_nonfinite
+    loss_scale: float | None = None  # of the next step, in fp16
+    good_steps: int = 0  # since the loss scale changed
+    overflow_steps: int = 0  # without an update, for fp16 gradients overflowed
 
     def as_dict(self) -> dict:
         return asdict(self)

@@ -49,6 +49,7 @@ class Run:
     trainable: Trainable
     precision: str
     global_batch_size: int
+    precision_reason: str = "as asked"
 
     @property
     def options(self) -> Options:
@@ -122,6 +123,7 @@ class Run:
                 nope_layers=self.nope_layers,
                 trainable=self.trainable,
                 precision=self.precision,
+                precision_reason=self.precision_reason,
                 world_size=hardware.world_size,
                 parallel=self.parallel,
                 per_device_batch=micro,

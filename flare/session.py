@@ -130,7 +130,10 @@ class Session:
         for line in plan_lines(run.plan()):
             log.info(line)
         (log.warning if reason.startswith("warning") else log.info)(reason.removeprefix("warning: "))
-        log.info(f"device: {self.world.size} x {device_name(self.world.device)}, precision {run.precision}")
+        log.info(
+            f"device: {self.world.size} x {device_name(self.world.device)}, precision {run.precision} "
+            f"({run.precision_reason})"
+        )
         log.info(f"NoPE layers: {format_layers(list(run.nope_layers))} of {run.depth}; trains: {run.trainable}")
         log.info(f"data: {options.dataset_name}; documents end with {meta['end_of_text']} ({meta['end_of_text_id']})")
         log.info(f"train: {self.train_rows.describe()}")
@@ -172,8 +175,8 @@ class Session:
             layers = checkpoint_layers(self.model.causal_lm, selective)
             log.info(f"{'selective ' if selective else ''}gradient checkpointing on layers {format_layers(layers)}")
         self.optimizer = build_optimizer(self.model.trainable_parameters(), self.options)
-        if resume_from and resume_from.step > 0:  # before its first step Adam has no state
-            reader = TensorReader.of_state(resume_from.path, "optimizer")
+        reader = TensorReader.of_state(resume_from.path, "optimizer") if resume_from else None
+        if reader and reader.names():  # before its first update, which may come after some steps, Adam has no state
             try:
                 load_optimizer_tensors(self.optimizer, reader)
             except KeyError as error:
@@ -199,7 +202,10 @@ class Session:
 
         def work() -> int:
             if is_sharded(self.model):  # its passes wait for all ranks, so they cannot tell this one's speed
-                multiply_as_a_layer(self.run.config, len(first) * self.options.max_seq_length, self.world.device)
+                dtype = self.model.half_dtype or torch.float32
+                multiply_as_a_layer(
+                    self.run.config, len(first) * self.options.max_seq_length, self.world.device, dtype
+                )
                 return len(first)
             self.model.train()
             self.model(**to_device(host_tensors(self.train_rows.batch(first)), self.world.device)).backward()

@@ -12,6 +12,7 @@ from flare.compiler import check_compiler
 from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.experiment import Experiment, check_output_dir, stage_one_result
+from flare.gpus import lacks_bf16
 from flare.hub import local_model_dir, read_hub_config, read_model_config
 from flare.moments import BLOCKS, EIGHT_BIT, block_size, check_torchao
 from flare.nope.canary_file import check_recorded_layers
@@ -45,6 +46,7 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     config = with_nope(raw, nope_layers, options.rope_theta, where)
     _check_length(options, config)
     depth = int(config["num_hidden_layers"])
+    precision, precision_reason = choose_precision(options.precision, hardware)
     run = Run(
         resolved=resolved,
         hardware=hardware,
@@ -54,7 +56,8 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
         config=config,
         nope_layers=tuple(nope_layers),
         trainable=Trainable.parse(options.train_layers, options.stage, nope_layers, depth),
-        precision=choose_precision(options, hardware),
+        precision=precision,
+        precision_reason=precision_reason,
         global_batch_size=global_batch_size(options, hardware.world_size, experiment.batch_to_continue()),
     )
     choose_attention(options.attn_implementation, hardware.use_cuda, run.precision)
@@ -213,11 +216,21 @@ def _check_length(options: Options, config: dict) -> None:
         raise ConfigError(f"--max_seq_length {options.max_seq_length} is above the model's {limit} positions")
 
 
-def choose_precision(options: Options, hardware: Hardware) -> str:
-    """``auto`` is bf16 on cards and fp32 on the CPU."""
-    if options.precision != "auto":
-        return options.precision
-    return "bf16" if hardware.use_cuda else "fp32"
+def choose_precision(asked: str, hardware: Hardware) -> tuple[str, str]:
+    """(precision, why): ``auto`` is bf16 on cards, fp16 if one of them is older than Ampere, and fp32 on the CPU.
+
+    Raises: ConfigError for bf16 on cards that have none.
+    """
+    old = next((f"GPU {gpu.index} ({gpu.name})" for gpu in hardware.gpus if lacks_bf16(gpu.name)), None)
+    if asked == "bf16" and old:
+        raise ConfigError(f"--precision bf16: {old} is older than Ampere and has no bf16; use --precision fp16")
+    if asked != "auto":
+        return asked, "as asked"
+    if not hardware.use_cuda:
+        return "fp32", "auto on the CPU"
+    if old:
+        return "fp16", f"auto: {old} is older than Ampere and has no bf16"
+    return "bf16", "auto on cards from Ampere on"
 
 
 def check_identity(now: dict, then: dict, where: str, reasons: dict[str, str | None] | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from flare.errors import ConfigError, nearest
 from flare.nope.format import family_of
 
-FP32_BYTES, BF16_BYTES = 4, 2
+FP32_BYTES, HALF_BYTES = 4, 2
 
 REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 def shard_model(model: torch.nn.Module, world: "World") -> None:
     """Shard a ``TrainingModel`` over all ranks, in place; it may be on the meta device.
 
-    On bf16 runs units are gathered in bf16 and compute in it, without autocast; gradients are summed over ranks in
-    fp32, into the shards of the fp32 masters. A unit may hold frozen bf16 weights beside trainable fp32 ones.
+    On bf16 and fp16 runs units are gathered in that format and compute in it, without autocast; gradients are summed
+    over ranks in fp32, into the shards of the fp32 masters. A unit may hold frozen 16-bit weights beside trainable
+    fp32 ones.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy()
-    if model.bf16:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if model.half_dtype:
+        policy = MixedPrecisionPolicy(param_dtype=model.half_dtype, reduce_dtype=torch.float32)
     layers = model.causal_lm.get_decoder().layers
     for index, layer in enumerate(layers):
         # The last layer is needed again at once: its backward pass is the first.
@@ -78,6 +79,11 @@ def is_sharded(tensor_or_module: object) -> bool:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with all its rows. A collective when it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a sharded tensor, in its own memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_rows(tensor: DTensor) -> tuple[int, int]:

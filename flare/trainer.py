@@ -23,6 +23,7 @@ from flare.distributed import World
 from flare.errors import FlareError
 from flare.garbage import steady_collection
 from flare.logs import log
+from flare.loss_scale import LossScale
 from flare.metrics import MetricsWriter, Throughput, peak_memory_gib, perplexity
 from flare.model import TrainingModel
 from flare.optim import can_skip_on_device, take_step
@@ -32,6 +33,8 @@ from flare.phase import during
 from flare.prefetch import StepLoader, StepRows, cut, host_tensors, to_device
 from flare.progress import STOP_FILE, Progress, StopRequest
 from flare.sharding import is_sharded
+
+FP16_HINT = "; fp16 ends at 65,504: --precision fp32, or bf16 where cards have it, goes further"
 
 
 @dataclass
@@ -105,7 +108,10 @@ class Trainer:
         # What may be skipped must be known at once.
         may_lag = on_card and not options.skip_nonfinite and can_skip_on_device(parts.optimizer)
         lag = 1 if may_lag else 0
-        self.outcomes = Outcomes(world.device, lag)
+        self.loss_scale = None
+        if parts.model.half_dtype == torch.float16:
+            self.loss_scale = LossScale(world.device, progress.loss_scale, progress.good_steps)
+        self.outcomes = Outcomes(world.device, lag, self.loss_scale)
         self.throughput = Throughput()
         self.stop_request = StopRequest(aborts_at=3 if world.size == 1 else None)
         self.saved_step = progress.step
@@ -148,19 +154,23 @@ class Trainer:
         self.module.train()
         self._seed()
         # DDP averages over ranks; times their number it is the sum that the loss is defined by.
-        scale = self.world.size / data.num_targets
+        scale: float | torch.Tensor = self.world.size / data.num_targets
+        if self.loss_scale:
+            scale = scale * self.loss_scale.scale
         loss_sum = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(data.batches):
             with distributed.reduce_gradients(self.module, now=index == len(data.batches) - 1):
                 nll_sum = self.module(**to_device(batch, self.world.device))
                 (nll_sum * scale).backward()
             loss_sum += nll_sum.detach()
+        if self.loss_scale:
+            self.loss_scale.unscale(self.parameters)
         max_norm = self.options.max_grad_norm or math.inf
         grad_norm = distributed.clip_gradients(self.parameters, max_norm)
         self.outcomes.put(place, loss_sum.double() / data.num_targets, grad_norm, self._wants_stop())
         finite = True
         if self.outcomes.lag:
-            parts.optimizer.found_inf = self.outcomes.failed
+            parts.optimizer.found_inf = self.outcomes.found_inf
         else:
             finite = self._read_outcomes()
         if finite:
@@ -192,21 +202,32 @@ class Trainer:
         )
 
     def _read_outcomes(self, keep: int = 0) -> bool:
-        """Take in what steps came to, all but the ``keep`` newest; on all ranks alike. False when one is skipped.
+        """Take in what steps came to, all but the ``keep`` newest; on all ranks alike. False when one has no update.
 
         Raises: FlareError for numbers that are not finite. That update was not made, nor any after it.
         """
         finite = True
         for place, outcome in self.outcomes.take(keep):
             self.asked_to_stop |= outcome.stop
-            if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+            self.progress.loss_scale, self.progress.good_steps = outcome.loss_scale, outcome.good_steps
+            finite &= outcome.finite
+            if outcome.overflow:
+                self._note_overflow(place, outcome)
+            elif not outcome.finite:
                 self._skip_or_refuse(place, outcome)
-                finite = False
                 continue
             self.window.append(outcome)
             if self.metrics:
                 self.metrics.advance(outcome.loss, self._learning_rate())
         return finite
+
+    def _note_overflow(self, place: Place, outcome: Outcome) -> None:
+        """Count a step whose update was left out, as is usual in fp16: its rows are passed, its loss is logged."""
+        self.progress.overflow_steps += 1
+        log.info(
+            f"step {place.step + 1}: the gradients overflow fp16, no update; loss scale {outcome.loss_scale:g} from "
+            f"here on ({self.progress.overflow_steps} such steps so far)"
+        )
 
     def _skip_or_refuse(self, place: Place, outcome: Outcome) -> None:
         """Count a step whose numbers are not finite. Raises: FlareError beyond ``--skip_nonfinite``."""
@@ -223,7 +244,7 @@ class Trainer:
         progress.step, progress.rows, progress.tokens = place.step, place.rows, place.tokens
         raise FlareError(
             f"{what}; the weights were not updated, the last checkpoint is good; lower --learning_rate, or look at "
-            "these rows in logs/"
+            "these rows in logs/" + FP16_HINT * (self.loss_scale is not None)
         )
 
     # -- after a step -------------------------------------------------------------------------------
@@ -264,13 +285,15 @@ class Trainer:
             "loss": mean,
             "perplexity": perplexity(mean),
             "learning_rate": self.options.learning_rate * self.parts.schedule(self.progress.step - 1),
-            "grad_norm": window[-1].grad_norm,
+            "grad_norm": next((o.grad_norm for o in reversed(window) if o.finite), None),  # None: all overflowed
             "tokens_per_sec": rate,
             "mfu": self._share_of_peak(rate, self.parts.model_flops_per_token),
             "executed_flops_use": self._share_of_peak(rate, self.parts.executed_flops_per_token),
             "data_wait": self.loader.take_wait() / seconds if seconds else 0.0,
             "memory_gib": distributed.all_max([peak_memory_gib(self.world.device)])[0],
         }
+        if self.loss_scale:
+            record |= {"loss_scale": self.progress.loss_scale, "overflow_steps": self.progress.overflow_steps}
         self._record(record)
 
     def _share_of_peak(self, tokens_per_sec: float, flops_per_token: float | None) -> float | None:

@@ -33,7 +33,9 @@ def run_worker(run: Run) -> int:
     world = None
     try:
         corpus, *rows = _prepared(run)
-        world = distributed.start(use_cuda, run.options.ddp_timeout, run.hardware.gpus)
+        world = distributed.start(
+            use_cuda, run.options.ddp_timeout, run.hardware.gpus, needs_bf16=run.precision == "bf16"
+        )
         distress.listen(world)
         distributed.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
         run = open_experiment(run, world)

@@ -29,7 +29,7 @@ from flare.data.train_rows import Batch, TrainRows
 from flare.distributed import World
 from flare.loss import linear_cross_entropy_sum
 from flare.memory import loss_bytes, memory
-from flare.model import TrainingModel, checkpoint_layers, set_trainable
+from flare.model import HALF_DTYPES, TrainingModel, checkpoint_layers, set_trainable
 from flare.moments import ADAM_STATE_BYTES
 from flare.nope import modeling_nope
 from flare.options import Options
@@ -43,7 +43,7 @@ TINY = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True,
 }  # fmt: skip
-CASES = {  # family, stage, kernel, packing, checkpointing
+CASES = {  # family, stage, kernel, packing, checkpointing, precision unless bf16
     "qwen2, stage 1, varlen, documents": ("qwen2", 1, "varlen", "document", False),
     "qwen2, stage 1, varlen, concat, checkpointing": ("qwen2", 1, "varlen", "concat", True),
     "qwen2, stage 2, varlen, documents, checkpointing": ("qwen2", 2, "varlen", "document", True),
@@ -52,6 +52,8 @@ CASES = {  # family, stage, kernel, packing, checkpointing
     "qwen3, stage 1, sdpa, documents, checkpointing": ("qwen3", 1, "sdpa", "document", True),
     "qwen3, stage 2, varlen, documents": ("qwen3", 2, "varlen", "document", False),
     "qwen3, stage 2, varlen, concat, checkpointing": ("qwen3", 2, "varlen", "concat", True),
+    "qwen2, stage 1, sdpa, documents, fp16": ("qwen2", 1, "sdpa", "document", False, "fp16"),
+    "qwen3, stage 2, sdpa, concat, checkpointing, fp16": ("qwen3", 2, "sdpa", "concat", True, "fp16"),
 }
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -143,9 +145,17 @@ def on_card(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def trainer_of(
-    config: dict, nope: list[int], stage: int, kernel: str, packing: str, checkpointing: bool, micro: int, seq_len: int
+    config: dict,
+    nope: list[int],
+    stage: int,
+    kernel: str,
+    packing: str,
+    checkpointing: bool,
+    micro: int,
+    seq_len: int,
+    precision: str = "bf16",
 ) -> Trainer:
-    """As the session puts it together: bf16, on one card."""
+    """As the session puts it together, on one card."""
     name = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[config["model_type"]]
     settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     config_class = getattr(modeling_nope, f"{name}NopeConfig")
@@ -155,13 +165,13 @@ def trainer_of(
         )
     on_card(causal_lm)
     with MODE:
-        set_trainable(causal_lm, Trainable.of("all" if stage == 2 else nope), "bf16")
+        set_trainable(causal_lm, Trainable.of("all" if stage == 2 else nope), precision)
     causal_lm.train()
     if checkpointing:
         checkpoint_layers(causal_lm)
     if kernel != "sdpa":
         use_kernel(causal_lm, kernel)
-    model = TrainingModel(causal_lm, bf16=True, documents=packing == "document")
+    model = TrainingModel(causal_lm, HALF_DTYPES[precision], documents=packing == "document")
     options = Options(
         stage=stage, learning_rate=1e-5, max_steps=9, max_seq_length=seq_len, per_device_train_batch_size=micro,
         lr_scheduler_type="constant", eval_steps=None, save_steps=10**9, packing=packing,
@@ -174,8 +184,8 @@ def trainer_of(
     return trainer
 
 
-def tiny(family: str, stage: int, kernel: str, packing: str, checkpointing: bool) -> Trainer:
-    return trainer_of(TINY | {"model_type": family}, [1], stage, kernel, packing, checkpointing, 2, 64)
+def tiny(family: str, stage: int, kernel: str, packing: str, checkpointing: bool, precision: str = "bf16") -> Trainer:
+    return trainer_of(TINY | {"model_type": family}, [1], stage, kernel, packing, checkpointing, 2, 64, precision)
 
 
 def outcome(steps: int, trainer: Trainer) -> str:
@@ -220,18 +230,18 @@ def planted(case: str) -> dict[str, str]:
     return {"labels on the host": mixed, "a number in mid-step": waits}
 
 
-def loss_peaks(head_trains: bool) -> list[int]:
-    """[bytes that the loss of 4096 tokens makes at its fullest, the plan's number], Qwen's vocabulary, bf16."""
+def loss_peaks(head_trains: bool, half_dtype: torch.dtype) -> list[int]:
+    """[bytes that the loss of 4096 tokens makes at its fullest, the plan's number], Qwen's vocabulary."""
     shape = known_shape("Qwen/Qwen2.5-0.5B")
     plan = PlanInputs(shape, 2, (1,), seq_len=4096, gpus=(("card", 81559),)).microbatch
     with MODE:
-        hidden = torch.empty(4096, shape.hidden_size, dtype=torch.bfloat16, device=CARD, requires_grad=True) + 0
-        dtype = torch.float32 if head_trains else torch.bfloat16
+        hidden = torch.empty(4096, shape.hidden_size, dtype=half_dtype, device=CARD, requires_grad=True) + 0
+        dtype = torch.float32 if head_trains else half_dtype
         weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=dtype, device=CARD, requires_grad=head_trains)
         labels = torch.empty(4096, dtype=torch.int64, device=CARD)
         with LivingBytes() as living:
             linear_cross_entropy_sum(hidden, weight, labels)
-    return [living.peak, loss_bytes(shape, replace(plan, bf16=True), head_trains, on_card=True)]
+    return [living.peak, loss_bytes(shape, replace(plan, fp16=half_dtype == torch.float16), head_trains, on_card=True)]
 
 
 def step_peaks(model: str, layers: int, stage: int, checkpointing: bool) -> list[int]:
@@ -261,7 +271,11 @@ def main() -> None:
         "torch": [str(torch.accelerator.current_accelerator()), torch.cuda.is_available()],
         "cases": {case: outcome(2, tiny(*how)) for case, how in CASES.items()},
         "planted": planted(next(iter(CASES))),
-        "loss": {str(trains): loss_peaks(trains) for trains in (False, True)},
+        "loss": {
+            f"{precision}, head trains: {trains}": loss_peaks(trains, dtype)
+            for trains in (False, True)
+            for precision, dtype in HALF_DTYPES.items()
+        },
         "step": {
             f"{model}, stage {stage}{', checkpointing' * recompute}": step_peaks(model, 6, stage, recompute)
             for model, stage, recompute in (

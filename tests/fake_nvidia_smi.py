@@ -40,6 +40,8 @@ SERVERS: dict[str, list[Card]] = {
     "h200": [H200],
     "one_24_gib": [Card("NVIDIA GeForce RTX 4090", 24564)],
     "node": [A800] * 4,
+    "v100": [Card("Tesla V100-SXM2-32GB", 32768)] * 4,
+    "old_and_new": [A40, Card("Quadro RTX 6000", 24576)],
     "mixed": [A40, Card("NVIDIA RTX A4000", 16376), Card("NVIDIA RTX A400", 4094), A800],
     "mig": [
         Card("NVIDIA H200", 143771, 87, ("1g.18gb", "1g.18gb", "3g.71gb")),

@@ -23,15 +23,22 @@ from flare.nope.load import load_tokenizer
 from flare.options import Options
 from flare.sharding import whole
 from flare.trainable import Trainable
-from flare.trainer import Trainer
+from flare.trainer import Progress, Trainer
 
 
 def make_trainer(
-    base: Path, corpus: str, cache_dir: Path, scratch: Path, parallel: str = "ddp", **changes: object
+    base: Path,
+    corpus: str,
+    cache_dir: Path,
+    scratch: Path,
+    parallel: str = "ddp",
+    precision: str = "fp32",
+    progress: Progress | None = None,
+    **changes: object,
 ) -> Trainer:
     """A trainer of a tiny model on this rank of the run that torchrun started."""
     world = distributed.start(use_cuda=False, timeout_sec=60)
-    how = (with_nope(read_model_config(base), [1, 3], None, str(base)), Trainable(True), "fp32", "auto")
+    how = (with_nope(read_model_config(base), [1, 3], None, str(base)), Trainable(True), precision, "auto")
     model = load_in_place(base, *how, world) if parallel == "fsdp" else load_for_training(base, *how)
     cache = build_token_cache(
         open_source(SourceSpec(corpus), cache_dir), load_tokenizer(base), cache_dir, TokenSettings()
@@ -40,7 +47,7 @@ def make_trainer(
     size = changes.pop("global_batch_size")
     rows_by_rank = changes.pop("rows_by_rank", None) or equal(size, world.size).rows
     options = Options(**({"learning_rate": 1e-3, "max_seq_length": 32, "max_grad_norm": 0.0} | changes))
-    return bare_trainer(model, rows, options, world, rows_by_rank, scratch)
+    return bare_trainer(model, rows, options, world, rows_by_rank, scratch, progress)
 
 
 def leave() -> None:
@@ -62,7 +69,7 @@ def main() -> None:
     runner.parts.optimizer.register_step_pre_hook(
         lambda *_: caught.update({n: whole(p.grad).clone() for n, p in runner.parts.model.trainable_parameters()})
     )
-    loss, _, _ = runner._step()
+    loss = runner._step().loss
     if runner.world.is_main:
         torch.save({"loss": loss, "gradients": caught}, out)
     leave()

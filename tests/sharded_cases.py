@@ -42,6 +42,8 @@ CASES = {
     "everything, selective": (Trainable.of("all"), "fp32", SELECTIVE),
     "bf16, everything": (Trainable.of("all"), "bf16", False),
     "bf16, attention of NoPE layers": (Trainable.of(LAYERS, True), "bf16", False),
+    "fp16, everything": (Trainable.of("all"), "fp16", False),
+    "fp16, attention of NoPE layers": (Trainable.of(LAYERS, True), "fp16", False),
 }
 
 

@@ -22,7 +22,7 @@ LAYERS = [
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
     ["data"],
     ["run", "setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "board", "metrics"],
-    ["garbage", "outcomes", "prefetch", "progress"],
+    ["garbage", "loss_scale", "outcomes", "prefetch", "progress"],
     ["trainer", "evaluation"],
     ["prepare", "prepare_only", "resolved_config", "saving", "resume", "session", "worker", "demo"],
 ]

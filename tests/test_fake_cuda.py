@@ -1,4 +1,4 @@
-"""Training steps on fake CUDA tensors at bf16: what a machine without a card can show of the code for cards.
+"""Training steps on fake CUDA tensors in bf16 and fp16: what a machine without a card can show of the code for cards.
 
 Shown: devices, dtypes and shapes of every operation's arguments fit, the host asks the device for no number between
 log lines, and the memory of the tensors that are made is the plan's. Not shown: what kernels do, and anything of
@@ -46,7 +46,7 @@ def test_steps_mix_no_devices_and_wait_for_nothing(found: dict) -> None:
     """Two families, both stages, packed rows by the varlen kernel and by SDPA, with and without checkpointing: two
     steps of two micro-batches, clipping, the update and its flag, and a scoring pass."""
     assert found["torch"] == ["cuda", False]  # torch itself would still say that there is no card
-    assert len(found["cases"]) == 8
+    assert len(found["cases"]) == 10
     assert set(found["cases"].values()) == {"fine"}, found["cases"]
 
 
@@ -55,10 +55,11 @@ def test_a_tensor_left_on_the_host_and_a_number_in_mid_step_are_caught(found: di
     assert "_local_scalar_dense" in found["planted"]["a number in mid-step"]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("head_trains", [False, True])
-def test_the_loss_on_a_card_takes_the_memory_of_the_plan(found: dict, head_trains: bool) -> None:
+def test_the_loss_on_a_card_takes_the_memory_of_the_plan(found: dict, head_trains: bool, precision: str) -> None:
     """Four chunks at Qwen's vocabulary; before, 2 bytes a logit were left from the chunk before."""
-    made, planned = found["loss"][str(head_trains)]
+    made, planned = found["loss"][f"{precision}, head trains: {head_trains}"]
     assert made == pytest.approx(planned, rel=0.001)
 
 

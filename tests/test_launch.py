@@ -92,6 +92,22 @@ def test_rank_with_another_card_stops_before_it_allocates(
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize(("capability", "refused"), [((7, 0), True), ((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_a_card_without_bf16_stops_a_run_that_needs_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: bool
+) -> None:
+    """Whatever its name: torch's compute capability is the judge."""
+    fake_cuda(monkeypatch, [("NVIDIA X", "0")])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    distributed.bind_card(0, (), needs_bf16=False)
+    if not refused:
+        distributed.bind_card(0, (), needs_bf16=True)
+        return
+    with pytest.raises(EnvError, match=rf"NVIDIA X has no bf16 .*{capability[0]}\.{capability[1]}.*--precision fp16"):
+        distributed.bind_card(0, (), needs_bf16=True)
+
+
 def run_of(hardware: Hardware, base: Path, tmp_path: Path, *flags: object) -> Run:
     defaults = ["--model_name_or_path", base, "--base_output_dir", tmp_path / "out", "--max_seq_length", 64]
     return settle(resolve([str(word) for word in [*defaults, *flags]]), hardware)

@@ -34,7 +34,7 @@ from flare.plan import check_fits, checkpoints_on_disk, make_plan
 from flare.plan_inputs import PlanInputs
 from flare.plan_table import plan_lines
 from flare.rooms import GIB, MIB, read_available_ram, usable_bytes
-from flare.shapes import BF16_BYTES, KNOWN_SHAPES, ModelShape, known_shape
+from flare.shapes import HALF_BYTES, KNOWN_SHAPES, ModelShape, known_shape
 from flare.suggest import largest_micro_batch, suggest
 from flare.trainable import Trainable
 
@@ -231,7 +231,7 @@ def tiny_training(
     assert trainable.params(ModelShape.from_config(config.to_dict())) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
-    return TrainingModel(model, bf16=bf16), ModelShape.from_config(config.to_dict()), trainable
+    return TrainingModel(model, torch.bfloat16 if bf16 else None), ModelShape.from_config(config.to_dict()), trainable
 
 
 def rows_of_tokens(vocab_size: int, rows: int, seq_len: int, documents: int) -> tuple[torch.Tensor, ...]:
@@ -267,7 +267,7 @@ def saved_bytes(model: TrainingModel, ids: torch.Tensor, positions: torch.Tensor
     with (
         patch.object(recompute, "_policy", policy),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=model.bf16),
+        torch.autocast("cpu", torch.bfloat16, enabled=model.half_dtype is not None),
     ):
         model.causal_lm.model(input_ids=ids, position_ids=positions, use_cache=False)
     return sum(storage.nbytes() for storage in storages.values())
@@ -289,7 +289,7 @@ def test_saved_activations(family: str, train: str, bf16: bool, documents: int, 
         expected += layers * activations.products_bytes(shape, batch) * (checkpointing == SELECTIVE)
     else:
         copies = sum(trainable.matmul_params(shape, i) for i in range(6)) if bf16 else 0
-        expected += activations.rotary_bytes(shape, batch) + BF16_BYTES * copies
+        expected += activations.rotary_bytes(shape, batch) + HALF_BYTES * copies
         expected += sum(activations.layer_saved_bytes(shape, batch, trainable, i) for i in range(6))
     assert expected == pytest.approx(saved_bytes(model, ids, positions), rel=0.02)
 
@@ -301,7 +301,7 @@ def test_saved_activations_of_eager_attention(train: str, bf16: bool) -> None:
     ids, positions = rows_of_tokens(100, rows=1, seq_len=256, documents=2)
     batch = Microbatch(1, 256, bf16, trainable.everything, eager_attention=True)
     copies = sum(trainable.matmul_params(shape, i) for i in range(6)) if bf16 else 0
-    expected = activations.final_norm_saved_bytes(shape, batch, trainable) + BF16_BYTES * copies
+    expected = activations.final_norm_saved_bytes(shape, batch, trainable) + HALF_BYTES * copies
     expected += sum(activations.layer_saved_bytes(shape, batch, trainable, i) for i in range(6))
     assert expected == pytest.approx(saved_bytes(model, ids, positions), rel=0.02)
 
@@ -318,7 +318,7 @@ def test_saved_bytes_of_a_trainable_layer_by_hand() -> None:
     attention = 2 * (80 + 80 + 80 + 80) + 4 * 10 * 2 + 2 * 100  # q, k, v, out; logsumexp; mask
     mlp = 2 * 4 * 160  # gate, silu, up, their product
     copies = (3 + 2) * 2 * 80  # q, k, v, gate and up each convert the fp32 output of a norm
-    batch = Microbatch(1, 10, bf16=True, fp32_residual=False)
+    batch = Microbatch(1, 10, half=True, fp32_residual=False)
     assert activations.layer_saved_bytes(TINY, batch, Trainable.of({1, 2}), 2) == 2 * norm + attention + mlp + copies
 
 
@@ -421,20 +421,22 @@ def assert_peak(
     assert moments == sum(t.nbytes for name, t in state.items() if not name.endswith("|step"))
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_trains", [False, True])
 @pytest.mark.parametrize(("vocab_size", "hidden_size"), [(4000, 128), (3000, 1024)])
-def test_peak_memory_of_the_loss(bf16: bool, head_trains: bool, vocab_size: int, hidden_size: int) -> None:
-    dtype = torch.bfloat16 if bf16 else torch.float32
+def test_peak_memory_of_the_loss(dtype: torch.dtype, head_trains: bool, vocab_size: int, hidden_size: int) -> None:
     # Not a leaf, as in the model: its gradient is passed on, not stored.
     hidden = torch.randn(1024, hidden_size, dtype=dtype) + torch.zeros(1, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab_size, hidden_size).requires_grad_(head_trains)
     weight = weight if head_trains else weight.to(dtype)
     labels = torch.randint(0, vocab_size, (1024,))
     shape = replace(TINY, vocab_size=vocab_size, hidden_size=hidden_size)
-    expected = loss_bytes(shape, Microbatch(1, 1024, bf16, head_trains), head_trains)
+    batch = Microbatch(1, 1024, dtype != torch.float32, head_trains, fp16=dtype == torch.float16)
+    expected = loss_bytes(shape, batch, head_trains)
     peak = allocated_peak(lambda: loss.linear_cross_entropy_sum(hidden, weight, labels).backward())
-    scratch = 0 if head_trains else scratch_of_a_product(1024, weight)  # with its gradient, another moment is the peak
+    scratch = (
+        0 if head_trains or batch.fp16 else scratch_of_a_product(1024, weight)
+    )  # with its gradient, another moment is the peak
     assert expected == pytest.approx(peak - scratch, rel=0.05)
 
 

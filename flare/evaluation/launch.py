@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flare.errors import ConfigError, FlareError, print_error
 from flare.evaluation.options import EvaluationSettings
-from flare.gpus import Selection, select_environment
+from flare.gpus import Selection, lacks_bf16, select_environment
 from flare.handoff import CARDS_VARIABLE, DEVICE_VARIABLE, worker_hardware
 from flare.hosts import num_nodes
 from flare.launch import (
@@ -74,6 +74,7 @@ def evaluate_here(settings: EvaluationSettings, device: str) -> int:
     """
     import torch
 
+    from flare.distributed import AMPERE
     from flare.evaluation.batches import ALONE
     from flare.evaluation.session import Evaluation
     from flare.logs import start_logging
@@ -83,7 +84,9 @@ def evaluate_here(settings: EvaluationSettings, device: str) -> int:
         raise ConfigError(f"--device {device}: torch {torch.__version__} sees no card; give --device cpu")
     start_logging()
     place = None if device == "auto" else torch.device(device)
-    return Evaluation(with_precision(settings, on_card), ALONE, place).run()
+    cards = range(torch.cuda.device_count() if on_card else 0)
+    old = any(torch.cuda.get_device_capability(card) < AMPERE for card in cards)
+    return Evaluation(with_precision(settings, on_card, old), ALONE, place).run()
 
 
 def join(settings: EvaluationSettings) -> int:
@@ -97,7 +100,8 @@ def join(settings: EvaluationSettings) -> int:
     try:
         hardware = worker_hardware(settings)
         world = distributed.start(hardware.use_cuda, settings.ddp_timeout, hardware.gpus)
-        code = Evaluation(with_precision(settings, hardware.use_cuda), world, world.device).run()
+        old = any(lacks_bf16(gpu.name) for gpu in hardware.gpus)
+        code = Evaluation(with_precision(settings, hardware.use_cuda, old), world, world.device).run()
         distributed.stop()
         if code:
             tell_launcher("not everything could be evaluated; the report says what and why", code)
@@ -108,8 +112,9 @@ def join(settings: EvaluationSettings) -> int:
     return code
 
 
-def with_precision(settings: EvaluationSettings, on_card: bool) -> EvaluationSettings:
-    """``--precision auto`` settled."""
+def with_precision(settings: EvaluationSettings, on_card: bool, old: bool) -> EvaluationSettings:
+    """``--precision auto`` settled. ``old``: a card is older than Ampere and has no bf16."""
     if settings.precision != "auto":
         return settings
-    return replace(settings, precision="bf16" if on_card else "fp32")
+    on_cards = "fp16" if old else "bf16"
+    return replace(settings, precision=on_cards if on_card else "fp32")

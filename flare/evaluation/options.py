@@ -101,7 +101,12 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add("--batch_size", type=positive, default=1, metavar="N", help="full windows scored at once [1]")
     add("--prefix_token_id", type=int, metavar="ID", help="token before a document's first one [bos, else eos]")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the weights [bf16 on cuda]")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of the weights [cards bf16, old ones fp16]",
+    )
     add("--attn_implementation", choices=("sdpa", "eager"), default="sdpa", help="attention code [sdpa]")
     add("--seed", type=int, default=0, metavar="N", help="of passkeys, samples and bootstrap [0]")
 

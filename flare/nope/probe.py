@@ -45,9 +45,10 @@ def probe_nope_layers(model: torch.nn.Module, decode: Callable | None = None) ->
     ]
     was_training = model.training
     model.eval()
-    # On bf16 runs frozen weights are bf16 beside fp32 masters, and only autocast brings them together.
-    mixed = len({parameter.dtype for parameter in decoder.parameters()}) > 1
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+    # On bf16 and fp16 runs frozen weights are 16-bit beside fp32 masters: only autocast brings them together.
+    dtypes = {parameter.dtype for parameter in decoder.parameters()}
+    half = torch.float16 if torch.float16 in dtypes else torch.bfloat16
+    with torch.autocast(device.type, half, enabled=len(dtypes) > 1):
         try:
             (decode or decoder)(input_ids=input_ids, position_ids=positions, use_cache=False)
         finally:
