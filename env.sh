@@ -27,7 +27,8 @@ flare_find_python() {
 
 # The newest torch wheel wants CUDA 13, which needs driver 580; servers with an older one are common. A build for any
 # CUDA 12 runs on every driver for CUDA 12, of 525 or newer. Source: NVIDIA, CUDA Compatibility, minor versions.
-# Prints the wheel indexes to try, best first, when this machine's driver is too old for the default wheel.
+# Only the builds for CUDA 12.6 still hold kernels for cards before Turing (V100, P100): pytorch/pytorch#172352.
+# Prints the wheel indexes to try, best first, when the default wheel does not fit this machine's driver and cards.
 flare_torch_indexes() {
   command -v nvidia-smi >/dev/null 2>&1 || return 0
   local cuda
@@ -35,11 +36,20 @@ flare_torch_indexes() {
   [ -n "$cuda" ] || return 0
   set -- $cuda
   local version=$(($1 * 100 + $2))
+  if flare_has_old_card; then
+    echo "https://download.pytorch.org/whl/cu126"
+    return 0
+  fi
   [ "$version" -ge 1300 ] && return 0
   [ "$version" -ge 1200 ] ||
     flare_fail 4 "the driver supports CUDA $1.$2 only; torch needs one for CUDA 12 (driver 525 or newer)"
   [ "$version" -ge 1208 ] && echo "https://download.pytorch.org/whl/cu128"
   echo "https://download.pytorch.org/whl/cu126"
+}
+
+flare_has_old_card() {
+  timeout 10 nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
+    awk -F. '/^[0-9]+\.[0-9]+/ { if ($1 * 10 + $2 < 75) old = 1 } END { exit !old }'
 }
 
 flare_install() { # requirements file

@@ -45,6 +45,13 @@ def _start_of(stages: dict[str, dict]) -> str:
     return str(stages.get("2", {}).get("starts_from", ""))
 
 
+def last_rate(experiment: Experiment, stage: int) -> tuple[int, float | None]:
+    """(steps that this stage has done, tokens/s over the last of them that were logged; None before any was)."""
+    history = experiment.read_metrics().get("stages", {}).get(str(stage), {}).get("history", [])
+    rates = [record["tokens_per_sec"] for record in history if record.get("tokens_per_sec")]
+    return max((record["step"] for record in history), default=0), rates[-1] if rates else None
+
+
 def trained_tokens(block: dict) -> int:
     """Tokens that a stage's block tells of."""
     return max((record["tokens"] for record in block.get("history", [])), default=0)

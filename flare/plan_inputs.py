@@ -32,6 +32,8 @@ class PlanInputs:
     save_total_limit: int | None = 3  # None: every checkpoint is kept
     keeps_best: bool = False  # the best checkpoint is kept whatever its age (early stopping)
     num_saves: int | None = None  # checkpoints that the whole run writes, where known
+    steps_left: int | None = None  # of the stage, where its length and what is done are known
+    tokens_per_sec: float | None = None  # of this stage's last steps in this experiment
     free_disk_bytes: int | None = None  # in the output directory
     available_ram_bytes: int | None = None  # CPU runs, see read_available_ram
     processes_per_host: int | None = None  # CPU runs; None: all of them

@@ -1,5 +1,6 @@
 """The plan of a run as the aligned table that people read. No torch."""
 
+import math
 import textwrap
 from collections.abc import Iterator
 
@@ -40,6 +41,17 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _flops_rows(plan.flops)
     yield from _memory_rows(plan)
     yield "disk", _disk_words(plan)
+    if inputs.steps_left is not None and inputs.tokens_per_sec:
+        yield "time", time_words(inputs.steps_left, plan.tokens_per_step, inputs.tokens_per_sec)
+
+
+def time_words(steps: int, tokens_per_step: int, tokens_per_sec: float) -> str:
+    """What steps take at a rate that was measured, without evaluation and saving."""
+    minutes = math.ceil(steps * tokens_per_step / tokens_per_sec / 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [f"{days} d {hours} h"] if days else [f"{hours} h {minutes} min"] if hours else [f"{minutes} min"]
+    return f"{parts[0]} for {steps:,} steps at {tokens_per_sec:,.0f} tokens/s, as the last ones here; evaluation apart"
 
 
 def _runs_in_words(inputs: PlanInputs) -> str:

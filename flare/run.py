@@ -13,6 +13,7 @@ from pathlib import Path
 from flare.config import Resolved
 from flare.errors import ConfigError
 from flare.experiment import Experiment, existing_parent
+from flare.metrics_file import last_rate
 from flare.nope.format import theta_of, weight_files
 from flare.nvidia_smi import Gpu
 from flare.options import Options
@@ -116,6 +117,7 @@ class Run:
         """What the run needs, from its configuration alone."""
         options, hardware = self.options, self.hardware
         micro = self.micro_batch_size
+        steps_done, tokens_per_sec = last_rate(self.experiment, options.stage)
         return make_plan(
             PlanInputs(
                 shape=ModelShape.from_config(self.config, self.model_name),
@@ -138,6 +140,8 @@ class Run:
                 save_total_limit=options.save_total_limit,
                 keeps_best=options.early_stopping_patience is not None,
                 num_saves=-(-options.max_steps // options.save_steps) if options.max_steps else None,
+                steps_left=max(options.max_steps - steps_done, 0) if options.max_steps else None,
+                tokens_per_sec=tokens_per_sec,
                 free_disk_bytes=shutil.disk_usage(existing_parent(self.experiment.root)).free,
                 available_ram_bytes=None if hardware.use_cuda else read_available_ram(),
                 processes_per_host=hardware.world_size // hardware.nodes,

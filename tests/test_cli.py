@@ -147,6 +147,7 @@ def test_demo_starts_where_the_user_is(tmp_path: Path) -> None:
     ("cuda", "words"),
     [
         ("13.0", ""),
+        ("13.0 7.0", "https://download.pytorch.org/whl/cu126"),  # a V100 beside an H100
         ("12.8", "https://download.pytorch.org/whl/cu128 https://download.pytorch.org/whl/cu126"),
         ("12.2", "https://download.pytorch.org/whl/cu126"),
         ("11.4", "error: the driver supports CUDA 11.4 only; torch needs one for CUDA 12 (driver 525 or newer)"),
@@ -154,7 +155,15 @@ def test_demo_starts_where_the_user_is(tmp_path: Path) -> None:
 )
 def test_setup_takes_a_torch_that_the_driver_runs(tmp_path: Path, cuda: str, words: str) -> None:
     smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\necho '| NVIDIA-SMI 535.183   Driver Version: 535.183   CUDA Version: {cuda}     |'\n")
+    version, _, capability = cuda.partition(" ")
+    smi.write_text(
+        f"""#!/bin/sh
+case $* in
+  *compute_cap*) printf '9.0\\n{capability or "8.0"}\\n' ;;
+  *) echo '| NVIDIA-SMI 535.183   Driver Version: 535.183   CUDA Version: {version}     |' ;;
+esac
+"""
+    )
     smi.chmod(0o755)
     result = subprocess.run(
         ["bash", "-c", f". {REPO}/env.sh && flare_torch_indexes"],

@@ -32,7 +32,7 @@ from flare.optim import optimizer_tensors, parameter_groups
 from flare.options import SELECTIVE
 from flare.plan import check_fits, checkpoints_on_disk, make_plan
 from flare.plan_inputs import PlanInputs
-from flare.plan_table import plan_lines
+from flare.plan_table import plan_lines, time_words
 from flare.rooms import GIB, MIB, read_available_ram, usable_bytes
 from flare.shapes import HALF_BYTES, KNOWN_SHAPES, ModelShape, known_shape
 from flare.suggest import largest_micro_batch, suggest
@@ -777,6 +777,18 @@ def test_the_table_tells_what_section_4_asks_for() -> None:
     flops = made.flops
     assert f"executed {flops.executed / 1e9:.2f} GFLOP" in text
     assert f"frozen prefix {2 * 20 * 77_070_336 / 1e9:.2f} GFLOP" in text
+
+
+def test_the_time_is_told_where_a_rate_is_known() -> None:
+    def told(**known: object) -> str:
+        lines = plan_lines(make_plan(qwen("Qwen2.5-3B", 1, **known)))
+        return "".join(line for line in lines if line.startswith("time "))
+
+    tokens = make_plan(qwen("Qwen2.5-3B", 1)).tokens_per_step
+    assert told(steps_left=100) == ""
+    assert "1 h 40 min for 100 steps at " in told(steps_left=100, tokens_per_sec=tokens / 60)
+    assert time_words(10, tokens, tokens / 60).startswith("10 min for 10 steps at ")
+    assert time_words(3000, tokens, tokens / 60).startswith("2 d 2 h for 3,000 steps at ")
 
 
 def test_the_table_names_selective_checkpointing() -> None:

@@ -1,6 +1,7 @@
 """What must not be lost or mistaken between runs: each row is a defect that a review found and reproduced."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def test_stage_one_trains_and_resumes_in_bf16_below_frozen_layers(
     second = train(*flags, "--max_steps", 4)
     assert second.returncode == 0, second.stderr
     assert "resumes from checkpoint-2" in second.stderr
+    assert "time " not in first.stderr  # no rate is known yet
+    assert re.search(r"\ntime +1 min for 2 steps at [0-9,]+ tokens/s", second.stderr)
 
 
 @pytest.mark.parametrize(
