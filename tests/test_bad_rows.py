@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from flare.data.build import build_token_cache
 from flare.data.documents import BadRows, usable_texts
 from flare.data.records import array_elements
-from flare.data.rows import SourceSpec
+from flare.data.rows import BadRow, SourceSpec
 from flare.data.sources import open_source
 from flare.data.tokens import TokenSettings
 from flare.errors import ConfigError, DataError
@@ -78,6 +78,16 @@ def test_csv_rows_over_several_lines_are_named_by_their_first_one(tmp_path: Path
     ]
     with pytest.raises(ConfigError, match=r"column 'txt' not in .*; columns: id, text; .*did you mean 'text'"):
         texts_and_bad(file, text_column="txt")
+
+
+def test_a_csv_quote_that_is_not_closed_makes_every_line_behind_it_bad(tmp_path: Path) -> None:
+    """Else a file of a million rows would lose most of them as one bad row."""
+    file = tmp_path / "x.csv"
+    file.write_text('id,text\n1,fine\n2,"open\n' + "3,row\n" * 100)
+    rows = list(open_source(SourceSpec(str(file)), tmp_path / "cache").rows())
+    assert [row.value for row in rows[:1]] == ["fine"]
+    assert [type(row.value) for row in rows[1:]] == [BadRow] * 101
+    assert str(rows[-1].value.reason) == "is within the quote of line 3, which is not closed"
 
 
 @given(st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max_size=2), max_size=8))

@@ -135,6 +135,32 @@ def save(path: Path, texts: list[object] = TEXTS) -> Path:
     return path
 
 
+def test_a_json_array_may_begin_behind_blanks(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(" \n" * 200 + '[{"text": "one"}]')
+    assert [row.value for row in open_source(SourceSpec(str(file)), tmp_path / "cache").rows()] == ["one"]
+
+
+def test_the_embedded_corpus_names_the_cache_directory_that_it_cannot_make(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--cache_dir .*/file cannot be made: File exists"):
+        open_source(SourceSpec("embedded"), tmp_path / "file")
+
+
+def test_a_split_asked_of_a_plain_file_is_told_to_mean_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("flare.data.sources.log.warning", told.append)
+    file = tmp_path / "x.txt"
+    file.write_text("some text")
+    open_source(SourceSpec(str(file)), tmp_path / "cache")
+    assert told == []
+    for name in (str(tmp_path), str(tmp_path / "*.txt")):
+        open_source(SourceSpec(name, dataset_split="validation"), tmp_path / "cache")
+        assert told.pop() == f"--dataset_split validation means nothing for {name}: all of it is read"
+
+
 def test_a_saved_data_set_gives_its_rows_and_is_known_by_its_content(tmp_path: Path) -> None:
     path = save(tmp_path / "saved", [*TEXTS, None])
     source = open_source(SourceSpec(str(path)), tmp_path)

@@ -24,8 +24,8 @@ from flare.data.parts import Part
 from flare.data.pool import Task, run_tasks
 from flare.data.progress import TokenProgress
 from flare.data.rows import Piece, Source
-from flare.data.tokens import TokenCache, TokenSettings, cache_key, open_whole, remove_damaged
-from flare.errors import ConfigError, DataError, EnvError
+from flare.data.tokens import TokenCache, TokenSettings, cache_key, make_cache_dir, open_whole, remove_damaged
+from flare.errors import DataError, EnvError
 from flare.files import write_json
 from flare.logs import log
 
@@ -47,10 +47,7 @@ def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settin
     directory = cache_dir / f"tokens-{key['fingerprint']}"
     cache = open_whole(directory)
     if cache is None:
-        try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--cache_dir {cache_dir} cannot be made: {error.strerror}") from error
+        make_cache_dir(cache_dir)
         try:
             with build_lock(directory):
                 cache = open_whole(directory)

@@ -7,6 +7,8 @@ import platform
 import sysconfig
 from pathlib import Path
 
+from flare.data.tokens import make_cache_dir
+
 SKIPPED_PARTS = {
     "site-packages",
     "test",
@@ -27,7 +29,7 @@ def embedded_documents(cache: Path) -> list[tuple[str, str]]:
     if path.is_file():
         return [tuple(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     documents = [*_topics(), *_docstrings()]
-    cache.mkdir(parents=True, exist_ok=True)
+    make_cache_dir(cache)
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     part.write_text("".join(json.dumps(item) + "\n" for item in documents), encoding="utf-8")
     os.replace(part, path)

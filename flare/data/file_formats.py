@@ -22,7 +22,7 @@ ARCHIVES = {".gz": "gzip", ".zst": "zstd"}
 UNDECODED = re.compile("[\udc80-\udcff]")
 OPEN_OBJECT = re.compile(rb"\{[ \t]*\r?\n")
 BOM = b"\xef\xbb\xbf"
-START_BYTES = 64
+START_BYTES = 1024
 """Of a .json file, from which is told what it holds."""
 
 

@@ -33,8 +33,12 @@ class Shard(Piece):
         number = 0
         try:
             for record in shard:
+                if self.column not in record:  # of a streamed set, which did not know its columns before
+                    raise missing_column(self.column, self.name, list(record))
                 yield Row(record[self.column], f"{name}[{number}]")
                 number += 1
+        except FlareError:
+            raise
         except (
             Exception
         ) as error:  # a damaged file, a lost connection: ``datasets`` and the hub's client raise many kinds

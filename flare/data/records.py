@@ -55,7 +55,8 @@ def array_elements(text: TextIO, block: int = BLOCK_CHARACTERS) -> Iterator[obje
 def csv_values(text: TextIO, file: Path, column: str) -> Iterator[tuple[int, object]]:
     """(first line, value of the column) of each row below the header.
 
-    A row with more or fewer fields than the header is bad: a comma that is not quoted has cut its text.
+    A row with more or fewer fields than the header is bad: a comma that is not quoted has cut its text. Where a
+    quote is not closed, every line to the end of the file is bad.
 
     Raises: ConfigError when the header has no such column; csv.Error.
     """
@@ -75,8 +76,12 @@ def csv_values(text: TextIO, file: Path, column: str) -> Iterator[tuple[int, obj
         held, held_lines = ((begin, value), lines.copy()) if fields else (None, [])
         begin = reader.line_num + 1
         lines.clear()
-    if held is not None:
-        yield (held[0], BadRow("is cut off (a quote is not closed)")) if _is_cut(held_lines) else held
+    if held is not None and _is_cut(held_lines):
+        yield held[0], BadRow("is cut off (a quote is not closed)")
+        for line in range(held[0] + 1, held[0] + len(held_lines)):  # each may be a row that the quote has swallowed
+            yield line, BadRow(f"is within the quote of line {held[0]}, which is not closed")
+    elif held is not None:
+        yield held
 
 
 def _remembered(text: TextIO, lines: list[str]) -> Iterator[str]:

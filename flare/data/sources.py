@@ -28,11 +28,13 @@ def open_source(spec: SourceSpec, token_dir: Path) -> Source:
     """
     name = spec.dataset_name
     if name == "embedded":
+        warn_of_parts(spec)
         return EmbeddedSource(token_dir)
     if path := path_of(name):
         return open_path(path, spec, token_dir)
     path = Path(name).expanduser()
     if is_glob(name):
+        warn_of_parts(spec)
         root = glob_root(str(path))
         files = match_files(str(path), spec.asked, cache_below(root, token_dir))
         return FileSource(files, spec.text_column, root, token_dir)
@@ -54,7 +56,7 @@ def path_of(name: str) -> Path | None:
 def open_path(path: Path, spec: SourceSpec, token_dir: Path) -> Source:
     """A file, a folder of files, what ``save_to_disk`` wrote, or a folder laid out as on the hub.
 
-    Only the last one has configurations, and the last two have splits: elsewhere ``--dataset_split`` has no effect.
+    Only the last one has configurations, and the last two have splits: elsewhere these options are warned of.
 
     Raises: ConfigError when the cache directory is the folder of files itself.
     """
@@ -66,8 +68,18 @@ def open_path(path: Path, spec: SourceSpec, token_dir: Path) -> Source:
         raise ConfigError(
             f"--cache_dir {token_dir} is the folder of the data itself; give another, in it or elsewhere"
         )
+    warn_of_parts(spec)
     files = find_files(path, spec.asked, cache_below(path, token_dir))
     return FileSource(files, spec.text_column, path, token_dir)
+
+
+def warn_of_parts(spec: SourceSpec) -> None:
+    """Say that data without configurations, splits and revisions was asked for one; of several sets one may have it."""
+    asked = {"config": spec.dataset_config, "revision": spec.dataset_revision}
+    asked |= {"split": spec.dataset_split if spec.dataset_split != SourceSpec.dataset_split else None}
+    for name, value in asked.items():
+        if value:
+            log.warning(f"--dataset_{name} {value} means nothing for {spec.dataset_name}: all of it is read")
 
 
 def cache_below(folder: Path, token_dir: Path) -> Path | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flare.errors import ConfigError
 from flare.logs import log
 
 FORMAT_VERSION = 1
@@ -97,3 +98,11 @@ def remove_damaged(directory: Path) -> None:
 def default_cache_dir(cache_dir: str | None) -> Path:
     """Where token caches live: ``--cache_dir``, or ~/.cache/flare."""
     return Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "flare"
+
+
+def make_cache_dir(cache_dir: Path) -> None:
+    """Make it where it is missing. Raises: ConfigError where it cannot be."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--cache_dir {cache_dir} cannot be made: {error.strerror}") from error
