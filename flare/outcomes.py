@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
     stop: bool
     loss_scale: float | None = None
     """In fp16, that of the next step."""
-    good_steps: int = 0
+    good_steps: float = 0
 
     @property
     def finite(self) -> bool:

@@ -209,7 +209,7 @@ class Trainer:
         finite = True
         for place, outcome in self.outcomes.take(keep):
             self.asked_to_stop |= outcome.stop
-            self.progress.loss_scale, self.progress.good_steps = outcome.loss_scale, outcome.good_steps
+            self.progress.loss_scale, self.progress.good_steps = outcome.loss_scale, int(outcome.good_steps)
             finite &= outcome.finite
             if outcome.overflow:
                 self._note_overflow(place, outcome)
