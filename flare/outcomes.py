@@ -87,7 +87,7 @@ class Outcomes:
         scale, overflow = self.loss_scale, torch.zeros_like(fails)
         if scale:
             overflow = fails * numbers[0].isfinite()
-            scale.update(overflow)
+            scale.update(fails)  # as GradScaler, which sees gradients only: those of a loss that is not finite are not
             overflow = overflow * (scale.scale >= LEAST_SCALE)
             numbers = torch.cat([numbers, torch.stack([scale.scale, scale.good_steps]).double()])
         self.failed = torch.maximum(self.failed, fails - overflow)

@@ -74,7 +74,7 @@ def open_path(path: Path, spec: SourceSpec, token_dir: Path) -> Source:
 
 
 def warn_of_parts(spec: SourceSpec) -> None:
-    """Say that data without configurations, splits and revisions was asked for one; of several sets one may have it."""
+    """Say that one was asked of data without any. Where several sets are mixed, another may have it."""
     asked = {"config": spec.dataset_config, "revision": spec.dataset_revision}
     asked |= {"split": spec.dataset_split if spec.dataset_split != SourceSpec.dataset_split else None}
     for name, value in asked.items():
