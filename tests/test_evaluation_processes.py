@@ -184,7 +184,11 @@ def test_device_auto_is_accelerates_device_map(base_model: Path, documents: Path
         (["--device", "cuda:1", "--gpu_ids", "0"], "both choose cards"),
         (["--device", "auto", "--nproc_per_node", "2"], "for one process"),
         (["--device", "cuda"], "sees no card"),
-        (["--lm_eval_tasks", "no_such_task_of_anyone"], "no such task: no_such_task_of_anyone"),
+        pytest.param(  # lm-eval reads all its tasks to know
+            ["--lm_eval_tasks", "no_such_task_of_anyone"],
+            "no such task: no_such_task_of_anyone",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(base_model: Path, documents: Path, tmp_path: Path, flags: list[str], words: str):

@@ -325,7 +325,15 @@ def test_good_steps_double_the_scale_at_torchs_pace() -> None:
         assert (ours.scale.item(), ours.good_steps.item()) == expected
 
 
-@pytest.mark.parametrize(("parallel", "lag"), [("ddp", 0), ("ddp", 1), ("fsdp", 0), ("fsdp", 1)])
+@pytest.mark.parametrize(
+    ("parallel", "lag"),
+    [
+        pytest.param("ddp", 0, marks=pytest.mark.slow),
+        ("ddp", 1),
+        ("fsdp", 0),
+        pytest.param("fsdp", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_skip_and_halve_alike(
     base: Path, corpus: Path, cache_dir: Path, tmp_path: Path, parallel: str, lag: int
 ) -> None:
@@ -393,7 +401,9 @@ def losses_of(run: Path) -> list[dict]:
     return [record for record in history if "loss" in record]
 
 
-@pytest.mark.parametrize("layout", [(), ("--nproc_per_node", 2, "--parallel", "fsdp")])
+@pytest.mark.parametrize(
+    "layout", [(), pytest.param(("--nproc_per_node", 2, "--parallel", "fsdp"), marks=pytest.mark.slow)]
+)
 def test_stage_one_runs_and_resumes_in_fp16(train_flags: list[str], tmp_path: Path, layout: tuple) -> None:
     for steps in (2, 4):
         result = train(*train_flags, "--precision", "fp16", "--max_steps", steps, *layout)
