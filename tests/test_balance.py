@@ -126,7 +126,7 @@ def test_neighbours_that_are_alike_are_told_once() -> None:
 # -- real processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # test_runs has three ranks with shares of 3, 2 and 1 by default
+@pytest.mark.slow  # test_runs has three ranks with unequal shares by default
 def test_unequal_shares_give_the_loss_and_gradients_of_one_process(
     base: Path, corpus: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
