@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run the tests: ./run_tests.sh [--fast] [--slow] [--faults] [any argument of pytest]
 # Two at a time; FLARE_TEST_PROCESSES=0 runs them in one process, to use a debugger.
-# --fast: ruff, and the files whose tests compute in this process and take seconds. Under a minute on two cores.
+# --fast: ruff, and the files whose tests compute in this process and take seconds, without the steps whose memory
+# test_plan.py counts. Under a minute on two cores.
 set -euo pipefail
 . "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/env.sh"
 
@@ -19,5 +20,6 @@ if [ -n "$fast" ]; then
   "$PYTHON" -m ruff check --quiet .
   "$PYTHON" -m ruff format --check --quiet . || flare_fail 1 "run: $PYTHON -m ruff format ."
   for name in "${FAST[@]}"; do set -- "$@" "tests/test_$name.py"; done
+  set -- "$@" --deselect tests/test_plan.py::test_peak_memory
 fi
 exec "$PYTHON" -m pytest -n "${FLARE_TEST_PROCESSES:-2}" --dist worksteal "$@"
