@@ -8,7 +8,8 @@ from flare.distributed import World
 from flare.model import TrainingModel
 from flare.optim import build_optimizer, build_schedule
 from flare.options import Options
-from flare.trainer import Parts, Progress, Trainer
+from flare.parts import Parts
+from flare.trainer import Progress, Trainer
 
 
 def bare_trainer(

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from benchmarks import record
 from benchmarks.workload import Measured, Workload, measure
+from flare.card_models import peak_tflops
 from flare.errors import EnvError, run_script
-from flare.gpus import peak_tflops
 from flare.nope.layers import auto_band
 from flare.plan import Plan, make_plan
 from flare.plan_inputs import PlanInputs

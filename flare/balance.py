@@ -7,9 +7,9 @@ which rows changes. What a rank's speed is, ``flare.pace`` measures.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flare.card_models import peak_tflops
 from flare.data.order import shares
 from flare.errors import ConfigError
-from flare.gpus import peak_tflops
 
 WORDS = ("auto", "measure", "equal")
 

@@ -10,6 +10,7 @@ from torch.distributed import PrefixStore
 from flare import distributed
 from flare.attention import KERNELS, use_kernel
 from flare.board import hyperparameters
+from flare.card_models import peak_tflops
 from flare.checkpoint import Checkpoint
 from flare.compiler import compile_layers
 from flare.data.packing import PackedRows
@@ -18,7 +19,7 @@ from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import CheckpointError, FlareError
 from flare.evaluation.during_training import LengthCurve, MoreEvaluation
-from flare.gpus import card_line, peak_tflops
+from flare.gpus import card_line
 from flare.hub import read_model_config
 from flare.launch import tell_launcher
 from flare.logs import FILES_ONLY, log
@@ -32,6 +33,7 @@ from flare.nope.probe import verify_nope
 from flare.optim import build_optimizer, build_schedule, load_optimizer_tensors
 from flare.options import SELECTIVE
 from flare.pace import multiply_as_a_layer, settle_balance
+from flare.parts import Parts
 from flare.phase import during
 from flare.plan_table import plan_lines
 from flare.prefetch import host_tensors, to_device
@@ -43,7 +45,7 @@ from flare.saving import Saver
 from flare.sharding import is_sharded
 from flare.summary import summary_lines
 from flare.tensor_files import TensorReader
-from flare.trainer import Parts, Trainer
+from flare.trainer import Trainer
 from flare.watchdog import Limits, Watchdog
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from flare.balance import parse_weights
 from flare.batch import default_micro_batch, global_batch_size, micro_batch_choices
+from flare.card_models import lacks_bf16
 from flare.compiler import check_compiler
 from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.experiment import Experiment, check_output_dir, stage_one_result
-from flare.gpus import lacks_bf16
 from flare.hub import local_model_dir, read_hub_config, read_model_config
 from flare.moments import BLOCKS, EIGHT_BIT, block_size, check_torchao
 from flare.nope.canary_file import check_recorded_layers

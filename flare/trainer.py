@@ -6,7 +6,7 @@ so that loss and gradients do not depend on how the rows are spread over process
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,44 +16,22 @@ import torch
 
 from flare import distributed
 from flare.balance import equal
-from flare.data.order import portion
-from flare.data.packing import PackedRows
-from flare.data.train_rows import TrainRows
 from flare.distributed import World
 from flare.errors import FlareError
 from flare.garbage import steady_collection
 from flare.logs import log
 from flare.loss_scale import LossScale
 from flare.metrics import MetricsWriter, Throughput, peak_memory_gib, perplexity
-from flare.model import TrainingModel
 from flare.optim import can_skip_on_device, take_step
 from flare.options import Options
 from flare.outcomes import Outcome, Outcomes
+from flare.parts import Parts, evaluate_rows
 from flare.phase import during
-from flare.prefetch import StepLoader, StepRows, cut, host_tensors, to_device
+from flare.prefetch import StepLoader, StepRows, to_device
 from flare.progress import STOP_FILE, Progress, StopRequest
 from flare.sharding import is_sharded
 
 FP16_HINT = "; fp16 ends at 65,504: --precision fp32, or bf16 where cards have it, goes further"
-
-
-@dataclass
-class Parts:
-    """What a trainer is made of."""
-
-    model: TrainingModel
-    optimizer: torch.optim.Optimizer
-    schedule: Callable[[int], float]
-    train_rows: TrainRows
-    eval_rows: PackedRows
-    max_steps: int
-    global_batch_size: int
-    rows_by_rank: Sequence[int] | None = None  # of a step, summing to the global batch; None: equal
-    model_flops_per_token: float | None = None
-    executed_flops_per_token: float | None = None
-    peak_flops: float | None = None  # of all cards together, per second
-    more_evaluation: Callable[[int, Callable[[], float]], dict] | None = None
-    """What an evaluation records besides the loss, given the step and the way to get the loss. A collective."""
 
 
 @dataclass(frozen=True)
@@ -347,20 +325,3 @@ class Trainer:
         self.progress.data_place = self.parts.train_rows.place_at(self.progress.rows)
         self.save(self.progress)
         self.saved_step = self.progress.step
-
-
-def evaluate_rows(parts: Parts, options: Options, world: World, rows_by_rank: Sequence[int]) -> tuple[float, float]:
-    """(mean NLL in nats, share of targets that are the argmax) over the held-out rows, by all ranks together."""
-    rows = np.arange(len(parts.eval_rows))[: options.max_eval_samples]
-    portions = [portion(rows, rows_by_rank, rank) for rank in range(world.size)]
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # NLLs, hits, targets
-    parts.model.eval()
-    micro, in_step = options.per_device_train_batch_size, is_sharded(parts.model)
-    for batch in cut(parts.eval_rows, portions[world.rank], micro, [len(p) for p in portions] if in_step else None):
-        tensors = to_device(host_tensors(batch), world.device)
-        losses, correct = parts.model.score(**tensors)
-        sums += torch.stack([losses.double().sum(), correct.sum().double(), (tensors["labels"] >= 0).sum().double()])
-    loss_sum, hits, targets = distributed.sum_in_place(sums).tolist()
-    if not math.isfinite(loss_sum):
-        raise FlareError("the evaluation loss is not finite; the last checkpoint is good")
-    return loss_sum / targets, hits / targets

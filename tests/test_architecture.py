@@ -8,7 +8,7 @@ import pytest
 from tests.processes import REPO
 
 LAYERS = [
-    ["errors", "files", "parent", "phase", "terminal", "threads", "__init__"],
+    ["errors", "files", "parent", "phase", "terminal", "threads", "card_models", "__init__"],
     ["command_line", "nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "sharding", "compiler", "distributed", "distress"],
     ["data.order", "moments", "adamw_8bit", "recompute"],
@@ -22,7 +22,7 @@ LAYERS = [
     ["nope.verify", "nope.compare", "nope.card", "nope.export"],
     ["data"],
     ["run", "setup", "handoff", "launch", "model", "checkpoint", "checkpoint_cli", "board", "metrics"],
-    ["garbage", "loss_scale", "outcomes", "prefetch", "progress"],
+    ["garbage", "loss_scale", "outcomes", "prefetch", "progress", "parts"],
     ["trainer", "evaluation"],
     ["prepare", "prepare_only", "resolved_config", "saving", "resume", "session", "worker", "demo"],
 ]

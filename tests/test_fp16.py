@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from flare import loss_scale
+from flare.card_models import lacks_bf16
 from flare.compiler import compile_layers
 from flare.config import resolve
 from flare.data.order import RowOrder
@@ -17,7 +18,6 @@ from flare.data.tokens import TokenCache
 from flare.errors import ConfigError, FlareError
 from flare.evaluation.launch import with_precision
 from flare.evaluation.options import EvaluationSettings
-from flare.gpus import lacks_bf16
 from flare.loss import FP16_FOLD, IGNORE_INDEX, _chunk_gradient, _InPlace, linear_cross_entropy_sum
 from flare.loss_scale import LossScale
 from flare.model import checkpoint_layers

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flare.card_models import peak_tflops
 from flare.errors import ConfigError, EnvError, FlareError
 from flare.gpus import (
     GpuRequest,
@@ -20,7 +21,6 @@ from flare.gpus import (
     list_cards,
     list_indices,
     parse_gpu_ids,
-    peak_tflops,
     select_environment,
     select_gpus,
     visible_gpus,

@@ -6,9 +6,10 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from flare.card_models import lacks_bf16
 from flare.errors import ConfigError, FlareError, print_error
 from flare.evaluation.options import EvaluationSettings
-from flare.gpus import Selection, lacks_bf16, select_environment
+from flare.gpus import Selection, select_environment
 from flare.handoff import CARDS_VARIABLE, DEVICE_VARIABLE, worker_hardware
 from flare.hosts import num_nodes
 from flare.launch import (
