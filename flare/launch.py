@@ -6,7 +6,6 @@ again, once a rank; it passes signals on, and its workers' first error is shown 
 
 import contextlib
 import itertools
-import json
 import os
 import shlex
 import shutil
@@ -15,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +27,9 @@ from flare.hosts import master, node_rank, num_nodes, rendezvous
 from flare.metrics_file import record_status
 from flare.nvidia_smi import query_gpus
 from flare.options import Options
-from flare.parent import end_with_parent
 from flare.rooms import MIB, usable_bytes
 from flare.run import Hardware, Run
+from flare.worker_errors import first_failure
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -41,7 +40,6 @@ SHUTDOWN_TIMEOUT_SEC = 600
 """What torchrun's agent grants workers after a signal: a large model's last checkpoint takes minutes."""
 RECORD_WAIT_SEC = 10.0
 """How long another host's launcher waits for the first one's rank 0 to record how the run ended."""
-ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
 def choose_gpus(options: Options) -> Selection | None:
@@ -257,36 +255,6 @@ def _report_failure(error: object, workers_files: Path, experiment: Experiment, 
     return failure.exit_code
 
 
-@dataclass(frozen=True)
-class Failure:
-    """How the worker that failed first did, and whether it told so itself."""
-
-    rank: int
-    message: str
-    exit_code: int
-    told: bool
-
-
-def first_failure(error: object, logs: Path | str, workers_files: Path | None = None) -> Failure:
-    """What to say of workers that failed.
-
-    Args:
-        error: torchrun's ChildFailedError. logs: where a worker that could not tell has written more.
-        workers_files: where others may have told, in place of one that could not.
-    """
-    rank, failure = error.get_first_failure()
-    told = _told_error(failure.error_file) or (_told_by_any(workers_files) if workers_files else None)
-    if told:
-        return Failure(rank, told["message"], told["exit_code"], True)
-    # One that was killed comes before those that ended because they waited for it.
-    rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
-    if failure.exitcode < 0:
-        hint = "; the kernel does so when memory is short, see dmesg" if failure.exitcode == -signal.SIGKILL else ""
-        message = f"rank {rank} was ended by {failure.signal_name()} (pid {failure.pid}){hint}"
-        return Failure(rank, message, 5, False)
-    return Failure(rank, f"rank {rank} failed with exit code {failure.exitcode}; see {logs}", 5, False)
-
-
 def _record_failure(experiment: Experiment, stage: int, message: str) -> None:
     """In the log, and on the first host as the stage's status: the other hosts' launchers only add a line."""
     if node_rank() > 0:
@@ -300,39 +268,6 @@ def _append_to_log(experiment: Experiment, message: str) -> None:
     if experiment.training_log.exists():
         with open(experiment.training_log, "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {message}\n")
-
-
-def end_with_launcher() -> None:
-    """From a worker: when the launcher dies, killed or not, get SIGTERM and so stop with a checkpoint (Linux)."""
-    if DEVICE_VARIABLE in os.environ and ERROR_FILE_VARIABLE in os.environ:
-        end_with_parent(signal.SIGTERM)
-
-
-def tell_launcher(message: str, exit_code: int) -> bool:
-    """From a worker: leave the error for the launcher to show. False when no launcher of ours is there."""
-    path = os.environ.get(ERROR_FILE_VARIABLE)
-    if not path or DEVICE_VARIABLE not in os.environ:
-        return False
-    content = {"message": {"message": message, "exit_code": exit_code, "extraInfo": {"timestamp": int(time.time())}}}
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-    except OSError:
-        return False
-    return True
-
-
-def _told_by_any(workers_files: Path) -> dict | None:
-    """What another worker of this host told: the one that ended a rank that hung."""
-    return next((told for file in workers_files.rglob("error.json") if (told := _told_error(str(file)))), None)
-
-
-def _told_error(path: str | None) -> dict | None:
-    try:
-        content = json.loads(Path(path or "").read_text(encoding="utf-8"))["message"]
-        return content if "exit_code" in content else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def check_torch_sees_cuda() -> None:

@@ -21,7 +21,6 @@ from flare.errors import CheckpointError, FlareError
 from flare.evaluation.during_training import LengthCurve, MoreEvaluation
 from flare.gpus import card_line
 from flare.hub import read_model_config
-from flare.launch import tell_launcher
 from flare.logs import FILES_ONLY, log
 from flare.metrics import MetricsWriter
 from flare.metrics_file import record_status
@@ -47,6 +46,7 @@ from flare.summary import summary_lines
 from flare.tensor_files import TensorReader
 from flare.trainer import Trainer
 from flare.watchdog import Limits, Watchdog
+from flare.worker_errors import tell_launcher
 
 
 class Session:

@@ -14,7 +14,6 @@ from flare.config import REPO
 from flare.distributed import World
 from flare.errors import ConfigError, FlareError, first_line
 from flare.last_words import out_of_memory
-from flare.launch import end_with_launcher, tell_launcher
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.metrics_file import enter_stage, record_status
 from flare.phase import during, is_out_of_memory, while_phase
@@ -22,6 +21,7 @@ from flare.prepare import packed_rows, prepare_data
 from flare.resolved_config import write_resolved_config
 from flare.run import Run
 from flare.session import Session, device_name
+from flare.worker_errors import end_with_launcher, tell_launcher
 
 
 def run_worker(run: Run) -> int:

@@ -15,14 +15,12 @@ from flare.hosts import num_nodes
 from flare.launch import (
     check_torch_sees_cuda,
     choose_gpus,
-    end_with_launcher,
-    first_failure,
     hardware_of,
     received,
     run_agent,
-    tell_launcher,
 )
 from flare.run import Hardware
+from flare.worker_errors import end_with_launcher, first_failure, tell_launcher
 
 
 def start(script: Path, settings: EvaluationSettings, argv: list[str]) -> int:
