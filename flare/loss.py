@@ -16,6 +16,8 @@ FP16_FOLD = 2.0**15
 """What the logits' gradient is multiplied by while it is in fp16, whose smallest normal number is 6.1e-5 and largest
 65,504: its numbers lie in [-1, 1], and a probability of 1 / 151,936 is 6.6e-6. From 1.9e-9 on all digits are kept."""
 
+SCALED_ROWS = 1024
+
 
 def linear_cross_entropy_sum(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int | None = None
@@ -78,10 +80,20 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if hidden_dtype == torch.float16:
             scale = scale / FP16_FOLD
         if hidden_grad is not None:
-            hidden_grad = hidden_grad.mul_(scale).to(hidden_dtype)
+            hidden_grad = _scaled(hidden_grad, scale).to(hidden_dtype)
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(scale).to(weight_dtype)
         return hidden_grad, weight_grad, None, None
+
+
+def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Multiply a (N, H) gradient in place, some rows at a time in fp32.
+
+    A card would first round a scale that lies on it to the gradient's dtype: up to 0.2 % off in bf16, in all numbers.
+    """
+    for rows in gradient.split(SCALED_ROWS):
+        rows.copy_(rows.float().mul_(scale))
+    return gradient
 
 
 def _chunk_gradient(rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
