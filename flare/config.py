@@ -156,6 +156,11 @@ def resolve(argv: list[str]) -> Resolved:
     problems += _impossible(options, sources)
     if problems:
         raise ConfigError(join_errors(problems))
+    if "gradient_accumulation_steps" in command_line and options.global_batch_size is not None:
+        warnings.append(
+            f"--gradient_accumulation_steps {options.gradient_accumulation_steps} has no effect: --global_batch_size "
+            f"{options.global_batch_size} says how many rows a step has, and accumulates as they need"
+        )
     if options.experiment_name is None:
         options.experiment_name = f"stage{options.stage}_{time.strftime('%Y%m%d_%H%M%S')}"
         sources["experiment_name"] = CLOCK

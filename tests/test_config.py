@@ -69,6 +69,12 @@ def test_old_names_work_with_a_warning_that_names_the_new_one() -> None:
     assert "--max_seq_length" in resolved.warnings[1]
 
 
+def test_accumulation_beside_a_global_batch_is_told_to_have_no_effect() -> None:
+    assert resolve(["--gradient_accumulation_steps", "4"]).warnings == []
+    (warning,) = resolve(["--gradient_accumulation_steps", "4", "--global_batch_size", "32"]).warnings
+    assert warning.startswith("--gradient_accumulation_steps 4 has no effect: --global_batch_size 32 says")
+
+
 def test_default_name_has_stage_and_time() -> None:
     assert resolve(["--stage", "2"]).options.experiment_name.startswith("stage2_20")
 
