@@ -104,6 +104,18 @@ def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path: Path, mon
     assert streamed_identity(streamed_facts(source)) != before
 
 
+def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder, text in ((data, "one"), (elsewhere, "two")):
+        folder.mkdir()
+        (folder / "x.txt").write_text(text)
+    (data / "linked").symlink_to(elsewhere)
+    (data / "linked_again").symlink_to(elsewhere)
+    (elsewhere / "ring").symlink_to(data)
+    source = open_source(SourceSpec(str(data)), tmp_path / "cache")
+    assert [row.value for row in source.rows()] == ["two", "one"]  # linked/x.txt comes before x.txt
+
+
 def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
     (tmp_path / ".ipynb_checkpoints").mkdir()
     for name in ("a.txt", ".hidden.txt", ".ipynb_checkpoints/a.txt"):

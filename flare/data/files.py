@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 
@@ -41,10 +41,23 @@ def find_files(path: Path, asked: str, without: Path | None = None) -> list[Path
         if kind_of(path) is None:
             raise ConfigError(f"{asked}: cannot read {path.name!r}; known: {known_kinds()}")
         return [path]
-    files = readable((p for p in path.rglob("*") if not is_hidden(p.relative_to(path))), without)
+    files = readable((p for p in files_below(path) if not is_hidden(p.relative_to(path))), without)
     if not files:
         raise DataError(f"{asked}: the folder holds none of {known_kinds()}")
     return files
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder and its subfolders, linked ones too; each is entered once, so a ring of links ends."""
+    entered = set()
+    for directory, names, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(directory)
+        if place in entered:
+            names.clear()
+            continue
+        entered.add(place)
+        names.sort()  # of two links to one folder it is always the same that counts
+        yield from (Path(directory, name) for name in files)
 
 
 def readable(paths: Iterable[Path], without: Path | None) -> list[Path]:
