@@ -13,7 +13,6 @@ from pathlib import Path
 from flare.config import Resolved
 from flare.errors import ConfigError
 from flare.experiment import Experiment, existing_parent
-from flare.metrics_file import last_rate
 from flare.nope.format import theta_of, weight_files
 from flare.nvidia_smi import Gpu
 from flare.options import Options
@@ -51,6 +50,7 @@ class Run:
     precision: str
     global_batch_size: int
     precision_reason: str = "as asked"
+    last_rate: tuple[int, float | None] = (0, None)  # of this stage so far: ``metrics_file.last_rate``
 
     @property
     def options(self) -> Options:
@@ -117,7 +117,7 @@ class Run:
         """What the run needs, from its configuration alone."""
         options, hardware = self.options, self.hardware
         micro = self.micro_batch_size
-        steps_done, tokens_per_sec = last_rate(self.experiment, options.stage)
+        steps_done, tokens_per_sec = self.last_rate
         return make_plan(
             PlanInputs(
                 shape=ModelShape.from_config(self.config, self.model_name),

@@ -14,6 +14,7 @@ from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.experiment import Experiment, check_output_dir, stage_one_result
 from flare.hub import local_model_dir, read_hub_config, read_model_config
+from flare.metrics_file import last_rate
 from flare.moments import BLOCKS, EIGHT_BIT, block_size, check_torchao
 from flare.nope.canary_file import check_recorded_layers
 from flare.nope.format import nope_layers_of, refuse_foreign_code, theta_of, weight_files, with_nope
@@ -58,6 +59,7 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
         trainable=Trainable.parse(options.train_layers, options.stage, nope_layers, depth),
         precision=precision,
         precision_reason=precision_reason,
+        last_rate=(0, None) if options.overwrite_output_dir else last_rate(experiment, options.stage),
         global_batch_size=global_batch_size(options, hardware.world_size, experiment.batch_to_continue()),
     )
     choose_attention(options.attn_implementation, hardware.use_cuda, run.precision)

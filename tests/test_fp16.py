@@ -229,17 +229,18 @@ def test_an_overflow_leaves_8_bit_moments_as_they_were(cache: TokenCache, tmp_pa
 # -- overflow ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.fixture(params=[0, 1], ids=["lag 0", "lag 1"])
+def runner(request: pytest.FixtureRequest, base: Path, cache: TokenCache, tmp_path: Path) -> Trainer:  # noqa: F811
+    """Reads each step's numbers at once, or a step later as on a card."""
+    runner = fp16(base, cache, tmp_path)
+    runner.outcomes = Outcomes(torch.device("cpu"), request.param, runner.loss_scale)
+    return runner
+
+
 def test_an_overflow_is_passed_over_counted_and_halves_the_scale(
-    base: Path,
-    cache: TokenCache,  # noqa: F811
-    tmp_path: Path,
-    lag: int,
-    caplog: pytest.LogCaptureFixture,
+    runner: Trainer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Step 2 of three, whatever --skip_nonfinite is; with a lag the device decides, and the host learns it later."""
-    runner = fp16(base, cache, tmp_path)
-    runner.outcomes = Outcomes(torch.device("cpu"), lag, runner.loss_scale)
     forward = runner.module.forward
     runner.module.forward = lambda **batch: forward(**batch) * (1e7 if runner.progress.step == 1 else 1.0)
     held = [weights(runner)]
@@ -273,15 +274,7 @@ def test_the_log_has_the_scale_and_a_norm_that_json_can_hold(
     json.dumps(record, allow_nan=False)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_a_loss_that_is_not_finite_is_an_error_in_fp16_too(
-    base: Path,
-    cache: TokenCache,  # noqa: F811
-    tmp_path: Path,
-    lag: int,
-) -> None:
-    runner = fp16(base, cache, tmp_path)
-    runner.outcomes = Outcomes(torch.device("cpu"), lag, runner.loss_scale)
+def test_a_loss_that_is_not_finite_is_an_error_in_fp16_too(runner: Trainer) -> None:
     poison(runner, step=1)
     runner._step()
     before = weights(runner)
@@ -292,17 +285,9 @@ def test_a_loss_that_is_not_finite_is_an_error_in_fp16_too(
     assert runner.progress.overflow_steps == 0
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_gradients_that_overflow_at_any_scale_are_an_error(
-    base: Path,
-    cache: TokenCache,  # noqa: F811
-    tmp_path: Path,
-    lag: int,
-) -> None:
+def test_gradients_that_overflow_at_any_scale_are_an_error(runner: Trainer) -> None:
     """From a scale of 2: one overflow leaves 1, the second one nothing to try; in between nothing is updated."""
-    runner = fp16(base, cache, tmp_path)
     runner.loss_scale.scale.fill_(2.0)
-    runner.outcomes = Outcomes(torch.device("cpu"), lag, runner.loss_scale)
     unscale = runner.loss_scale.unscale
 
     def broken(parameters: list[torch.nn.Parameter]) -> None:
