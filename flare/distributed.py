@@ -193,6 +193,15 @@ def gather_objects(item: object) -> list:
     return items
 
 
+def scatter_objects(items: list | None) -> object:
+    """This rank's item of rank 0's list, which has a (picklable) one for each rank; the others give None."""
+    if not dist.is_initialized():
+        return items[0]
+    received: list = [None]
+    dist.scatter_object_list(received, items, src=0, group=_waiting_group())
+    return received[0]
+
+
 @functools.cache
 def _waiting_group() -> dist.ProcessGroup:
     """A gloo group in which ranks may wait for hours while rank 0 saves: ``--ddp_timeout`` is for training."""

@@ -125,6 +125,62 @@ def test_stages_are_those_of_the_guides_two_experiments_too(tmp_path: Path) -> N
     assert milestones([tmp_path / "moved"])[0].stages is None
 
 
+def test_models_that_are_alike_are_called_by_what_their_paths_differ_in(tmp_path: Path) -> None:
+    """Two experiments of one name in two places, a model of the hub in its cache; one model twice is a mistake."""
+    places = ("a/mine/final_model", "b/mine/final_model", "b/other/final_model", "hub/snapshots/1d2e")
+    for place in places:
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text('{"model_type": "qwen2", "num_hidden_layers": 4}')
+    directories = [tmp_path / place for place in places]
+    found = milestones(directories, [*map(str, directories[:3]), "Qwen/Qwen2.5-3B"])
+    assert [m.label for m in found] == ["base (a/mine)", "base (b/mine)", "base (other)", "base (Qwen2.5-3B)"]
+    (tmp_path / "link").symlink_to(directories[0])
+    with pytest.raises(ConfigError, match=r"link: the same model is given twice"):
+        milestones([directories[0], tmp_path / "link"])
+
+
+@pytest.mark.slow
+def test_a_compared_model_has_the_numbers_that_it_has_alone(family: dict[str, Path], tmp_path: Path) -> None:
+    """Bit for bit, whatever was loaded before: layers with and without RoPE, another family, another tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.evaluation_models import PROSE, bpe_tokenizer
+
+    shape = {"vocab_size": 330, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    llama = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=4))
+    llama.save_pretrained(tmp_path / "llama")
+    bpe_tokenizer().save_pretrained(tmp_path / "llama")
+    models = {
+        "patched, untrained": family["patched"],
+        "base (base)": family["base"],
+        "base (llama)": tmp_path / "llama",
+    }
+    corpus = tmp_path / "docs.jsonl"
+    corpus.write_text("".join(json.dumps({"text": PROSE * n}) + "\n" for n in (40, 3, 60)))
+    measures = [
+        "--datasets", corpus, "--max_length", 64, "--context_lengths", "64,768", "--passkey",
+        "--passkey_samples", 1, "--generate_tokens", 3,
+    ]  # fmt: skip
+
+    def results(name: str, first: Path, *others: Path) -> dict:
+        compared = ["--compare_to", *others] if others else []
+        result = evaluate("--model_path", first, *compared, *measures, "--output_dir", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        return json.loads((tmp_path / name / "evaluation_results.json").read_text())
+
+    alone = {label: results(label, model) for label, model in models.items()}
+    for label, *others in (list(models), list(models)[::-1]):
+        together = results(f"{label} first", models[label], *(models[other] for other in others))
+        for key in ("model", "datasets", "context_lengths", "passkey", "samples"):
+            assert together[key] == alone[label][key]
+        for record in together["milestones"]:
+            expected = alone[record["label"]]
+            for name, numbers in record["datasets"].items():
+                assert numbers.items() <= expected["datasets"][name].items()
+            for key in ("context_lengths", "passkey"):
+                assert record[key] == expected[key]
+
+
 def test_wikitext_lines_are_joined_to_pages() -> None:
     first = [" = First = \n", " \n", " text . \n", " = = Section = = \n", " more . \n"]
     lines = [" \n", *first, " = Second = \n", " x \n"]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
+from flare import distributed
+from flare.distributed import World
 from flare.errors import ConfigError, EnvError
 from flare.evaluation.options import EvaluationSettings
 
@@ -28,36 +30,46 @@ def check_lm_eval(tasks: tuple[str, ...]) -> None:
         raise ConfigError(f"--lm_eval_tasks {','.join(tasks)}: no such task: {', '.join(missing)} (lm-eval ls tasks)")
 
 
-def run_lm_eval(model: nn.Module, tokenizer, settings: EvaluationSettings) -> dict:
-    """Run tasks through lm-eval's own wrapper of transformers models.
+def run_lm_eval(model: nn.Module, tokenizer, settings: EvaluationSettings, world: World) -> dict:
+    """Run tasks through lm-eval's own wrapper of transformers models, its requests shared out over all ranks.
+
+    A collective. ``check_lm_eval`` comes before.
 
     Returns: ``{"version", "tasks": {task: {metric: value}}, "num_samples": {task: n}, "num_fewshot"}``; metrics are
     named as lm-eval names them, with ``,filter`` behind.
-    ``check_lm_eval`` comes before.
+    Raises: FlareError, on every rank, for whatever went wrong in lm-eval.
     """
-    tasks = settings.lm_eval_tasks
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    from flare.evaluation.shared_requests import SharedHFLM
 
-    wrapped = HFLM(
+    lm = SharedHFLM(
+        world,
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
         max_length=settings.max_length,
         batch_size=settings.batch_size,
     )
-    found = lm_eval.simple_evaluate(
-        model=wrapped,
-        tasks=[_name(task) for task in tasks],
-        task_manager=_task_manager(tasks),
-        limit=settings.lm_eval_limit,
-        random_seed=settings.seed,
-        numpy_random_seed=settings.seed,
-        torch_random_seed=settings.seed,
-        fewshot_random_seed=settings.seed,
-        bootstrap_iters=1000,
-        log_samples=False,
-    )
+    return distributed.together(world, lambda: _evaluate(lm, settings) if world.is_main else lm.serve())[0]
+
+
+def _evaluate(lm, settings: EvaluationSettings) -> dict:
+    """Rank 0: the tasks' documents, prompts and metrics."""
+    import lm_eval
+
+    tasks = settings.lm_eval_tasks
+    with lm.others_serve():
+        found = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[_name(task) for task in tasks],
+            task_manager=_task_manager(tasks),
+            limit=settings.lm_eval_limit,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
     return {
         "version": lm_eval.__version__,
         "tasks": {task: _plain(metrics) for task, metrics in found["results"].items()},

@@ -192,16 +192,16 @@ class Measurement:
         settings, world = self.settings, self.place.world
         if settings.lm_eval_tasks:
             identity = {"tasks": settings.lm_eval_tasks, "limit": settings.lm_eval_limit}
-            work = lambda: distributed.on_main(world, self._lm_eval)  # noqa: E731
-            self.results["lm_eval"] = self._part("lm_eval", "", identity, work)
+            work = lambda: run_lm_eval(self.model, self.tokenizer, settings, world)  # noqa: E731
+            try:
+                self.results["lm_eval"] = self._part("lm_eval", "", identity, work)
+            except FlareError as error:
+                self._fail("--lm_eval_tasks", error)
             self.save(self.results)
         if settings.generate_tokens:
             identity = {"tokens": settings.generate_tokens}
             work = lambda: distributed.on_main(world, self._samples)  # noqa: E731
             self.results["samples"] = self._part("samples", "", identity, work)["rows"]
-
-    def _lm_eval(self) -> dict:
-        return run_lm_eval(self.model, self.tokenizer, self.settings)
 
     def _samples(self) -> dict:
         settings = self.settings

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flare.distributed import raise_first, rank_from_environment
-from flare.errors import FlareError
+from flare.errors import ConfigError, FlareError
 from flare.evaluation.options import EvaluationSettings
 from flare.experiment import Experiment
 from flare.hub import read_model_config
@@ -59,16 +59,39 @@ def stages_of(directory: Path, last: int) -> tuple[int, ...] | None:
     return tuple(sorted(map(int, recorded))) if recorded else None
 
 
-def milestones(directories: list[Path]) -> list[Milestone]:
-    """Milestones of several models; those that would have one label get their directory's name added."""
+def milestones(directories: list[Path], typed: list[str] | None = None) -> list[Milestone]:
+    """Milestones of several models, each with a label of its own: those that would share one get a name added.
+
+    Args:
+        typed: how the user named them: for a model of the hub that says more than the directory that it lies in.
+    Raises: ConfigError for a model that is given twice.
+    """
+    typed = typed or list(map(str, directories))
+    for i, directory in enumerate(directories):
+        if any(directory.resolve() == other.resolve() for other in directories[:i]):
+            raise ConfigError(f"--compare_to {typed[i]}: the same model is given twice")
     found = [milestone(directory) for directory in directories]
     labels = [m.label for m in found]
-    return [m if labels.count(m.label) == 1 else replace(m, label=f"{m.label} ({_name(m)})") for m in found]
+    names = own_names(typed)
+    return [
+        m if labels.count(m.label) == 1 else replace(m, label=f"{m.label} ({name})")
+        for m, name in zip(found, names, strict=True)
+    ]
 
 
-def _name(m: Milestone) -> str:
-    parts = m.directory.resolve().parts[-2:]
-    return parts[0] if parts[-1] == "final_model" else parts[-1]
+def own_names(typed: list[str]) -> list[str]:
+    """What tells models apart: of each path, or name on the hub, the shortest end that no other one has.
+
+    All experiments' models lie in a final_model, which is left out.
+    """
+    paths = [Path(name).resolve().parts if Path(name).is_dir() else tuple(name.split("/")) for name in typed]
+    paths = [path[:-1] if path[-1] == "final_model" else path for path in paths]
+
+    def own(i: int) -> str:
+        ends = ((paths[i][-n:], [p[-n:] for p in paths[:i] + paths[i + 1 :]]) for n in range(1, len(paths[i])))
+        return "/".join(next((end for end, others in ends if end not in others), paths[i]))
+
+    return [own(i) for i in range(len(paths))]
 
 
 def experiment_of(model_dir: Path) -> Experiment | None:

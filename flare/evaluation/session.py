@@ -44,7 +44,7 @@ class Evaluation:
         names = [settings.model_path, *settings.compare_to]
         # Rank 0 downloads, the others find it done.
         distributed.on_main(world, lambda: [str(local_model_dir(n, settings.cache_dir)) for n in names])
-        self.milestones = milestones([local_model_dir(n, settings.cache_dir) for n in names])
+        self.milestones = milestones([local_model_dir(n, settings.cache_dir) for n in names], names)
         self.results_file = settings.output_dir / "evaluation_results.json"
         self.environment = distributed.on_main(world, _environment)  # asks git and nvidia-smi: once, not once a model
 
