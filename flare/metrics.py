@@ -36,6 +36,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
+def share_of(peak_flops: float | None, tokens_per_sec: float, flops_per_token: float | None) -> float | None:
+    """Of a device's peak FLOP/s, what a rate uses; None where either is unknown."""
+    return tokens_per_sec * flops_per_token / peak_flops if peak_flops and flops_per_token else None
+
+
 class Throughput:
     """Tokens per second of training itself: no evaluation or saving in the window, no padding counted."""
 

@@ -7,12 +7,24 @@ keeps the optimizer from taking over what is not finite.
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from flare import distributed
 from flare.loss_scale import LEAST_SCALE, LossScale
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step began, and the rows it took: what is said of it when it goes wrong."""
+
+    step: int
+    rows: int
+    tokens: int
+    row_indices: np.ndarray
 
 
 class Outcome(NamedTuple):
@@ -52,9 +64,9 @@ class Outcomes:
         """1 from the first step on whose numbers end the run: the loss or the gradient norm is not finite."""
         self.found_inf = self.failed
         """The same, and 1 for a step whose fp16 gradients overflow; a fused optimizer leaves such updates out."""
-        self._pending: deque[tuple[object, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._pending: deque[tuple[Place, torch.Tensor, torch.cuda.Event | None]] = deque()
 
-    def put(self, place: object, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool) -> None:
+    def put(self, place: Place, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool) -> None:
         """Add a step. ``loss`` is this rank's part, ``grad_norm`` the same everywhere, ``stop`` this rank's vote.
 
         A norm that is not finite on one rank alone (a broken card) is so for all: they must go on alike.
@@ -70,7 +82,7 @@ class Outcomes:
             event.record()
         self._pending.append((place, numbers, event))
 
-    def take(self, keep: int = 0) -> list[tuple[object, Outcome]]:
+    def take(self, keep: int = 0) -> list[tuple[Place, Outcome]]:
         """(place, outcome) of all steps but the ``keep`` newest, oldest first; waits for them."""
         taken = []
         while len(self._pending) > keep:

@@ -28,6 +28,14 @@ class Progress:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    def note_evaluation(self, loss: float, threshold: float) -> bool:
+        """Take in an evaluation at this step; whether it is the best so far, by more than ``threshold``."""
+        gain = self.best_loss is None or loss < self.best_loss - threshold
+        if gain:
+            self.best_loss, self.best_step = loss, self.step
+        self.evaluations_without_gain = 0 if gain else self.evaluations_without_gain + 1
+        return gain
+
     def out_of_patience(self, options: Options) -> bool:
         """Whether early stopping ends the run here."""
         patience = options.early_stopping_patience

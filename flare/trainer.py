@@ -8,7 +8,6 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,28 +19,16 @@ from flare.distributed import World
 from flare.errors import FlareError
 from flare.garbage import steady_collection
 from flare.logs import log
-from flare.loss_scale import LossScale
-from flare.metrics import MetricsWriter, Throughput, peak_memory_gib, perplexity
+from flare.loss_scale import RANGE_HINT, LossScale
+from flare.metrics import MetricsWriter, Throughput, peak_memory_gib, perplexity, share_of
 from flare.optim import can_skip_on_device, take_step
 from flare.options import Options
-from flare.outcomes import Outcome, Outcomes
+from flare.outcomes import Outcome, Outcomes, Place
 from flare.parts import Parts, evaluate_rows
 from flare.phase import during
 from flare.prefetch import StepLoader, StepRows, to_device
 from flare.progress import STOP_FILE, Progress, StopRequest
 from flare.sharding import is_sharded
-
-FP16_HINT = "; fp16 ends at 65,504: --precision fp32, or bf16 where cards have it, goes further"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a step began, and the rows it took: what is said of it when it goes wrong."""
-
-    step: int
-    rows: int
-    tokens: int
-    row_indices: np.ndarray
 
 
 class Trainer:
@@ -222,7 +209,7 @@ class Trainer:
         progress.step, progress.rows, progress.tokens = place.step, place.rows, place.tokens
         raise FlareError(
             f"{what}; the weights were not updated, the last checkpoint is good; lower --learning_rate, or look at "
-            "these rows in logs/" + FP16_HINT * (self.loss_scale is not None)
+            "these rows in logs/" + RANGE_HINT * (self.loss_scale is not None)
         )
 
     # -- after a step -------------------------------------------------------------------------------
@@ -257,16 +244,16 @@ class Trainer:
         window, self.window = self.window, []
         if not window:  # every step since the last line was skipped
             return
-        seconds, rate = self.throughput.seconds, self.throughput.take()
+        seconds, rate, peak = self.throughput.seconds, self.throughput.take(), self.parts.peak_flops
         mean = math.fsum(outcome.loss for outcome in window) / len(window)
-        record = self._place() | {
+        record = {
             "loss": mean,
             "perplexity": perplexity(mean),
             "learning_rate": self.options.learning_rate * self.parts.schedule(self.progress.step - 1),
             "grad_norm": next((o.grad_norm for o in reversed(window) if o.finite), None),  # None: all overflowed
             "tokens_per_sec": rate,
-            "mfu": self._share_of_peak(rate, self.parts.model_flops_per_token),
-            "executed_flops_use": self._share_of_peak(rate, self.parts.executed_flops_per_token),
+            "mfu": share_of(peak, rate, self.parts.model_flops_per_token),
+            "executed_flops_use": share_of(peak, rate, self.parts.executed_flops_per_token),
             "data_wait": self.loader.take_wait() / seconds if seconds else 0.0,
             "memory_gib": distributed.all_max([peak_memory_gib(self.world.device)])[0],
         }
@@ -274,21 +261,11 @@ class Trainer:
             record |= {"loss_scale": self.progress.loss_scale, "overflow_steps": self.progress.overflow_steps}
         self._record(record)
 
-    def _share_of_peak(self, tokens_per_sec: float, flops_per_token: float | None) -> float | None:
-        if not self.parts.peak_flops or not flops_per_token:
-            return None
-        return tokens_per_sec * flops_per_token / self.parts.peak_flops
-
-    def _place(self) -> dict:
+    def _record(self, numbers: dict) -> None:
         progress = self.progress
-        return {
-            "step": progress.step,
-            "epoch": self.parts.train_rows.epochs(progress.rows),
-            "tokens": progress.tokens,
-        }
-
-    def _record(self, record: dict) -> None:
-        self.progress.history.append(record)
+        epoch = self.parts.train_rows.epochs(progress.rows)
+        record = {"step": progress.step, "epoch": epoch, "tokens": progress.tokens} | numbers
+        progress.history.append(record)
         if self.metrics:
             self.metrics.record(record)
 
@@ -300,22 +277,9 @@ class Trainer:
         score = functools.partial(evaluate_rows, self.parts, options, self.world, self.rows_by_rank)
         loss, accuracy = score()
         more = self.parts.more_evaluation(progress.step, lambda: score()[0]) if self.parts.more_evaluation else {}
-        gain = progress.best_loss is None or loss < progress.best_loss - options.early_stopping_threshold
-        if gain:
-            progress.best_loss, progress.best_step = loss, progress.step
-            progress.evaluations_without_gain = 0
-        else:
-            progress.evaluations_without_gain += 1
-        self._record(
-            self._place()
-            | {
-                "eval_loss": loss,
-                "eval_perplexity": perplexity(loss),
-                "eval_token_accuracy": accuracy,
-                "is_best": gain,
-            }
-            | more
-        )
+        gain = progress.note_evaluation(loss, options.early_stopping_threshold)
+        record = {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_token_accuracy": accuracy}
+        self._record(record | {"is_best": gain} | more)
         if gain and options.early_stopping_patience:
             self._save()  # the best weights must be there when patience runs out
 
