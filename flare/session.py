@@ -77,7 +77,8 @@ class Session:
         self._start_rows(progress)
         self._build(resume_from)
         self._settle_balance(resume_from, progress.rows)
-        self.saver.record("running", progress, settings=self.run.settings(), starts_from=str(self.run.init_from))
+        facts = {"settings": self.run.settings(), "identity": self.identity, "starts_from": str(self.run.init_from)}
+        self.saver.record("running", progress, **facts)
         metrics = None
         try:
             if self.world.is_main:

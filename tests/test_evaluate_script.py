@@ -9,6 +9,7 @@ import pytest
 from flare.data.rows import SourceSpec
 from flare.errors import ConfigError
 from flare.evaluation.datasets import held_out, join_pages, load_texts, parse_name
+from flare.evaluation.fairness import differences, same_training, training_of
 from flare.evaluation.models import milestones
 from tests.conftest import write_base, write_corpus
 from tests.processes import run_script
@@ -98,7 +99,7 @@ def test_a_control_is_told_from_a_base_by_the_stage_it_went_through(tmp_path: Pa
     models = ("base/final_model", "control/stage1/final_model", "control/final_model")
     found = milestones([tmp_path / model for model in models])
     assert [m.label for m in found] == ["base", "control (stage 1)", "control (stage 2)"]
-    assert [m.stages for m in found] == [(), (1,), (1, 2)]
+    assert [m.training for m in found] == [{}, {"stages": [1]}, {"stages": [1, 2]}]
 
 
 def test_stages_are_those_of_the_guides_two_experiments_too(tmp_path: Path) -> None:
@@ -117,12 +118,38 @@ def test_stages_are_those_of_the_guides_two_experiments_too(tmp_path: Path) -> N
     names = ("control_stage1", "control_stage2", "mine_stage2")
     found = milestones([tmp_path / name / "final_model" for name in names])
     assert [m.label for m in found] == ["control (stage 1)", "control (stage 2)", "stage 2"]
-    assert [m.stages for m in found] == [(1,), (1, 2), (1, 2)]
+    assert [m.training["stages"] for m in found] == [[1], [1, 2], [1, 2]]
     other_start = {"current_stage": 2, "stages": {"2": {"status": "finished", "starts_from": str(tmp_path / "base")}}}
     (tmp_path / "mine_stage2" / "training_metrics.json").write_text(json.dumps(other_start))
-    assert milestones([tmp_path / "mine_stage2" / "final_model"])[0].stages == (2,)
+    assert milestones([tmp_path / "mine_stage2" / "final_model"])[0].training == {"stages": [2]}
     (tmp_path / "mine_stage2" / "final_model").rename(tmp_path / "moved")
-    assert milestones([tmp_path / "moved"])[0].stages is None
+    assert milestones([tmp_path / "moved"])[0].training is None
+
+
+def test_a_fair_control_had_the_same_training_but_for_rope() -> None:
+    """By training_metrics.json: data, length, schedule, steps; not how the work was shared, nor the NoPE layers."""
+
+    def block(**other: object) -> dict:
+        identity = {"data": "5f", "max_seq_length": 4096, "packing": "document", "train_layers": "layers 20-32"}
+        settings = {"learning_rate": 1e-4, "warmup_steps": 10, "per_device_train_batch_size": 3, "gpu_type": "A800"}
+        facts = {"identity": identity, "settings": settings, "totals": {"steps": 1000, "tokens": 49_152_000}}
+        return {name: fact | other.get(name, {}) for name, fact in facts.items()}
+
+    mine = training_of({"1": block(), "2": block()}, 2)
+    same = block(settings={"gpu_type": "A40", "per_device_train_batch_size": 1, "no_rope_layers": ["none"]})
+    assert same_training(training_of({"1": same, "2": same}, 2), mine)
+    assert same_training(
+        training_of({"1": block(), "2": block(settings={"learning_rate": 1.0})}, 1), training_of({"1": block()}, 1)
+    )
+    for other, words in (
+        (block(settings={"learning_rate": 3e-5}), "learning_rate of stage 2 3e-05 instead of 0.0001"),
+        (block(totals={"tokens": 40_000_000}), "tokens of stage 2 40,000,000 instead of 49,152,000"),
+        (block(identity={"data": "a1"}), "other data of stage 2"),
+    ):
+        control = training_of({"1": block(), "2": other}, 2)
+        assert not same_training(control, mine) and differences(control, mine) == [words]
+    assert same_training({"stages": [1, 2]}, mine)  # an experiment of before recorded less
+    assert not same_training(None, mine) and not same_training({}, {})
 
 
 def test_models_that_are_alike_are_called_by_what_their_paths_differ_in(tmp_path: Path) -> None:

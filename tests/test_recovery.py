@@ -143,7 +143,7 @@ def model(label: str, role: str, perplexities: dict[int, float], tokenizer: str 
     curves = {"pg19": rows} if rows else {}
     return {
         "label": label, "role": role, "tokenizer_sha256": tokenizer, "context_lengths": curves, "passkey": found,
-        "stages": [1, 2] if role in ("trained", "control") else [],
+        "training": {"stages": [1, 2]} if role in ("trained", "control") else {},
     }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_contexts_in_plain_words():
         "at 16,384 tokens perplexity 9.10 against 410.00 of base and 9.20 of control. "
         "Beyond the training length it holds up better than base and about as well as control."
     )
-    unfair = context_verdict([base, mine, control | {"stages": [1]}], "stage 2", 4096)
+    unfair = context_verdict([base, mine, control | {"training": {"stages": [1]}}], "stage 2", 4096)
     assert unfair == context_verdict([base, mine], "stage 2", 4096)
     alone = context_verdict([mine], "stage 2", None)
     assert alone == "By context length on pg19: at 1,024 tokens perplexity 11.20; at 16,384 tokens perplexity 9.10."

@@ -34,11 +34,11 @@ from flare.evaluation.verdict import (
 BASE, PATCHED, STAGE1, STAGE2 = 2.0, 3.0, 2.25, 2.03
 
 
-def row(label: str, role: str, loss: float, *, tokenizer: str = "t1", bits: float | None = None, stages=None):
-    if stages is None and role in ("trained", "control"):
-        stages = (1,) if label == "stage 1" else (1, 2)
+def row(label: str, role: str, loss: float, *, tokenizer: str = "t1", bits: float | None = None, training=None):
+    if training is None and role in ("trained", "control"):
+        training = {"stages": [1] if label == "stage 1" else [1, 2]}
     bits = bits or loss / 2
-    return ComparisonRow(label, role, "embedded", loss, math.exp(loss), bits, tokenizer, stages=stages)
+    return ComparisonRow(label, role, "embedded", loss, math.exp(loss), bits, tokenizer, training=training)
 
 
 def four_rows() -> list[ComparisonRow]:
@@ -112,7 +112,7 @@ def test_verdict_tells_the_jump_each_stage_and_the_end():
     ],
 )
 def test_a_control_says_what_more_training_alone_would_have_done(loss, opinion, end):
-    half = row("half", "control", 1.0, stages=(1,))
+    half = row("half", "control", 1.0, training={"stages": [1]})
     words = comparison_verdict([*four_rows(), row("control", "control", loss), half])  # whichever stands last
     assert words.startswith(f"{opinion}: stage 2 is 3.0 % above base") and words.endswith(end)
     assert "The same training with RoPE kept is the control: stage 2 is" in words
@@ -121,19 +121,26 @@ def test_a_control_says_what_more_training_alone_would_have_done(loss, opinion, 
 @pytest.mark.parametrize(
     ("control", "trained", "words"),
     [
-        ((1,), (1, 2), "control went through stage 1, stage 2 went through stages 1 and 2."),
-        ((1, 2), (2,), "control went through stages 1 and 2, stage 2 went through stage 2."),
-        ((1, 2), (), "control went through stages 1 and 2, what stage 2 went through is not recorded beside it."),
+        ({"stages": [1]}, {"stages": [1, 2]}, "it had stage 1 instead of stages 1 and 2"),
+        ({"stages": [1, 2]}, {"stages": [2]}, "it had stages 1 and 2 instead of stage 2"),
+        ({"stages": [2]}, {}, "what stage 2 went through is not recorded beside it"),
+        (
+            {"stages": [2], "tokens of stage 2": 4_000_000, "data of stage 2": "5f", "learning_rate of stage 2": 3e-5},
+            {"stages": [2], "tokens of stage 2": 8_000_000, "data of stage 2": "a1", "learning_rate of stage 2": 3e-5},
+            "it had tokens of stage 2 4,000,000 instead of 8,000,000; other data of stage 2",
+        ),
     ],
 )
-def test_a_control_of_other_stages_is_called_no_fair_one_and_nothing_is_concluded(tmp_path, control, trained, words):
-    rows = [*four_rows()[:2], row("stage 2", "trained", STAGE2, stages=trained)]
-    rows.append(row("control", "control", 1.9, stages=control))
+def test_a_control_of_another_training_is_called_no_fair_one_and_nothing_is_concluded(
+    tmp_path, control, trained, words
+):
+    rows = [*four_rows()[:2], row("stage 2", "trained", STAGE2, training=trained)]
+    rows.append(row("control", "control", 1.9, training=control))
     verdict = comparison_verdict(rows)
     assert verdict.startswith("Won back: ") and "That is what removing RoPE costs" not in verdict
     assert verdict.endswith(
-        f"The control is no fair one: {words} What removing RoPE cost, only a control that went through the same "
-        "stages can tell."
+        f"The control is no fair one: {words}. What removing RoPE cost, only a control with the same training can "
+        "tell."
     )
     text = report(tmp_path, hand_made(), rows=rows, label="stage 2")
     assert text.splitlines()[2].endswith("perplexity 7.61 on embedded, +3.0 % against base.")  # not against control

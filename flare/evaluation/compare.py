@@ -68,7 +68,7 @@ def milestone_records(models: list[Measured]) -> list[dict]:
         {
             "label": m.who.label,
             "role": m.who.role,
-            "stages": None if m.who.stages is None else list(m.who.stages),
+            "training": m.who.training,
             "path": str(m.who.directory),
             "tokenizer_sha256": m.tokenizer,
             "datasets": {
@@ -94,5 +94,5 @@ def comparison_rows(models: list[Measured], seed: int) -> list[ComparisonRow]:
                 found = difference(m.scores[name], models[0].scores[name], m.tokenizer == models[0].tokenizer, seed)
                 interval = (found.low, found.high)
             row = comparison_row(m.who.label, m.who.role, m.results, name, interval)
-            rows.append(replace(row, stages=m.who.stages))
+            rows.append(replace(row, training=m.who.training))
     return rows

@@ -3,13 +3,14 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from flare.distributed import raise_first, rank_from_environment
 from flare.errors import ConfigError, FlareError
+from flare.evaluation.fairness import Training, training_of
 from flare.evaluation.options import EvaluationSettings
 from flare.experiment import Experiment
 from flare.hub import read_model_config
@@ -32,31 +33,33 @@ class Milestone:
     label: str
     role: str  # base, patched, trained, control
     directory: Path
-    stages: tuple[int, ...] | None = ()  # that it went through; None: not recorded beside it
+    training: Training | None = field(default_factory=dict)  # None: not recorded beside it
 
 
 def milestone(directory: Path) -> Milestone:
     """Read off its config.json what a model is."""
     config = read_model_config(directory)
     stage = (config.get("flare") or {}).get("stage")
-    stages = () if stage is None else stages_of(directory, stage)
+    training = {} if stage is None else recorded_training(directory, stage)
     if nope_layers_of(config):
         if stage is None:
             return Milestone(1, "patched, untrained", "patched", directory)
-        return Milestone(1 + stage, f"stage {stage}", "trained", directory, stages)
-    if stages and 1 in stages:  # with RoPE everywhere only a control has a stage 1
-        return Milestone(10 + stage, f"control (stage {stage})", "control", directory, stages)
+        return Milestone(1 + stage, f"stage {stage}", "trained", directory, training)
+    if training and 1 in training["stages"]:  # with RoPE everywhere only a control has a stage 1
+        return Milestone(10 + stage, f"control (stage {stage})", "control", directory, training)
     return Milestone(0, "base", "base", directory)
 
 
-def stages_of(directory: Path, last: int) -> tuple[int, ...] | None:
-    """The stages that a final model went through, the ``last`` one as its config.json says; None when its experiment's
-    records are not beside it."""
-    if last == 1:
-        return (1,)
-    experiment = Experiment(directory.resolve().parent)
-    recorded = recorded_stages(experiment)
-    return tuple(sorted(map(int, recorded))) if recorded else None
+def recorded_training(directory: Path, last: int) -> Training | None:
+    """What a final model went through, the ``last`` stage as its config.json says; None when its experiment's records
+    are not beside it."""
+    root = directory.resolve().parent
+    if last == 1 and root.name == "stage1":  # set aside when stage 2 began
+        root = root.parent
+    recorded = recorded_stages(Experiment(root))
+    if str(last) in recorded:
+        return training_of(recorded, last)
+    return {"stages": [1]} if last == 1 else None  # there is but one way to stage 1
 
 
 def milestones(directories: list[Path], typed: list[str] | None = None) -> list[Milestone]:

@@ -153,7 +153,7 @@ ROLES = {
     "base": "the model before anything was changed",
     "patched": "RoPE removed, nothing trained since: the damage",
     "trained": "RoPE removed, then trained (stage 1: the NoPE layers only; stage 2: everything)",
-    "control": "training with RoPE kept: what the training alone does to a model that went through the same stages",
+    "control": "training with RoPE kept: what the training alone does to a model",
 }
 
 

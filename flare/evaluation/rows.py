@@ -1,8 +1,9 @@
 """One model on one data set, as the comparison's tables and the verdict see it, and which control is a fair one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from flare.evaluation.fairness import Training, same_training
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ComparisonRow:
     bits_per_byte: float
     tokenizer_sha256: str
     interval: tuple[float, float] | None = None  # 95 %, of the loss minus the first row's; nats, or bits per byte
-    stages: tuple[int, ...] | None = ()  # that the model went through; None: not recorded
+    training: Training | None = field(default_factory=dict)  # of the model; None: not recorded
 
 
 def comparison_row(
@@ -38,18 +39,13 @@ def comparison_row(
 
 
 def control_of(rows: list[ComparisonRow], result: ComparisonRow) -> ComparisonRow | None:
-    """The control to hold a trained model against: the last one that went through the same stages, else the last one,
-    from which nothing can be concluded."""
+    """The control to hold a trained model against: the last one that had the same training, else the last one, from
+    which nothing can be concluded."""
     controls = [row for row in rows if row.role == "control"]
     return fair_control(rows, result) or (controls[-1] if controls else None)
 
 
 def fair_control(rows: list[ComparisonRow], result: ComparisonRow) -> ComparisonRow | None:
-    """The last control that went through the same stages as a trained model."""
-    alike = (row for row in reversed(rows) if row.role == "control" and same_stages(row.stages, result.stages))
+    """The last control that had the same training as a trained model."""
+    alike = (r for r in reversed(rows) if r.role == "control" and same_training(r.training, result.training))
     return next(alike, None)
-
-
-def same_stages(one: Sequence[int] | None, other: Sequence[int] | None) -> bool:
-    """Whether two trainings consisted of the same stages; not when it is not recorded."""
-    return bool(one and other) and list(one) == list(other)

@@ -9,6 +9,7 @@ from flare.distributed import World
 from flare.errors import ConfigError, DataError, EnvError
 from flare.evaluation.compare import Measured, comparison, comparison_rows, milestone_records, reference_of
 from flare.evaluation.datasets import DatasetRequest, load_texts, parse_name
+from flare.evaluation.fairness import same_training
 from flare.evaluation.figures import Curves, draw_figures, training_length
 from flare.evaluation.finished import FinishedParts, texts_identity
 from flare.evaluation.harness import check_lm_eval
@@ -18,7 +19,6 @@ from flare.evaluation.options import EvaluationSettings
 from flare.evaluation.recovery import control_curve, recovery_of
 from flare.evaluation.report import report_verdict, write_report
 from flare.evaluation.results import add_failure, write_results
-from flare.evaluation.rows import same_stages
 from flare.evaluation.tensorboard import write_tensorboard
 from flare.experiment import environment_lines
 from flare.hub import local_model_dir
@@ -132,8 +132,8 @@ class Evaluation:
 
 
 def _control_stages(models: list[Measured], evaluated: Milestone) -> dict:
-    """What the experiment of the last control of the same stages recorded in training; {} without one."""
-    controls = [m.who for m in models if m.who.role == "control" and same_stages(m.who.stages, evaluated.stages)]
+    """What the experiment of the last control with the same training recorded; {} without one."""
+    controls = [m.who for m in models if m.who.role == "control" and same_training(m.who.training, evaluated.training)]
     experiment = experiment_of(controls[-1].directory) if controls else None
     return recorded_stages(experiment) if experiment else {}
 

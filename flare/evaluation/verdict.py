@@ -2,12 +2,13 @@
 
 A row is one model on one data set. Rows have roles: the ``base`` as it was published, the ``patched``
 model before any training, ``trained`` ones in the order of training, the last of which is the result, and ``control``
-ones, which were trained with RoPE kept: a fair comparison for who went through the same stages.
+ones, which were trained with RoPE kept: a fair comparison for who had the same training.
 """
 
 import math
 
-from flare.evaluation.rows import ComparisonRow, control_of, fair_control, same_stages
+from flare.evaluation.fairness import differences, same_training
+from flare.evaluation.rows import ComparisonRow, control_of, fair_control
 from flare.nope.layers import format_layers
 
 RECOVERED = 0.95
@@ -52,7 +53,7 @@ def comparison_verdict(rows: list[ComparisonRow]) -> str:
     """What the rows of one data set say: the jump, what each training won back, where it ended.
 
     The first row of the roles base and patched counts, and all trained ones. '' without a base or
-    without anything to hold against it. Only a control that went through the same stages can tell winning back from
+    without anything to hold against it. Only a control that had the same training can tell winning back from
     the effect of more training: with one, the opinion is about that.
     """
     base = next((row for row in rows if row.role == "base"), None)
@@ -80,12 +81,12 @@ def comparison_verdict(rows: list[ComparisonRow]) -> str:
     return f"{opinion}: {_against(result, base)} {story}.{_control_verdict(rows)}"
 
 
-def _stages(row: ComparisonRow) -> str:
-    """'LABEL went through stages 1 and 2', or that nobody knows."""
-    if not row.stages:
-        return f"what {row.label} went through is not recorded beside it"
-    word = "stage" if len(row.stages) == 1 else "stages"
-    return f"{row.label} went through {word} {' and '.join(map(str, row.stages))}"
+def _unlike(control: ComparisonRow, row: ComparisonRow) -> str:
+    """Why a control is no fair one."""
+    for r in (control, row):
+        if not r.training:
+            return f"what {r.label} went through is not recorded beside it"
+    return f"it had {'; '.join(differences(control.training, row.training))}"
 
 
 def _as_good(row: ComparisonRow, control: ComparisonRow) -> bool:
@@ -103,10 +104,10 @@ def _control_verdict(rows: list[ComparisonRow]) -> str:
             " More training alone lowers the loss, too: how much of this it was, only the same training with RoPE "
             "kept can tell (the control, not compared here)."
         )
-    if not same_stages(control.stages, trained[-1].stages):
+    if not same_training(control.training, trained[-1].training):
         return (
-            f" The control is no fair one: {_stages(control)}, {_stages(trained[-1])}. What removing RoPE cost, only "
-            "a control that went through the same stages can tell."
+            f" The control is no fair one: {_unlike(control, trained[-1])}. What removing RoPE cost, only a control "
+            "with the same training can tell."
         )
     held = f"The same training with RoPE kept is the control: {_against(trained[-1], control)}"
     return f" {held}" if _as_good(trained[-1], control) else f" {held} That is what removing RoPE costs here."
@@ -155,10 +156,10 @@ def context_verdict(models: list[dict], label: str, training_length: int | None)
 
 
 def _other(models: list[dict], role: str, mine: dict) -> dict | None:
-    """The base, or the last control of the same stages, if its tokens are those of ``mine``."""
+    """The base, or the last control with the same training, if its tokens are those of ``mine``."""
     found = [m for m in models if m["role"] == role and m is not mine]
     if role == "control":
-        found = [m for m in found if same_stages(m["stages"], mine["stages"])]
+        found = [m for m in found if same_training(m["training"], mine["training"])]
     chosen = found[0 if role == "base" else -1] if found else None
     return chosen if chosen and chosen["tokenizer_sha256"] == mine["tokenizer_sha256"] else None
 
