@@ -7,7 +7,7 @@ again. Both functions here go through the rows in chunks and keep one chunk's lo
 import torch
 import torch.nn.functional as F
 
-from flare.chunks import CPU_BLOCK_ROWS, CPU_SOFTMAX_ROWS, loss_chunk_rows
+from flare.chunks import CPU_BLOCK_ROWS, cpu_softmax_rows, loss_chunk_rows
 
 IGNORE_INDEX = -100
 """Label of a position without a target, as in transformers and torch."""
@@ -124,14 +124,15 @@ class _InPlace:
     def __init__(self, chunk_rows: int, head: torch.Tensor) -> None:
         self.logits = head.new_empty(chunk_rows, len(head))
         wide = head.dtype != torch.float32
-        self.wide = torch.empty(min(CPU_SOFTMAX_ROWS, chunk_rows), len(head)) if wide else None
+        self.block_rows = min(cpu_softmax_rows(len(head)), chunk_rows)
+        self.wide = torch.empty(self.block_rows, len(head)) if wide else None
 
     def __call__(
         self, rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = torch.mm(rows, head.T, out=self.logits[: len(rows)])
         wanted, targets = _targets(labels)
-        blocks = (tensor.split(CPU_SOFTMAX_ROWS) for tensor in (logits, wanted, targets))
+        blocks = (tensor.split(self.block_rows) for tensor in (logits, wanted, targets))
         return sum(self._block(*block) for block in zip(*blocks, strict=True)), logits
 
     def _block(self, logits: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from flare import activations
 from flare.activations import Microbatch
-from flare.chunks import CPU_BLOCK_ROWS, CPU_SOFTMAX_ROWS, loss_chunk_rows
+from flare.chunks import CPU_BLOCK_ROWS, cpu_softmax_rows, loss_chunk_rows
 from flare.gathered import gathered
 from flare.moments import COMPILED_UPDATE_BYTES, EAGER_UPDATE_BYTES, EIGHT_BIT, moment_bytes
 from flare.options import SELECTIVE
@@ -205,7 +205,7 @@ def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card:
     beside = gradients + HALF_BYTES * (chunk + head)
     if on_card:
         return beside + max(FP32_BYTES * chunk, HALF_BYTES * head)
-    softmax = FP32_BYTES * min(CPU_SOFTMAX_ROWS, rows) * shape.vocab_size
+    softmax = FP32_BYTES * min(cpu_softmax_rows(shape.vocab_size), rows) * shape.vocab_size
     if batch.fp16:
         block = min(CPU_BLOCK_ROWS, shape.vocab_size)
         copies = block * rows + (block + rows) * shape.hidden_size
