@@ -27,6 +27,9 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 QWEN_VOCABULARY, SMALL_VOCABULARY = 151_936, 2_048
+SMALL_TIMES = 3
+"""Runs of the small vocabulary in a round: its two sides differ by less than runs of one side do."""
+
 TARGETS = {
     "bf16 stage 2, tokens/s of HF Trainer's": (2.0, "at least"),
     "bf16 stage 2, peak memory of HF Trainer's": (0.45, "at most"),
@@ -43,11 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="times each side runs [2]")
     parser.add_argument("--steps", type=int, default=6, help="steps of a run, 2 of them warm-up [6]")
     args = parser.parse_args(argv)
-    runs = {name: [] for name in workloads(args.steps)}
-    for _ in range(args.rounds):
-        for name, workload in workloads(args.steps).items():
-            runs[name].append(measure(workload))
-            print(f"{name}: {runs[name][-1].tokens_per_sec:,.0f} tokens/s", flush=True)
+    large, small = workloads(args.steps), small_workloads(3 * args.steps)
+    runs = {name: [] for name in large | small}
+    for name, workload in args.rounds * [*large.items(), *SMALL_TIMES * [*small.items()]]:
+        runs[name].append(measure(workload))
+        print(f"{name}: {runs[name][-1].tokens_per_sec:,.0f} tokens/s", flush=True)
     best = {name: summary(measured) for name, measured in runs.items()}
     print("\n" + record.table(["run", "tokens/s", "peak GiB", "above idle GiB"], [row(n, s) for n, s in best.items()]))
     ratios = ratios_of(best)
@@ -58,11 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def workloads(steps: int) -> dict[str, Workload]:
-    """The runs of one round, in their order."""
-    large = {**SHAPE, "vocab_size": QWEN_VOCABULARY}
-    band = auto_band(SHAPE["num_hidden_layers"])
-    ours = Workload("flare", large, 2, band, batch_size=4, seq_len=512, steps=steps)
-    small = replace(ours, shape={**SHAPE, "vocab_size": SMALL_VOCABULARY}, steps=steps * 3)
+    """The runs of one round at Qwen's vocabulary, in their order."""
+    ours = of_vocabulary(QWEN_VOCABULARY, steps)
     runs = {}
     for precision in ("bf16", "fp32"):
         stage_2 = replace(ours, precision=precision)
@@ -72,8 +72,19 @@ def workloads(steps: int) -> dict[str, Workload]:
             f"{precision} flare, stage 1": replace(stage_2, stage=1),
             f"{precision} HF Trainer, stage 1": replace(stage_2, trainer="hf", stage=1),
         }
-    small_theirs = replace(small, trainer="hf")
-    return runs | {"flare, small vocabulary": small, "HF Trainer, small vocabulary": small_theirs}
+    return runs
+
+
+def small_workloads(steps: int) -> dict[str, Workload]:
+    """The pair of runs at a small vocabulary."""
+    ours = of_vocabulary(SMALL_VOCABULARY, steps)
+    return {"flare, small vocabulary": ours, "HF Trainer, small vocabulary": replace(ours, trainer="hf")}
+
+
+def of_vocabulary(size: int, steps: int) -> Workload:
+    """Flare's stage 2 with this vocabulary, in fp32."""
+    shape = {**SHAPE, "vocab_size": size}
+    return Workload("flare", shape, 2, auto_band(SHAPE["num_hidden_layers"]), batch_size=4, seq_len=512, steps=steps)
 
 
 def summary(measured: list[Measured]) -> dict:
