@@ -78,7 +78,7 @@ class Session:
         self._build(resume_from)
         self._settle_balance(resume_from, progress.rows)
         facts = {"settings": self.run.settings(), "identity": self.identity, "starts_from": str(self.run.init_from)}
-        self.saver.record("running", progress, **facts)
+        self.saver.record("running", progress, early_stopped=False, **facts)
         metrics = None
         try:
             if self.world.is_main:
