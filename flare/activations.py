@@ -45,23 +45,9 @@ class Microbatch:
         return self.rows * self.seq_len**2 if self.document_mask or self.eager_attention else 0
 
 
-def norm_saved_bytes(elements: int, rows: int, input_bytes: int, trains: bool, input_has_grad: bool) -> int:
-    """What one RMSNorm saves: the input in fp32 and 1/rms per row; for its weight, the normalised input.
-
-    An fp32 input is saved as it is, a bf16 one as an fp32 copy: 4 bytes an element either way.
-    """
-    for_input = FP32_BYTES * (elements + rows) if input_has_grad else 0
-    return for_input + (input_bytes * elements if trains else 0)
-
-
-def linear_inputs_saved_bytes(elements: int, input_bytes: int, compute_bytes: int, consumers: int) -> int:
-    """Input that ``consumers`` trainable projections save for their weight gradients.
-
-    One tensor serves them all, unless autocast has to convert it: its cache holds weights only, so every
-    projection converts, and saves, its own copy.
-    """
-    copies = consumers if input_bytes != compute_bytes else 1
-    return copies * compute_bytes * elements
+def norm_saved_bytes(elements: int, rows: int, input_bytes: int, needs_grad: bool = True) -> int:
+    """What one RMSNorm saves (``flare.lean_layers``): its input as it is, and 1/rms per row, in fp32."""
+    return input_bytes * elements + FP32_BYTES * rows if needs_grad else 0
 
 
 def attention_saved_bytes(shape: ModelShape, batch: Microbatch, trains: bool) -> int:
@@ -96,20 +82,15 @@ def layer_saved_bytes(shape: ModelShape, batch: Microbatch, trainable: Trainable
     attention, mlp = trainable.attention(layer_idx), trainable.mlp(layer_idx)
     # The input of the lowest trainable layer needs no gradient, unless the embedding below it trains.
     input_has_grad = trainable.everything or layer_idx > first
-    # A trainable norm multiplies by its fp32 weight, which makes the output fp32.
-    normed_bytes = FP32_BYTES if mlp and batch.autocast else max(batch.residual_bytes, compute)
-    saved = norm_saved_bytes(hidden, n, batch.residual_bytes, mlp, input_has_grad)
-    saved += norm_saved_bytes(hidden, n, batch.residual_bytes, mlp, True)
-    if attention:
-        saved += linear_inputs_saved_bytes(hidden, normed_bytes, compute, consumers=3)
+    saved = norm_saved_bytes(hidden, n, batch.residual_bytes, input_has_grad or mlp)
+    saved += norm_saved_bytes(hidden, n, batch.residual_bytes)
     if shape.family == "qwen3":  # q_norm and k_norm, over each head
         for heads in (shape.num_attention_heads, shape.num_key_value_heads):
-            saved += norm_saved_bytes(n * heads * shape.head_dim, n * heads, compute, attention, True)
+            saved += norm_saved_bytes(n * heads * shape.head_dim, n * heads, compute)
     saved += attention_saved_bytes(shape, batch, attention)
-    saved += 3 * compute * inner  # gate_proj's output, silu of it, up_proj's output
-    if mlp:
-        saved += linear_inputs_saved_bytes(hidden, normed_bytes, compute, consumers=2)
-        saved += compute * inner  # down_proj's input
+    saved += 2 * compute * inner  # gate_proj's output and up_proj's
+    saved += attention * compute * hidden  # one input for q, k and v
+    saved += mlp * compute * (hidden + inner)  # one for gate and up; down_proj's
     return saved
 
 
@@ -136,15 +117,18 @@ def rotary_bytes(shape: ModelShape, batch: Microbatch) -> int:
     return 2 * batch.residual_bytes * batch.tokens * shape.head_dim
 
 
-def final_norm_saved_bytes(shape: ModelShape, batch: Microbatch, trainable: Trainable) -> int:
+def final_norm_saved_bytes(shape: ModelShape, batch: Microbatch) -> int:
     """What the norm above the last layer saves."""
     hidden = batch.tokens * shape.hidden_size
-    return norm_saved_bytes(hidden, batch.tokens, batch.residual_bytes, trainable.everything, True)
+    return norm_saved_bytes(hidden, batch.tokens, batch.residual_bytes)
 
 
-def forward_transient_bytes(shape: ModelShape, batch: Microbatch) -> int:
-    """Alive for a moment in a forward pass besides what is saved: the boolean mask, an fp32 norm."""
-    return batch.mask_elements + FP32_BYTES * batch.tokens * shape.hidden_size
+def forward_transient_bytes(shape: ModelShape, batch: Microbatch, checkpointed: bool) -> int:
+    """Alive for a moment at the end of a forward pass besides what is saved: the boolean mask, and two fp32 tensors in
+    the final norm. Or, where the last layer is checkpointed, input and output of its MLP and down_proj's input."""
+    hidden, inner = batch.tokens * shape.hidden_size, batch.tokens * shape.intermediate_size
+    mlp = batch.compute_bytes * (inner + 2 * hidden) if checkpointed else 0
+    return batch.mask_elements + max(2 * FP32_BYTES * hidden, mlp)
 
 
 def backward_transient_bytes(shape: ModelShape, batch: Microbatch, mlp_trains: bool) -> int:
@@ -163,5 +147,5 @@ def backward_transient_bytes(shape: ModelShape, batch: Microbatch, mlp_trains: b
         moments.append(formats * shape.hidden_size * shape.intermediate_size)
     if batch.eager_attention:
         scores = (batch.compute_bytes + FP32_BYTES) * shape.num_attention_heads * batch.mask_elements
-        moments.append(scores - (4 if mlp_trains else 3) * inner)
+        moments.append(scores - (3 if mlp_trains else 2) * inner)
     return max(moments) + batch.residual_bytes * batch.tokens * shape.hidden_size

@@ -87,7 +87,7 @@ def memory(inputs: PlanInputs) -> Memory:
         optimizer=moments + _update_bytes(inputs, shards),
         activations=sum(layer.kept for layer in layers)
         + _held_bytes(inputs)
-        + activations.final_norm_saved_bytes(shape, batch, trainable),
+        + activations.final_norm_saved_bytes(shape, batch),
         working=max((layer.rerun + layer.transient for layer in layers), default=0),
         logits=loss_bytes(shape, batch, trainable.everything, bool(inputs.gpus)) + _final_hidden_bytes(shape, batch),
         peak_bytes=weights + moments + phases[phase],
@@ -103,13 +103,12 @@ def _layer(inputs: PlanInputs, layer_idx: int, shards: int) -> _Layer:
     params += trainable.mlp(layer_idx) * (shape.mlp_params + shape.norm_params)
     copied = trainable.matmul_params(shape, layer_idx) if inputs.half and shards == 1 else 0
     own_input = activations.layer_input_bytes(shape, batch)
-    # An fp32 input is itself what the recomputed norm saves: counted once.
-    input_saved = batch.residual_bytes == FP32_BYTES and (
-        trainable.everything or layer_idx > trainable.first_backward(shape)
-    )
     kept, rerun = saved, 0
     if inputs.gradient_checkpointing:
         products = activations.products_bytes(shape, batch) * (inputs.gradient_checkpointing == SELECTIVE)
+        # The input is itself what the first norm saves: counted once.
+        first = layer_idx == trainable.first_backward(shape)
+        input_saved = trainable.everything or not first or trainable.mlp(layer_idx)
         kept, rerun = own_input + products, saved - input_saved * own_input - products
     return _Layer(
         kept=kept,
@@ -135,12 +134,12 @@ def _phases(
     shape, batch, trainable = inputs.shape, inputs.microbatch, inputs.what_trains
     persistent = gradients if inputs.accumulation > 1 or (inputs.world_size > 1 and shards == 1) else 0
     first, held, whole = trainable.first_backward(shape), _held_bytes(inputs), gathered(inputs)
-    shared = held + activations.final_norm_saved_bytes(shape, batch, trainable)
+    shared = held + activations.final_norm_saved_bytes(shape, batch)
     kept = sum(layer.kept for layer in layers)
     copies = sum(layer.copies for layer in layers)
     # Checkpointed layers save no copies, but autocast's cache holds all of them until the forward pass ends.
     graph_copies = 0 if inputs.gradient_checkpointing else copies
-    forward = activations.forward_transient_bytes(shape, batch)
+    forward = activations.forward_transient_bytes(shape, batch, bool(inputs.gradient_checkpointing))
     yield "end of the forward pass", persistent + kept + copies + shared + forward + whole.forward
     chunk = loss_bytes(shape, batch, trainable.everything, bool(inputs.gpus)) + _final_hidden_bytes(shape, batch)
     yield "loss", persistent + kept + graph_copies + shared + chunk + whole.loss

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from flare.attention import KERNELS, document_mask
 from flare.compiler import uncompiled
 from flare.distributed import World, on_main
+from flare.lean_layers import save_less
 from flare.loss import linear_cross_entropy_sum, score_tokens
 from flare.nope.canary import hold_to_canary
 from flare.nope.canary_file import CANARY_FILE
@@ -42,6 +43,7 @@ class TrainingModel(torch.nn.Module):
         self, causal_lm: PreTrainedModel, half_dtype: torch.dtype | None = None, documents: bool = True
     ) -> None:
         super().__init__()
+        save_less(causal_lm)
         self.causal_lm = causal_lm
         self.half_dtype = half_dtype
         self.documents = documents

@@ -11,7 +11,7 @@ LAYERS = [
     ["errors", "files", "parent", "phase", "terminal", "threads", "card_models", "__init__"],
     ["command_line", "nvidia_smi", "gpus", "gpus_cli", "jsonc", "options", "option_values", "nope.layers"],
     ["config_file", "config", "batch", "hosts", "fabric", "sharding", "compiler", "distributed", "distress"],
-    ["data.order", "moments", "adamw_8bit", "recompute"],
+    ["data.order", "moments", "adamw_8bit", "lean_layers", "recompute"],
     ["experiment", "hub", "logs", "metrics_file", "summary", "watchdog", "nope.modeling_nope", "balance", "pace"],
     ["nope.flags", "nope.tensors", "nope.temperature", "nope.staging", "nope.format", "nope.shards"],
     ["nope.probe", "nope.load", "nope.native", "nope.patch", "nope.stock_check", "tensor_files", "optim"],

@@ -282,7 +282,7 @@ def test_saved_activations(family: str, train: str, bf16: bool, documents: int, 
     model, shape, trainable = tiny_training(family, train, bf16, checkpointing)
     ids, positions = rows_of_tokens(100, rows=2, seq_len=96, documents=documents)
     batch = Microbatch(2, 96, bf16, trainable.everything, document_mask=documents > 1)
-    expected = activations.final_norm_saved_bytes(shape, batch, trainable)
+    expected = activations.final_norm_saved_bytes(shape, batch)
     if checkpointing:
         layers = shape.num_hidden_layers - trainable.first_backward(shape)
         expected += layers * activations.layer_input_bytes(shape, batch)
@@ -301,7 +301,7 @@ def test_saved_activations_of_eager_attention(train: str, bf16: bool) -> None:
     ids, positions = rows_of_tokens(100, rows=1, seq_len=256, documents=2)
     batch = Microbatch(1, 256, bf16, trainable.everything, eager_attention=True)
     copies = sum(trainable.matmul_params(shape, i) for i in range(6)) if bf16 else 0
-    expected = activations.final_norm_saved_bytes(shape, batch, trainable) + HALF_BYTES * copies
+    expected = activations.final_norm_saved_bytes(shape, batch) + HALF_BYTES * copies
     expected += sum(activations.layer_saved_bytes(shape, batch, trainable, i) for i in range(6))
     assert expected == pytest.approx(saved_bytes(model, ids, positions), rel=0.02)
 
@@ -314,12 +314,12 @@ def test_layers_below_the_lowest_trainable_one_save_nothing() -> None:
 
 def test_saved_bytes_of_a_trainable_layer_by_hand() -> None:
     # bf16, stage 1, T = 10 rows of width 8, MLP 16, q 8, k and v 4 (8 with a mask), 2 heads; not the lowest.
-    norm = 4 * 80 + 4 * 10 + 2 * 80  # fp32 input, 1/rms, normalised bf16 input
+    norm = 2 * 80 + 4 * 10  # bf16 input, fp32 1/rms
     attention = 2 * (80 + 80 + 80 + 80) + 4 * 10 * 2 + 2 * 100  # q, k, v, out; logsumexp; mask
-    mlp = 2 * 4 * 160  # gate, silu, up, their product
-    copies = (3 + 2) * 2 * 80  # q, k, v, gate and up each convert the fp32 output of a norm
+    mlp = 2 * 3 * 160  # gate, up, their product
+    inputs = 2 * 2 * 80  # of q, k and v, and of gate and up: a norm's output in bf16
     batch = Microbatch(1, 10, half=True, fp32_residual=False)
-    assert activations.layer_saved_bytes(TINY, batch, Trainable.of({1, 2}), 2) == 2 * norm + attention + mlp + copies
+    assert activations.layer_saved_bytes(TINY, batch, Trainable.of({1, 2}), 2) == 2 * norm + attention + mlp + inputs
 
 
 LONG_CASES = {  # activations and the loss decide
@@ -465,11 +465,13 @@ def test_memory_parts_of_the_guides_stage_1() -> None:
     check_fits(made)
 
 
-def test_stage_1_of_the_guide_fits_an_a800_and_not_an_a40() -> None:
-    on_a800 = make_plan(qwen("Qwen2.5-3B", 1, (A800,), per_device_batch=3, seq_len=4096))
-    assert 40 * GIB < on_a800.memory.peak_bytes < 55 * GIB
-    check_fits(on_a800)
-    on_a40 = make_plan(qwen("Qwen2.5-3B", 1, (A40,), per_device_batch=3, seq_len=4096))
+def test_stage_1_of_the_guide_fits_both_cards_of_its_server_and_a_fourth_row_only_the_a800() -> None:
+    for card in (A800, A40):
+        made = make_plan(qwen("Qwen2.5-3B", 1, (card,), per_device_batch=3, seq_len=4096))
+        assert 30 * GIB < made.memory.peak_bytes < 40 * GIB
+        check_fits(made)
+    check_fits(make_plan(qwen("Qwen2.5-3B", 1, (A800,), per_device_batch=4, seq_len=4096)))
+    on_a40 = make_plan(qwen("Qwen2.5-3B", 1, (A40,), per_device_batch=4, seq_len=4096))
     assert on_a40.fits is False
     with pytest.raises(ConfigError, match="does not fit on 1 x NVIDIA A40"):
         check_fits(on_a40)
@@ -477,7 +479,7 @@ def test_stage_1_of_the_guide_fits_an_a800_and_not_an_a40() -> None:
 
 def test_qwen25_7b_stage_2_on_one_a40_is_refused_with_numbers_and_a_way_out() -> None:
     made = make_plan(qwen("Qwen2.5-7B", 2, (A40,), per_device_batch=2, gradient_checkpointing=True))
-    assert made.memory.peak_bytes > 16 * 7_615_616_512  # masters, gradients and two moments in fp32
+    assert made.memory.peak_bytes >= 16 * 7_615_616_512  # masters, gradients and two moments in fp32
     with pytest.raises(ConfigError) as caught:
         check_fits(made)
     message = str(caught.value)
@@ -624,14 +626,14 @@ def test_rows_are_halved_until_one_fits() -> None:
 
 
 def test_more_cards_are_offered_instead_of_accumulation() -> None:
-    inputs = qwen("Qwen2.5-3B", 1, (A40,) * 2, per_device_batch=3)
+    inputs = qwen("Qwen2.5-3B", 1, (A40,) * 2, per_device_batch=6)
     text = suggest(inputs)
-    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 3 (or 3 times as many cards" in text
-    assert make_plan(replace(inputs, per_device_batch=1, world_size=6, gpus=(A40,) * 6)).fits is True
+    assert "--per_device_train_batch_size 3 --gradient_accumulation_steps 2 (or 2 times as many cards" in text
+    assert make_plan(replace(inputs, per_device_batch=3, world_size=4, gpus=(A40,) * 4)).fits is True
 
 
 def test_small_cards_among_large_ones_are_named() -> None:
-    mixed = make_plan(qwen("Qwen2.5-3B", 1, (A800, A40, A800), per_device_batch=3))
+    mixed = make_plan(qwen("Qwen2.5-3B", 1, (A800, A40, A800), per_device_batch=4))
     assert [room.label for room in mixed.rooms] == ["2 x NVIDIA A800 80GB PCIe", "1 x NVIDIA A40"]
     assert [room.label for room in mixed.tight_rooms] == ["1 x NVIDIA A40"]
     message = r"does not fit on 1 x NVIDIA A40.*only the 2 x NVIDIA A800 80GB PCIe"

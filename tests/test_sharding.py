@@ -173,11 +173,11 @@ def logged(run: Path) -> list[dict]:
 
 
 def test_the_plan_of_a_sharded_step_holds(tmp_path: Path) -> None:
-    """Within 4 % where activations decide. At most a tenth too much where checkpointing leaves few of them, a fifth
+    """Within 5 % where activations decide. At most a tenth too much where checkpointing leaves few of them, a fifth
     where embedding and head decide: the plan counts gloo's copies and gathered layers, and when gloo's threads free
     those differs from run to run."""
     out = tmp_path / "peaks.json"
     torchrun(2, "tests.sharded_peaks", out)
     for case, (measured, planned) in json.loads(out.read_text()).items():
-        most = 1.2 if "embedding" in case else {"checkpointing": 1.1, "selective": 1.05}.get(case, 1.04)
+        most = 1.2 if "embedding" in case else {"checkpointing": 1.1}.get(case, 1.05)
         assert 0.95 < planned / measured < most, (case, measured, planned)
