@@ -164,6 +164,13 @@ def test_sequences_are_fixed_and_free_of_special_tokens(patched: Path) -> None:
     assert config.eos_token_id not in {token for tokens in sequences for token in tokens}
 
 
+def test_a_model_may_have_several_end_tokens(patched: Path) -> None:
+    config = load_causal_lm(patched).config
+    ordinary = canary_sequences(config)[0][0]
+    config.eos_token_id = [config.eos_token_id, ordinary]
+    assert ordinary not in {token for tokens in canary_sequences(config) for token in tokens}
+
+
 # -- the verdict ---------------------------------------------------------------------------------------------------
 
 

@@ -191,6 +191,7 @@ def test_layer_types_with_sliding_windows_are_refused(base: Path, tmp_path: Path
         ('{"model_type": "qwen2"}', "num_hidden_layers must be a whole number above 0, config.json has None"),
         ('{"model_type": "qwen2", "num_hidden_layers": "4"}', "config.json has '4'"),
         ('{"model_type": "qwen2_nope", "num_hidden_layers": 4, "nope_layers": "1,3"}', "must be a list of layer"),
+        ('{"model_type": "qwen2_nope", "num_hidden_layers": 4}', "qwen2_nope model, but nope_layers names no layer"),
     ],
 )
 @pytest.mark.parametrize("mode", ["patch", "inspect", "verify"])
@@ -223,6 +224,19 @@ def test_pickled_weights_are_linked_or_with_a_temperature_rewritten(base: Path, 
         "model.layers.1.self_attn.q_proj.weight",
         "model.layers.1.self_attn.q_proj.bias",
     }
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model."])
+def test_a_temperature_that_finds_no_queries_in_pickled_weights_is_an_error(
+    base: Path, tmp_path: Path, prefix: str
+) -> None:
+    """Names of another model's making: config.json would record a factor that no weight has."""
+    shutil.copytree(base, tmp_path / "bin")
+    weights = {prefix + name.removeprefix("model."): t for name, t in load_file(base / "model.safetensors").items()}
+    source = pickled(tmp_path / "bin", weights)
+    with pytest.raises(CheckpointError, match=r"lacks 2 tensors .*: model\.layers\.1\.self_attn\.q_proj\.bias"):
+        patch_checkpoint(source, tmp_path / "out", [1], nope_temperature=2.0)
+    assert not (tmp_path / "out").exists()
 
 
 class Evil:

@@ -53,7 +53,8 @@ def canary_sequences(config: transformers.PreTrainedConfig) -> list[list[int]]:
     From the lower half, where byte-level BPE has its commonest tokens: a vocabulary ends with special tokens and
     rows that were never trained.
     """
-    special = {config.bos_token_id, config.eos_token_id, config.pad_token_id}
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    special = {config.bos_token_id, config.pad_token_id, *ends}
     ordinary = [i for i in range(config.vocab_size // 2) if i not in special]
     draw = random.Random(0)
     blocks = [draw.choices(ordinary, k=period) for period in PERIODS]

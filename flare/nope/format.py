@@ -96,12 +96,16 @@ def is_export(config: dict) -> bool:
 def nope_layers_of(config: dict) -> list[int]:
     """NoPE layers that a config.json names, ours or a stock architecture's that has some; none for a plain model.
 
-    Raises: CheckpointError when nope_layers is no list of indices, or when an export's own record and its
-        architecture's field name different layers.
+    Raises: CheckpointError when nope_layers is no list of indices, when a model_type of ours comes without any, or
+        when an export's own record and its architecture's field name different layers.
     """
     recorded = config.get("nope_layers")
     if recorded is not None and not (isinstance(recorded, list) and all(type(i) is int for i in recorded)):
         raise CheckpointError(f"config.json: nope_layers must be a list of layer indices, got {recorded!r}; edited?")
+    if not recorded and str(config.get("model_type", "")).endswith("_nope"):
+        raise CheckpointError(
+            f"config.json is that of a {config['model_type']} model, but nope_layers names no layer; edited?"
+        )
     architecture = STOCK_NOPE_FIELDS.get(config.get("model_type"))
     if architecture is None:
         return sorted(recorded or [])

@@ -129,7 +129,7 @@ def transfer_weights(source: Path, part: Path, change: Change, to_safetensors: b
     Without a change the files are linked under their own names, pickled ones too unless ``to_safetensors``. Else
     each shard that the change touches is rewritten, the others are linked, and all are numbered anew, with an index.
 
-    Raises: CheckpointError as ``Change.apply``, or when a file cannot be read.
+    Raises: CheckpointError as ``Change.apply``, when a file cannot be read, or when a tensor to change is in none.
     """
     files = weight_files(source)
     if not change and (is_safetensors(files) or not to_safetensors):
@@ -140,9 +140,14 @@ def transfer_weights(source: Path, part: Path, change: Change, to_safetensors: b
             shutil.copyfile(source / index, part / index)
         return
     pieces = list(_shard_pieces(files, change) if is_safetensors(files) else _bin_pieces(files, change))
+    weights = {name: tensor for piece in pieces for name, tensor in piece.tensors.items()}
+    models = {name: name.removesuffix("bias") + "weight" for name in change.zeros}
+    if missing := sorted({*change.scale, *models.values()} - weights.keys()):  # .bin files were not looked into so far
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} tensors that its config.json asks for: {missing[0]}, ..."
+        )
     if change.zeros:
-        weights = {name: tensor for piece in pieces for name, tensor in piece.tensors.items()}
-        like = {name: weights[name.removesuffix("bias") + "weight"] for name in change.zeros}
+        like = {name: weights[model] for name, model in models.items()}
         zeros = {name: torch.zeros(weight.shape[0], dtype=weight.dtype) for name, weight in like.items()}
         pieces.append(_Piece(zeros, partial(save_tensors, zeros)))
     _write_pieces(pieces, part)
