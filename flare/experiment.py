@@ -245,15 +245,22 @@ def existing_parent(path: Path) -> Path:
 
 def check_output_dir(base_output_dir: str) -> None:
     """Refuse, before anything is changed, a base directory that cannot be written."""
-    path = existing_parent(Path(base_output_dir))
+    check_writable("--base_output_dir", Path(base_output_dir), " or set FLARE_OUTPUT_DIR")
+
+
+def check_writable(option: str, directory: Path, other_way_out: str = "") -> None:
+    """Refuse, before anything is changed, a directory of the user's that cannot be written or made.
+
+    Raises: ConfigError naming the option that gave it.
+    """
+    path = existing_parent(directory)
     if not path.is_dir():
-        raise ConfigError(f"--base_output_dir {base_output_dir}: {path} is a file, not a directory")
+        raise ConfigError(f"{option} {directory}: {path} is a file, not a directory")
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".flare-", dir=path))  # permissions alone do not tell: root, read-only mounts
     except OSError as error:
         raise ConfigError(
-            f"cannot write to --base_output_dir {base_output_dir} ({path}: {error.strerror}); "
-            "give another --base_output_dir or set FLARE_OUTPUT_DIR"
+            f"cannot write to {option} {directory} ({path}: {error.strerror}); give another {option}{other_way_out}"
         ) from error
 
 

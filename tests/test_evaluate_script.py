@@ -75,6 +75,50 @@ def test_a_set_that_cannot_be_had_leaves_the_others_standing(family: dict[str, P
     assert entries["/nowhere/x.jsonl"]["error"].startswith("--datasets /nowhere/x.jsonl: no such file")
 
 
+def test_a_set_that_only_the_compared_model_cannot_take_is_named_with_that_model(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    """The compared model's embedding has fewer rows than its tokenizer has tokens."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(family["base"], tmp_path / "small")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    model.resize_token_embeddings(model.config.vocab_size // 4)
+    model.save_pretrained(tmp_path / "small")
+    corpus = family["corpus"]
+    result = evaluate(
+        "--model_path", family["patched"], "--compare_to", tmp_path / "small", "--datasets", corpus,
+        "--max_length", 64, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode == 3, result.stderr
+    results = json.loads((tmp_path / "out" / "evaluation_results.json").read_text())
+    assert results["datasets"][str(corpus)]["status"] == "ok"
+    (error,) = results["not_compared"].values()
+    assert error.startswith("base: ")
+    assert f"- {corpus}: base: " in (tmp_path / "out" / "evaluation_report.md").read_text()
+
+
+def test_mistakes_are_told_before_anything_is_measured(family: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    flags = ("--model_path", family["base"], "--datasets", family["corpus"])
+    result = evaluate(*flags, "--output_dir", tmp_path / "file" / "out")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"error: --output_dir {tmp_path}/file/out: ")
+    assert "perplexity" not in result.stderr
+
+
+def test_a_known_set_given_as_two_files_is_not_scored_as_one(family: dict[str, Path], tmp_path: Path) -> None:
+    corpus, other = family["corpus"], write_corpus(tmp_path / "other.jsonl", 3)
+    words = (f"wikitext2={corpus}", f"wikitext2={other}")
+    result = evaluate("--model_path", family["base"], "--datasets", *words, "--output_dir", tmp_path / "out")
+    assert result.returncode == 3, result.stderr
+    entries = json.loads((tmp_path / "out" / "evaluation_results.json").read_text())["datasets"]
+    assert entries["wikitext2"]["status"] == "ok"
+    assert "wikitext2 is given twice" in entries[words[1]]["error"]
+
+
 def test_a_config_that_lies_about_its_layers_is_refused(family: dict[str, Path], tmp_path: Path) -> None:
     """The model's own class opened with another list of layers than it was patched with is another model; a
     config that names none is no NoPE model at all."""

@@ -135,7 +135,8 @@ def test_a_score_comes_back_from_plain_json():
 
 
 def model(label: str, role: str, perplexities: dict[int, float], tokenizer: str = "t") -> dict:
-    rows = [{"context_length": n, "loss": float(np.log(p)), "perplexity": p} for n, p in perplexities.items()]
+    size = {"num_tokens": 512, "num_documents": 2}
+    rows = [{"context_length": n, "loss": float(np.log(p)), "perplexity": p} | size for n, p in perplexities.items()]
     found = [
         {"context_length": n, "depth_percent": d, "accuracy": a}
         for n, a in ((4096, 100.0), (16384, 0.0 if role == "base" else 60.0)) for d in (0, 100)
@@ -151,19 +152,22 @@ def test_contexts_in_plain_words():
     base = model("base", "base", {1024: 11.0, 4096: 10.0, 16384: 410.0})
     mine = model("stage 2", "trained", {1024: 11.2, 4096: 10.03, 16384: 9.1})
     assert context_verdict([base, mine], "stage 2", 4096) == (
-        "By context length on pg19: at 4,096 tokens within 0.3 % of base; "
+        "By context length on pg19, 512 tokens of 2 documents: at 4,096 tokens within 0.3 % of base; "
         "at 16,384 tokens perplexity 9.10 against 410.00 of base. "
-        "Beyond the training length it holds up better than base."
+        "Beyond the training length it is better than base."
     )
     control = model("control", "control", {1024: 9.0, 4096: 9.0, 16384: 9.2})
     assert context_verdict([base, mine, control], "stage 2", 4096).endswith(
         "at 16,384 tokens perplexity 9.10 against 410.00 of base and 9.20 of control. "
-        "Beyond the training length it holds up better than base and about as well as control."
+        "Beyond the training length it is better than base and about as good as control."
     )
     unfair = context_verdict([base, mine, control | {"training": {"stages": [1]}}], "stage 2", 4096)
     assert unfair == context_verdict([base, mine], "stage 2", 4096)
     alone = context_verdict([mine], "stage 2", None)
-    assert alone == "By context length on pg19: at 1,024 tokens perplexity 11.20; at 16,384 tokens perplexity 9.10."
+    assert alone == (
+        "By context length on pg19, 512 tokens of 2 documents: at 1,024 tokens perplexity 11.20; "
+        "at 16,384 tokens perplexity 9.10."
+    )
     other = model("base", "base", {4096: 10.0, 16384: 410.0}, tokenizer="another")
     assert "against" not in context_verdict([other, mine], "stage 2", 4096)
     assert context_verdict([model("stage 2", "trained", {})], "stage 2", 4096) == ""

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flare.evaluation.figures import Plot
+from flare.evaluation.figures import Curves, Plot, draw_figures, shortened
 from flare.evaluation.plots import (
     CONTROL_COLOR,
     count_label,
+    cut_middle,
     plot_loss_by_position,
     plot_training_curve,
     series_colors,
@@ -329,6 +330,30 @@ def test_tensorboard_holds_scalars_the_curves_of_every_model_the_tables_and_the_
         assert [(e.step, e.value) for e in run.Scalars("by_context/embedded")] == [(64, 9.0)]
     assert other.Scalars("results/embedded/perplexity")[0].value == 7.0
     assert not (tmp_path / "tb" / "stage 2").exists()
+
+
+def test_an_evaluation_beside_trainings_curves_leaves_them(tmp_path):
+    """--output_dir may be the experiment itself, whose tensorboard/ holds the curves of its stages."""
+    curve = tmp_path / "stage1" / "events.out.tfevents.1.host.1.0"
+    curve.parent.mkdir()
+    curve.write_bytes(b"training's")
+    write_tensorboard(hand_made(), tmp_path, [], "stage 2", "# Title")
+    assert curve.read_bytes() == b"training's"
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+
+
+def test_data_sets_whose_files_share_a_name_have_pictures_of_their_own(tmp_path):
+    buckets = hand_made()["datasets"]["embedded"]["loss_by_position"]
+    sets = {"en/test.jsonl": {"a": buckets}, "de/test.jsonl": {"a": buckets}, "test.jsonl_2": {"a": buckets}}
+    plots = draw_figures(hand_made(), "a", sets, Curves({}, []), tmp_path)
+    assert len({plot.path for plot in plots}) == 3
+    assert all(plot.path.is_file() for plot in plots)
+
+
+def test_long_names_leave_room_for_the_lines():
+    assert shortened("short") == "short"
+    assert shortened("/home/someone/data/de/test.jsonl", 14) == "…de/test.jsonl"
+    assert cut_middle("stage 2 (first_experiment_of_all)", 21) == "stage 2 (f…nt_of_all)"
 
 
 def test_comparison_row_of_a_results_file():

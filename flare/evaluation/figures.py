@@ -1,5 +1,7 @@
 """Which pictures an evaluation has, and the sentence that goes with each."""
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,16 +39,33 @@ def draw_figures(
         by_position: data set -> model -> buckets.
     """
     trained = training_length(curves.stages)
-    plots = [*_training_curve(results, curves, directory), *_contexts(results, label, trained, directory)]
+    files = picture_names([*by_position, *(results.get("context_lengths") or {})])
+    plots = [*_training_curve(results, curves, directory), *_contexts(results, label, trained, directory, files)]
     plots += _passkey(results, label, trained, directory)
     for name, series in by_position.items():
-        path = plot_loss_by_position(series, directory / f"loss_by_position_{file_name(name)}.png", trained, name)
+        path = directory / f"loss_by_position_{files[name]}.png"
+        plot_loss_by_position(series, path, trained, shortened(name))
         sentence = (
             f"Loss on {name} by position in the window: it should fall to the right, as more context helps; a line "
             "that turns up has lost its way."
         )
         plots.append(Plot(path, f"plots/loss_by_position/{name}", sentence))
     return plots
+
+
+def picture_names(datasets: Iterable[str]) -> dict[str, str]:
+    """Data set -> its name in the pictures' file names; en/test.jsonl and de/test.jsonl are two files."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(datasets):
+        taken = set(found.values())
+        candidates = (file_name(name) + (f"_{count}" if count > 1 else "") for count in itertools.count(1))
+        found[name] = next(candidate for candidate in candidates if candidate not in taken)
+    return found
+
+
+def shortened(name: str, limit: int = 36) -> str:
+    """The end of a long name, as much as a title holds: of a path that is what tells files apart."""
+    return name if len(name) <= limit else "…" + name[-(limit - 1) :]
 
 
 def training_length(stages: dict) -> int | None:
@@ -102,12 +121,13 @@ def models_of(results: dict, label: str) -> list[dict]:
     return results.get("milestones") or [{"label": label, "role": "trained", **alone}]
 
 
-def _contexts(results: dict, label: str, trained: int | None, directory: Path) -> list[Plot]:
+def _contexts(results: dict, label: str, trained: int | None, directory: Path, files: dict[str, str]) -> list[Plot]:
     plots = []
     for name in results.get("context_lengths") or {}:
         models = {m["label"]: m["context_lengths"].get(name) for m in models_of(results, label)}
         series = {model: rows for model, rows in models.items() if rows}
-        path = plot_context_lengths(series, directory / f"context_length_{file_name(name)}.png", trained, name)
+        path = directory / f"context_length_{files[name]}.png"
+        plot_context_lengths(series, path, trained, shortened(name))
         sentence = (
             f"Perplexity of the same last tokens of the long documents of {name}, with more and more context before "
             "them: a model that extrapolates stays low to the right of the training length, one that does not shoots "

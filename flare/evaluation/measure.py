@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from flare import distributed
 from flare.distributed import World
-from flare.errors import ConfigError, DataError, FlareError
+from flare.errors import ConfigError, DataError, EnvError, FlareError
 from flare.evaluation.batches import Engine, Progress
 from flare.evaluation.context import beyond_positions, score_context_lengths
 from flare.evaluation.datasets import DatasetRequest
@@ -110,6 +110,8 @@ class Measurement:
                 continue
             try:
                 part = self._part("dataset", name, {}, lambda n=name, t=texts: self._score(n, t))
+            except EnvError:  # the disk, not the data set
+                raise
             except FlareError as error:
                 self._fail(name, error)
                 continue

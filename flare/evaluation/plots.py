@@ -211,8 +211,15 @@ def label_right(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
         heights.append((axes.transAxes.inverted().transform((0, pixel))[1], (label, color)))
     for height, (label, color) in spread(heights, LABEL_GAP):
         axes.text(
-            1.015, height, label, transform=axes.transAxes, color=color, va="center", ha="left", fontsize=9.5
+            1.015, height, cut_middle(label), transform=axes.transAxes, color=color,
+            va="center", ha="left", fontsize=9.5,
         )  # fmt: skip
+
+
+def cut_middle(label: str, limit: int = 32) -> str:
+    """A label that leaves room for the lines: a long name's middle is left out, for ends tell more."""
+    half = (limit - 1) // 2
+    return label if len(label) <= limit else f"{label[:half]}…{label[-half:]}"
 
 
 def spread(items: list[tuple[float, tuple]], gap: float) -> list[tuple[float, tuple]]:

@@ -1,6 +1,7 @@
 """Pictures of what happens beyond the training length: perplexity by context length, the passkey's heat map."""
 
 import math
+import textwrap
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -84,7 +85,8 @@ def plot_passkey(models: dict[str, list[dict]], path: Path | str, training_lengt
                 axes = grid[line][column]
                 _heat_map(axes, rows, kind, training_length)
                 if line == 0:
-                    axes.set_title(label, fontsize=10, pad=16)
+                    characters = int(11 * width / len(models))  # an inch holds about 12 of them
+                    axes.set_title(textwrap.fill(label, max(characters, 8)), fontsize=10, pad=16)
                 if line == len(kinds) - 1:
                     axes.set_xlabel("context (tokens)", fontsize=9)
                 if column == 0:
@@ -105,7 +107,7 @@ def _heat_map(axes: Axes, rows: list[dict], kind: str, training_length: int | No
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             if value is not None:
-                color = "black" if value > 55 else "white"
+                color = "black" if value > 48 else "white"
                 axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=color, fontsize=8.5)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
     axes.set_yticks(range(len(depths)), [str(depth) for depth in depths], fontsize=8)

@@ -222,6 +222,9 @@ def _datasets(results: dict) -> str:
     if failed:
         items = (f"- {cell(name)}: {cell(entry['error'])}" for name, entry in failed.items())
         parts.append("Not scored:\n\n" + "\n".join(items))
+    if results.get("not_compared"):
+        items = (f"- {cell(name)}: {cell(error)}" for name, error in results["not_compared"].items())
+        parts.append("Not compared, because another model could not be scored:\n\n" + "\n".join(items))
     if any(entry["word_perplexity"] is None for entry in scored_datasets(results).values()):
         parts.append("A dash: the text has so little white space that the number per word exceeds a float.")
     return "\n\n".join(parts)

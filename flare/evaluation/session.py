@@ -18,9 +18,9 @@ from flare.evaluation.models import Milestone, experiment_of, milestones
 from flare.evaluation.options import EvaluationSettings
 from flare.evaluation.recovery import control_curve, recovery_of
 from flare.evaluation.report import report_verdict, write_report
-from flare.evaluation.results import add_failure, write_results
+from flare.evaluation.results import write_results
 from flare.evaluation.tensorboard import write_tensorboard
-from flare.experiment import environment_lines
+from flare.experiment import check_writable, environment_lines
 from flare.hub import local_model_dir
 from flare.logs import log
 from flare.metrics_file import recorded_stages
@@ -39,6 +39,7 @@ class Evaluation:
         self.settings, self.world = settings, world
         if settings.lm_eval_tasks:
             distributed.on_main(world, lambda: check_lm_eval(settings.lm_eval_tasks))
+        distributed.on_main(world, lambda: check_writable("--output_dir", settings.output_dir))
         self.parts = FinishedParts(settings.output_dir)
         self.place = Place(world, device, self.parts)
         names = [settings.model_path, *settings.compare_to]
@@ -53,10 +54,7 @@ class Evaluation:
         task = self._load_task()
         model = self._measure(self.milestones[0], task, with_extras=True)
         results = model.results
-        others = [self._measure(who, task) for who in self.milestones[1:]]
-        for name, error in task.failed.items():
-            if name not in results["datasets"]:  # else only another model could not take it
-                add_failure(results, name, error)
+        others = [self._measure_other(who, task, results) for who in self.milestones[1:]]
         distributed.on_main(self.world, lambda: self._conclude(model, others, not task.failed))
         return EXIT_DATA if task.failed else 0
 
@@ -66,6 +64,8 @@ class Evaluation:
         for word in self.settings.datasets:
             try:
                 request = parse_name(word, self.settings.cache_dir)
+                if request.name in task.requests:
+                    raise ConfigError(f"--datasets {word}: {request.name} is given twice")
                 task.texts[request.name] = self._load_texts(request)
                 task.requests[request.name] = request
             except (DataError, EnvError, ConfigError) as error:
@@ -94,6 +94,15 @@ class Evaluation:
         results = measurement.run(self.environment, with_extras)
         save(results)
         return Measured(who, results, measurement.scores)
+
+    def _measure_other(self, who: Milestone, task: Task, results: dict) -> Measured:
+        """Measure a model to compare with; what it could not take is no failure of the evaluated one's ``results``."""
+        before = set(task.failed)
+        measured = self._measure(who, task)
+        missing = {name: f"{who.label}: {error}" for name, error in task.failed.items() if name not in before}
+        if missing:
+            results["not_compared"] = results.get("not_compared", {}) | missing
+        return measured
 
     def _save(self, results: dict) -> None:
         distributed.on_main(self.world, lambda: write_results(results, self.results_file))

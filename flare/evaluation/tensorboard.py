@@ -16,6 +16,8 @@ SCALARS = (
     "loss", "perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity", "token_accuracy",
     "lambada_accuracy", "lambada_perplexity",
 )  # fmt: skip
+EVENTS_SUFFIX = ".evaluation"
+"""Of the event files' names: training's curves may lie in the same directory, and are not ours to replace."""
 IMAGE_WIDTH = 850
 """Pixels; TensorBoard cuts what is wider than its panel, here in a window of 1,250."""
 
@@ -29,9 +31,9 @@ def write_tensorboard(results: dict, log_dir: Path | str, plots: list[Plot], lab
         plots: for the image tab. label: of the evaluated model.
         report: the report's Markdown; what stands before its plots goes to the text tab.
     """
-    for old in Path(log_dir).rglob("events.out.tfevents.*"):
-        old.unlink()
-    with SummaryWriter(str(log_dir)) as writer:
+    for old in Path(log_dir).rglob(f"events.out.tfevents.*{EVENTS_SUFFIX}"):
+        old.unlink(missing_ok=True)  # another evaluation may be at it
+    with _writer(Path(log_dir)) as writer:
         _write_scores(writer, scored_datasets(results), results.get("context_lengths") or {})
         for name, entry in scored_datasets(results).items():
             for bucket in entry["loss_by_position"]:
@@ -47,8 +49,12 @@ def write_tensorboard(results: dict, log_dir: Path | str, plots: list[Plot], lab
                 writer.add_image(plot.tag, np.asarray(small), 0, dataformats="HWC")
     for other in results.get("milestones", ()):
         if other["label"] != label:
-            with SummaryWriter(str(Path(log_dir) / other["label"].replace("/", "_"))) as writer:
+            with _writer(Path(log_dir) / other["label"].replace("/", "_")) as writer:
                 _write_scores(writer, other["datasets"], other["context_lengths"])
+
+
+def _writer(log_dir: Path) -> SummaryWriter:
+    return SummaryWriter(str(log_dir), filename_suffix=EVENTS_SUFFIX)
 
 
 def _write_scores(writer: SummaryWriter, datasets: dict, contexts: dict) -> None:

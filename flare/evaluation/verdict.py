@@ -152,7 +152,8 @@ def context_verdict(models: list[dict], label: str, training_length: int | None)
     far, theirs = rows[-1], _rows_at(others, name, rows[-1])
     parts = [_at_length(near, _rows_at(others, name, near))] if near is not far else []
     parts.append(_at_length(far, theirs))
-    return f"By context length on {name}: {'; '.join(parts)}.{_reach(far, theirs, training_length)}"
+    tokens = f", {far['num_tokens']:,} tokens of {far['num_documents']:,} documents"
+    return f"By context length on {name}{tokens}: {'; '.join(parts)}.{_reach(far, theirs, training_length)}"
 
 
 def _other(models: list[dict], role: str, mine: dict) -> dict | None:
@@ -174,14 +175,14 @@ def _reach(row: dict, others: dict[str, dict], training_length: int | None) -> s
     """What the longest context says against each, where it goes beyond the training length; '' else."""
     if not others or training_length is None or _length(row) <= training_length:
         return ""
-    words = [f"{_held_up(row, other)} {label}" for label, other in others.items()]
-    return f" Beyond the training length it holds up {' and '.join(words)}."
+    words = [f"{_worth(row, other)} {label}" for label, other in others.items()]
+    return f" Beyond the training length it is {' and '.join(words)}."
 
 
-def _held_up(row: dict, other: dict) -> str:
+def _worth(row: dict, other: dict) -> str:
     if row["loss"] < other["loss"] - CLEAR_NATS:
         return "better than"
-    return "about as well as" if row["loss"] <= other["loss"] + CLEAR_NATS else "worse than"
+    return "about as good as" if row["loss"] <= other["loss"] + CLEAR_NATS else "worse than"
 
 
 def _length(row: dict) -> int:
