@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from flare import distributed
 from flare.distributed import World
-from flare.errors import ConfigError, DataError, FlareError
+from flare.errors import FlareError
 from flare.evaluation.batches import Engine, Progress
 from flare.evaluation.context import beyond_positions, score_context_lengths
 from flare.evaluation.datasets import DatasetRequest
@@ -153,7 +153,7 @@ class Measurement:
                 curves[name] = self._part(
                     "context", name, {"lengths": lengths}, lambda n=name: self._curve(n, lengths)
                 )
-            except DataError as error:
+            except FlareError as error:
                 reasons.append(f"{name}: {error}")
         self.results["context_lengths"] = {name: part["rows"] for name, part in curves.items()}
         if not curves:
@@ -164,20 +164,15 @@ class Measurement:
 
     def _curve(self, name: str, lengths: list[int]) -> dict:
         texts = self.task.texts[name]
+        prefix = self.settings.prefix_token_id
         with self._bar(f"{name}, context lengths") as progress:
-            return {"rows": score_context_lengths(self._engine(texts[0]), self.tokenizer, texts, lengths, progress)}
+            engine = self._engine(texts[0])
+            return {"rows": score_context_lengths(engine, self.tokenizer, texts, lengths, progress, prefix)}
 
     def _passkey(self) -> None:
         settings = self.settings
         if not settings.passkey:
             return
-        lengths = list(settings.passkey_lengths)
-        try:
-            samples = make_samples(self.tokenizer, lengths, DEPTHS, settings.passkey_samples, settings.seed)
-        except ConfigError as error:
-            self._fail("--passkey", error)
-            return
-        identity = {"prompts": texts_identity([sample.prompt for sample in samples])}
 
         def work() -> dict:
             with self._bar("passkey") as progress:
@@ -185,7 +180,13 @@ class Measurement:
                     "rows": score_passkey(self._engine(samples[0].prompt), self.tokenizer, samples, True, progress)
                 }
 
-        self.results["passkey"] = self._part("passkey", "", identity, work)["rows"]
+        lengths = list(settings.passkey_lengths)
+        try:
+            samples = make_samples(self.tokenizer, lengths, DEPTHS, settings.passkey_samples, settings.seed)
+            identity = {"prompts": texts_identity([sample.prompt for sample in samples])}
+            self.results["passkey"] = self._part("passkey", "", identity, work)["rows"]
+        except FlareError as error:
+            self._fail("--passkey", error)
         self.save(self.results)
 
     def _extras(self) -> None:
@@ -193,7 +194,10 @@ class Measurement:
         if settings.lm_eval_tasks:
             identity = {"tasks": settings.lm_eval_tasks, "limit": settings.lm_eval_limit}
             work = lambda: distributed.on_main(world, self._lm_eval)  # noqa: E731
-            self.results["lm_eval"] = self._part("lm_eval", "", identity, work)
+            try:
+                self.results["lm_eval"] = self._part("lm_eval", "", identity, work)
+            except FlareError as error:
+                self._fail("--lm_eval_tasks", error)
             self.save(self.results)
         if settings.generate_tokens:
             identity = {"tokens": settings.generate_tokens}

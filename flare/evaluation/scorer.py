@@ -33,10 +33,9 @@ class TokenScorer:
     Raises: ConfigError when the token ids do not belong to this model's vocabulary.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str, probe_ids: list[int], bf16: bool = False) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | str, probe_ids: list[int]) -> None:
         self.model = model
         self.device = torch.device(device)
-        self.bf16 = bf16
         self.fused = self._logits_are_linear(probe_ids[:PROBE_TOKENS])
         if not self.fused:
             log.info("evaluation: the logits of %s are not lm_head(hidden); computing them whole", _name(model))
@@ -133,20 +132,21 @@ def check_vocabulary(model: nn.Module, highest_id: int) -> None:
         )
 
 
-def check_length(model: nn.Module, max_length: int) -> None:
+def check_length(model: nn.Module, length: int) -> None:
     """Refuse windows longer than a table of learned positions (GPT-2, OPT). RoPE has no such end.
 
-    Raises: ConfigError naming ``--max_length`` and the positions there are.
+    Raises: ConfigError naming the options that ask for so much and the positions there are.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    if not positions or max_length <= positions:
+    if not positions or length <= positions:
         return
     words = model.get_input_embeddings()
     learned = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words)
     # OPT keeps two rows more than it has positions.
     if any(positions <= table.num_embeddings <= positions + 2 for table in learned):
         raise ConfigError(
-            f"--max_length {max_length}: {_name(model)} has learned positions for {positions} tokens only"
+            f"{length} tokens: {_name(model)} has learned positions for {positions} only; lower --max_length or "
+            "--context_lengths"
         )
 
 
