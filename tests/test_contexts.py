@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from flare.data.mixture import MixedRows
 from flare.data.packing import PackedRows
@@ -163,6 +164,15 @@ def test_every_length_scores_the_same_tokens_as_the_model_alone_would(model, tok
             nll += torch.nn.functional.cross_entropy(logits, ids[0, -4:], reduction="sum").item()
         assert row["loss"] == pytest.approx(nll / 8, rel=RELATIVE)
     assert len({row["loss"] for row in rows}) == 3
+
+
+def test_the_prefix_that_was_asked_for_stands_before_a_document_of_the_longest_length(model, tokenizer):
+    length = len(tokenizer(PROSE)["input_ids"])
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    expected = score_context_lengths(engine(model), tokenizer, [PROSE], [8, length])
+    assert score_context_lengths(engine(model), bare, [PROSE], [8, length], prefix_token_id=0) == expected
+    other = score_context_lengths(engine(model), bare, [PROSE], [8, length], prefix_token_id=9)
+    assert other[0] == expected[0] and other[1]["loss"] != expected[1]["loss"]
 
 
 def test_a_model_that_ignores_context_is_the_same_at_every_length():
