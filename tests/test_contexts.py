@@ -15,6 +15,7 @@ from flare.data.packing import PackedRows
 from flare.errors import ConfigError, DataError
 from flare.evaluation.batches import Engine, length_sorted_batches
 from flare.evaluation.context import beyond_positions, num_targets, score_context_lengths
+from flare.evaluation.continuation import Continuation, score_continuations
 from flare.evaluation.corpus import make_corpus
 from flare.evaluation.during_training import long_documents
 from flare.evaluation.perplexity import score_documents
@@ -206,6 +207,23 @@ def test_lengths_are_read_with_commas_or_spaces_and_rubbish_is_named():
     for bad in (["512,many"], [""], ["1"], ["-4"]):
         with pytest.raises(ConfigError, match="as in 512,1024"):
             parse_lengths(bad)
+
+
+def test_logits_that_are_computed_whole_begin_at_the_first_token_that_is_asked_for(tokenizer):
+    """Whole logits of a long context would fill a card for the few tokens behind it."""
+    gemma = tiny("gemma2", final_logit_softcapping=2.0)
+    ids = tokenizer(LONG)["input_ids"][:61]
+    lengths = []
+    gemma.lm_head.register_forward_hook(lambda _head, _inputs, output: lengths.append(output.shape[1]))
+    scoring = engine(gemma)
+    lengths.clear()
+    answers = score_continuations(scoring, [Continuation(ids[:57], ids[57:]), Continuation(ids[:56], ids[56:])])
+    assert lengths == [5]
+    with torch.no_grad():
+        expected = gemma(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    for answer, first in zip(answers, (57, 56), strict=True):
+        nll = -sum(float(expected[i - 1, ids[i]]) for i in range(first, 61))
+        assert answer.nll == pytest.approx(nll, rel=RELATIVE)
 
 
 # -- batches ------------------------------------------------------------------------------------------

@@ -182,8 +182,8 @@ def test_what_fails_beside_the_data_sets_is_told_and_costs_no_report(tmp_path: P
     )
     more = ["--lm_eval_tasks", task] if find_spec("lm_eval") else []
     result = evaluate(
-        "--model_path", model, "--datasets", long, "--output_dir", tmp_path, "--max_length", 64, "--generate_tokens", 0,
-        "--context_lengths", "16,2000", "--passkey", "--passkey_samples", 1, *more,
+        "--model_path", model, "--datasets", long, "--output_dir", tmp_path, "--max_length", 64,
+        "--generate_tokens", 0, "--context_lengths", "16,2000", "--passkey", "--passkey_samples", 1, *more,
     )  # fmt: skip
     assert result.returncode == 3, result.stderr
     entries = json.loads((tmp_path / "evaluation_results.json").read_text())["datasets"]
