@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -170,29 +169,22 @@ def test_a_local_copy_stands_for_the_default_set_of_its_name() -> None:
 
 
 def test_what_fails_beside_the_data_sets_is_told_and_costs_no_report(tmp_path: Path) -> None:
-    """A model with a table of positions, asked for longer contexts; a task of lm-eval whose data are not there."""
+    """A model with a table of positions, asked for longer contexts."""
     model = tmp_path / "gpt2"
     tiny("gpt2", n_positions=64, max_position_embeddings=64).save_pretrained(model)
     bpe_tokenizer().save_pretrained(model)
     long = write_rows(tmp_path / "long.jsonl", PROSE * 60, PROSE)
-    task = tmp_path / "gone.yaml"
-    files = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/nowhere.jsonl\n"
-    task.write_text(
-        f"task: gone\n{files}output_type: loglikelihood\ntest_split: test\ndoc_to_text: a\ndoc_to_target: b\n"
-    )
-    more = ["--lm_eval_tasks", task] if find_spec("lm_eval") else []
     result = evaluate(
         "--model_path", model, "--datasets", long, "--output_dir", tmp_path, "--max_length", 64,
-        "--generate_tokens", 0, "--context_lengths", "16,2000", "--passkey", "--passkey_samples", 1, *more,
+        "--generate_tokens", 0, "--context_lengths", "16,2000", "--passkey", "--passkey_samples", 1,
     )  # fmt: skip
     assert result.returncode == 3, result.stderr
     entries = json.loads((tmp_path / "evaluation_results.json").read_text())["datasets"]
     assert entries.pop(str(long))["status"] == "ok"
-    assert list(entries) == ["--context_lengths", "--passkey", *more[:1]]
+    assert list(entries) == ["--context_lengths", "--passkey"]
     assert all(entry["status"] == "failed" for entry in entries.values())
     assert "learned positions for 64 only" in entries["--context_lengths"]["error"]
     assert "learned positions for 64 only" in entries["--passkey"]["error"]
-    assert not more or "nowhere.jsonl" in entries["--lm_eval_tasks"]["error"]
     assert "Not scored" in (tmp_path / "evaluation_report.md").read_text()
 
 

@@ -194,10 +194,7 @@ class Measurement:
         if settings.lm_eval_tasks:
             identity = {"tasks": settings.lm_eval_tasks, "limit": settings.lm_eval_limit}
             work = lambda: distributed.on_main(world, self._lm_eval)  # noqa: E731
-            try:
-                self.results["lm_eval"] = self._part("lm_eval", "", identity, work)
-            except FlareError as error:
-                self._fail("--lm_eval_tasks", error)
+            self.results["lm_eval"] = self._part("lm_eval", "", identity, work)
             self.save(self.results)
         if settings.generate_tokens:
             identity = {"tokens": settings.generate_tokens}
