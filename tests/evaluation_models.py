@@ -4,7 +4,7 @@ import math
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 PROSE = (
@@ -37,6 +37,17 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     """A token a byte."""
     alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     return byte_level(Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, [])))
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy that puts ``<s>`` in front of every text, as Llama's."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<s>"])
+    start = ("<s>", backend.token_to_id("<s>"))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[start])
+    copy = byte_level(backend, bos_token="<s>")
+    assert copy("a")["input_ids"][0] == start[1]
+    return copy
 
 
 def tiny(model_type: str = "qwen2", **overrides):

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from flare.data.mixture import MixedRows
 from flare.data.packing import PackedRows
 from flare.errors import ConfigError, DataError
 from flare.evaluation.batches import Engine, length_sorted_batches
 from flare.evaluation.context import beyond_positions, num_targets, score_context_lengths
+from flare.evaluation.continuation import Continuation, score_continuations
 from flare.evaluation.corpus import make_corpus
 from flare.evaluation.during_training import long_documents
 from flare.evaluation.perplexity import score_documents
@@ -165,6 +167,15 @@ def test_every_length_scores_the_same_tokens_as_the_model_alone_would(model, tok
     assert len({row["loss"] for row in rows}) == 3
 
 
+def test_the_prefix_that_was_asked_for_stands_before_a_document_of_the_longest_length(model, tokenizer):
+    length = len(tokenizer(PROSE)["input_ids"])
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    expected = score_context_lengths(engine(model), tokenizer, [PROSE], [8, length])
+    assert score_context_lengths(engine(model), bare, [PROSE], [8, length], prefix_token_id=0) == expected
+    other = score_context_lengths(engine(model), bare, [PROSE], [8, length], prefix_token_id=9)
+    assert other[0] == expected[0] and other[1]["loss"] != expected[1]["loss"]
+
+
 def test_a_model_that_ignores_context_is_the_same_at_every_length():
     tokenizer = bytes_tokenizer()
     table = lookup_model(tokenizer, {"o": "r", "r": "e", "Ġ": "t"}, logit=3.0)
@@ -196,6 +207,23 @@ def test_lengths_are_read_with_commas_or_spaces_and_rubbish_is_named():
     for bad in (["512,many"], [""], ["1"], ["-4"]):
         with pytest.raises(ConfigError, match="as in 512,1024"):
             parse_lengths(bad)
+
+
+def test_logits_that_are_computed_whole_begin_at_the_first_token_that_is_asked_for(tokenizer):
+    """Whole logits of a long context would fill a card for the few tokens behind it."""
+    gemma = tiny("gemma2", final_logit_softcapping=2.0)
+    ids = tokenizer(LONG)["input_ids"][:61]
+    lengths = []
+    gemma.lm_head.register_forward_hook(lambda _head, _inputs, output: lengths.append(output.shape[1]))
+    scoring = engine(gemma)
+    lengths.clear()
+    answers = score_continuations(scoring, [Continuation(ids[:57], ids[57:]), Continuation(ids[:56], ids[56:])])
+    assert lengths == [5]
+    with torch.no_grad():
+        expected = gemma(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    for answer, first in zip(answers, (57, 56), strict=True):
+        nll = -sum(float(expected[i - 1, ids[i]]) for i in range(first, 61))
+        assert answer.nll == pytest.approx(nll, rel=RELATIVE)
 
 
 # -- batches ------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from flare.data.rows import SourceSpec
-from flare.errors import ConfigError
+from flare.errors import ConfigError, DataError
 from flare.evaluation.datasets import held_out, join_pages, load_texts, parse_name
 from flare.evaluation.fairness import differences, same_training, training_of
 from flare.evaluation.models import milestones
+from flare.evaluation.options import build_parser, settle
 from tests.conftest import write_base, write_corpus
+from tests.evaluation_models import PROSE, bpe_tokenizer, tiny
 from tests.processes import run_script
 
 
@@ -129,7 +131,7 @@ def test_a_config_that_lies_about_its_layers_is_refused(family: dict[str, Path],
     (tmp_path / "lie" / "config.json").write_text(json.dumps(config | {"nope_layers": []}))
     result = evaluate("--model_path", tmp_path / "lie", "--datasets", family["corpus"], "--output_dir", tmp_path)
     assert result.returncode == 2
-    assert "nope_layers=[]" in result.stderr
+    assert "nope_layers names no layer; edited?" in result.stderr
 
 
 def test_a_control_is_told_from_a_base_by_the_stage_it_went_through(tmp_path: Path) -> None:
@@ -259,6 +261,60 @@ def test_wikitext_lines_are_joined_to_pages() -> None:
     assert pages == ["".join(lines[1:6]), "".join(lines[6:])]
 
 
+def write_rows(file: Path, *values: object) -> Path:
+    file.write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
+    return file
+
+
+def test_rows_without_text_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A null row of WikiText is no line "None"; a blank one is part of its page."""
+    page = [" = One = \n", " \n", " text . \n"]
+    wiki = write_rows(tmp_path / "wiki.jsonl", *page[:2], None, page[2], 7, " = Two = \n", " \ud800 \n", " y \n")
+    passages = write_rows(tmp_path / "words.jsonl", "a passage and its end", "word", "ends in a space ", None)
+    with caplog.at_level("WARNING", logger="flare"):
+        assert load_texts(parse_name(f"wikitext2={wiki}", None), None) == ["".join(page), " = Two = \n y \n"]
+        assert load_texts(parse_name(f"lambada={passages}", None), None) == ["a passage and its end"]
+    told = caplog.text.replace(f"{tmp_path}/", "")
+    assert (
+        "wikitext2: left out 3 rows without usable text (wiki.jsonl:3 is null; wiki.jsonl:5 is int, not text" in told
+    )
+    assert "lambada: left out 3 rows without usable text (words.jsonl:2 has no last word" in told
+    nothing = write_rows(tmp_path / "nothing.jsonl", "没有空格")
+    with pytest.raises(DataError, match="holds no document, 1 rows without usable text"):
+        load_texts(parse_name(f"lambada={nothing}", None), None)
+
+
+def test_wikitext_as_one_file_of_lines_gives_its_pages(tmp_path: Path) -> None:
+    pages = [" = One = \n \n text \u2028 . \n", " = Two = \n x . \n"]
+    (tmp_path / "wiki.txt").write_text(" \n" + "".join(pages), encoding="utf-8")
+    assert load_texts(parse_name(f"wikitext2={tmp_path}/wiki.txt", None), None) == pages
+
+
+def test_a_local_copy_stands_for_the_default_set_of_its_name() -> None:
+    flags = ["--model_path", "m", "--output_dir", "o", "--use_default_datasets", "--datasets", "lambada=x.jsonl"]
+    assert settle(build_parser("").parse_args(flags)).datasets == ("wikitext2", "c4", "pg19", "lambada=x.jsonl")
+
+
+def test_what_fails_beside_the_data_sets_is_told_and_costs_no_report(tmp_path: Path) -> None:
+    """A model with a table of positions, asked for longer contexts."""
+    model = tmp_path / "gpt2"
+    tiny("gpt2", n_positions=64, max_position_embeddings=64).save_pretrained(model)
+    bpe_tokenizer().save_pretrained(model)
+    long = write_rows(tmp_path / "long.jsonl", PROSE * 60, PROSE)
+    result = evaluate(
+        "--model_path", model, "--datasets", long, "--output_dir", tmp_path, "--max_length", 64,
+        "--generate_tokens", 0, "--context_lengths", "16,2000", "--passkey", "--passkey_samples", 1,
+    )  # fmt: skip
+    assert result.returncode == 3, result.stderr
+    entries = json.loads((tmp_path / "evaluation_results.json").read_text())["datasets"]
+    assert entries.pop(str(long))["status"] == "ok"
+    assert list(entries) == ["--context_lengths", "--passkey"]
+    assert all(entry["status"] == "failed" for entry in entries.values())
+    assert "learned positions for 64 only" in entries["--context_lengths"]["error"]
+    assert "learned positions for 64 only" in entries["--passkey"]["error"]
+    assert "Not scored" in (tmp_path / "evaluation_report.md").read_text()
+
+
 def test_hub_names_carry_config_split_and_column() -> None:
     spec = parse_name("owner/set:en:validation:body", None).spec
     assert (spec.dataset_name, spec.dataset_config, spec.dataset_split, spec.text_column) == (
@@ -268,6 +324,9 @@ def test_hub_names_carry_config_split_and_column() -> None:
         assert parse_name(local, None).spec == SourceSpec(local)
     with pytest.raises(ConfigError, match="known sets: wikitext2"):
         parse_name("wikitext3", None)
+    for word, words in (("lambada=", "give a file after the ="), ("a/b:c:d:e:f", "more parts than")):
+        with pytest.raises(ConfigError, match=words):
+            parse_name(word, None)
 
 
 def test_errors_name_what_evaluation_was_given(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from flare.errors import ConfigError, DataError, FlareError
@@ -19,7 +18,7 @@ from flare.evaluation.perplexity import position_edges, score_documents
 from flare.evaluation.scorer import TokenScorer
 from flare.evaluation.windows import document_windows
 from flare.loss import score_tokens
-from tests.evaluation_models import PROSE, bpe_tokenizer, byte_level, bytes_tokenizer, lookup_model, tiny
+from tests.evaluation_models import PROSE, bpe_tokenizer, bytes_tokenizer, lookup_model, tiny, with_bos
 
 MAX_LENGTH = 16
 RELATIVE = 1e-6
@@ -190,12 +189,7 @@ def test_bytes_words_and_bits_equal_lm_evals_wikitext_metrics(model, tokenizer):
 
 
 def test_a_bos_that_the_tokenizer_adds_is_context_and_not_text(model, bytes_tokenizer):
-    backend = Tokenizer.from_str(bytes_tokenizer.backend_tokenizer.to_str())
-    backend.add_special_tokens(["<s>"])
-    start = ("<s>", backend.token_to_id("<s>"))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[start])
-    llama_like = byte_level(backend, bos_token="<s>")
-    assert llama_like("a")["input_ids"][0] == start[1]
+    llama_like = with_bos(bytes_tokenizer)
     result = score(model, llama_like, [PROSE])
     theirs = lm_eval_rolling(model, llama_like, [PROSE], add_bos_token=False)
     assert result.num_tokens == len(PROSE)
@@ -299,6 +293,12 @@ def test_a_tokenizer_without_bos_and_eos_needs_a_prefix(model, bytes_tokenizer):
     with pytest.raises(ConfigError, match="prefix_token_id"):
         score(model, bare, [PROSE])
     assert score(model, bare, [PROSE], prefix_token_id=0).loss == score(model, bytes_tokenizer, [PROSE]).loss
+
+
+@pytest.mark.parametrize("beyond", [-1, 10**6])
+def test_a_prefix_that_the_tokenizer_has_not_is_refused_by_the_options_name(model, tokenizer, beyond):
+    with pytest.raises(ConfigError, match=f"--prefix_token_id {beyond}: the tokenizer has 0 to {len(tokenizer) - 1}"):
+        score(model, tokenizer, [PROSE], prefix_token_id=beyond)
 
 
 def test_windows_longer_than_learned_positions_are_refused(tokenizer):

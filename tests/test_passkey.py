@@ -20,7 +20,7 @@ from flare.evaluation.generation import generation_samples, repetition_rate
 from flare.evaluation.lambada import last_word, score_lambada
 from flare.evaluation.passkey import DEPTHS, make_samples, score_passkey, string_match_all, write_prompt
 from flare.evaluation.scorer import TokenScorer
-from tests.evaluation_models import PROSE, bpe_tokenizer, bytes_tokenizer, lookup_model, tiny
+from tests.evaluation_models import PROSE, bpe_tokenizer, bytes_tokenizer, lookup_model, tiny, with_bos
 from tests.processes import torchrun
 
 RELATIVE = 1e-6
@@ -223,6 +223,19 @@ def test_pairs_are_cut_as_lm_eval_cuts_them_and_long_contexts_lose_their_beginni
     answers = score_continuations(engine(model, 24), [encode_pair(tokenizer, *pair) for pair in pairs], 12)
     assert [answer.truncated for answer in answers] == [False, False, True, False]
     assert [-a.nll for a in answers] == pytest.approx([ll for ll, _ in theirs], rel=RELATIVE)
+
+
+def test_a_bos_that_the_tokenizer_adds_starts_contexts_and_prompts_as_in_lm_eval():
+    """Llama and Gemma were trained with it: without it their numbers, as a baseline, are far too bad."""
+    tokenizer, model = with_bos(bytes_tokenizer()), tiny()
+    pairs = [("The quick brown", " fox"), ("Where a ", "layer has")]
+    theirs = lm_eval_loglikelihood(model, tokenizer, pairs, 64)
+    answers = score_continuations(engine(model), [encode_pair(tokenizer, *pair) for pair in pairs], 64)
+    assert [-a.nll for a in answers] == pytest.approx([ll for ll, _ in theirs], rel=RELATIVE)
+    (sample,) = make_samples(tokenizer, [1200], (50,), 1)
+    pair = sample.pair(tokenizer)
+    assert pair.context.count(tokenizer.bos_token_id) == 1 and pair.context[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(pair.target) == f" {sample.value}" and len(pair.sequence) <= 1200
 
 
 def test_a_text_of_one_word_has_no_last_word():

@@ -5,22 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
-BLOCK = 100
-"""Resamples whose weights exist at a time: 100 x 10,000 documents are 8 MB."""
+BLOCK_WEIGHTS = 1_000_000
+"""Weights (resamples x documents) that exist at a time: 8 MB."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two ratios of sums, with its 95 % interval."""
+    """A difference of two ratios of sums, with its 95 % interval; None where there is one document, which does not
+    say how much another would differ."""
 
     value: float
-    low: float
-    high: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.low > 0 or self.high < 0
+    interval: tuple[float, float] | None
 
 
 def paired_difference(
@@ -37,14 +32,19 @@ def paired_difference(
     Source: Efron and Tibshirani 1993, chapter 13.
     """
     columns = np.stack([nll, sizes, other_nll, other_sizes]).astype(np.float64)
+    value = float(_difference(columns.sum(1)[None])[0])
     count = columns.shape[1]
+    if count < 2:
+        return Difference(value, None)
     draw = np.random.default_rng(seed)
+    block = max(1, BLOCK_WEIGHTS // count)
     values = []
-    for _ in range(RESAMPLES // BLOCK):
-        weights = draw.multinomial(count, np.full(count, 1 / count), size=BLOCK).astype(np.float64)
+    for first in range(0, RESAMPLES, block):
+        size = min(block, RESAMPLES - first)
+        weights = draw.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)
         values.append(_difference(weights @ columns.T))
     low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
-    return Difference(float(_difference(columns.sum(1)[None])[0]), float(low), float(high))
+    return Difference(value, (float(low), float(high)))
 
 
 def _difference(sums: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def comparison(model: Measured, other: Measured, seed: int) -> dict:
         found = difference(model.scores[name], other.scores[name], same, seed)
         datasets[name] = {
             "loss_difference": found.value,
-            "ci95": [found.low, found.high],
+            "ci95": found.interval and list(found.interval),
             "unit": "nats/token" if same else "bits/byte",
         }
     return {"model": other.results["model"] | {"label": other.who.label}, "datasets": datasets}
@@ -92,7 +92,7 @@ def comparison_rows(models: list[Measured], seed: int) -> list[ComparisonRow]:
             interval = None
             if m is not models[0] and name in shared_datasets(m, models[0]):
                 found = difference(m.scores[name], models[0].scores[name], m.tokenizer == models[0].tokenizer, seed)
-                interval = (found.low, found.high)
+                interval = found.interval
             row = comparison_row(m.who.label, m.who.role, m.results, name, interval)
             rows.append(replace(row, training=m.who.training))
     return rows

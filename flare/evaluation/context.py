@@ -31,6 +31,7 @@ def score_context_lengths(
     texts: list[str],
     context_lengths: list[int],
     progress: Progress | None = None,
+    prefix_token_id: int | None = None,
 ) -> list[dict]:
     """The last ``num_targets`` tokens of each document, seen with every context length. A collective.
 
@@ -39,7 +40,7 @@ def score_context_lengths(
     Returns: rows ``{"context_length", "loss", "perplexity", "num_tokens", "num_documents"}``, shortest first.
     Raises: DataError when no document is long enough.
     """
-    sequences = tokenize_documents(tokenizer, texts, resolve_prefix(tokenizer))
+    sequences = tokenize_documents(tokenizer, texts, resolve_prefix(tokenizer, prefix_token_id))
     return score_tails(engine, sequences, context_lengths, progress)
 
 

@@ -33,7 +33,8 @@ class Answer:
 def encode_pair(tokenizer, context: str, target: str) -> Continuation:
     """Tokenise context and target as one text; the target's tokens are those after as many as the context has.
 
-    Spaces at the context's end belong to the target: tokenizers of this kind put a space in front of a word.
+    Spaces at the context's end belong to the target: tokenizers of this kind put a space in front of a word. Special
+    tokens are the tokenizer's own choice: Llama's and Gemma's start with bos, without which they score badly.
 
     Source: lm-eval, ``TemplateLM._encode_pair``.
     """
@@ -41,8 +42,8 @@ def encode_pair(tokenizer, context: str, target: str) -> Continuation:
     if spaces:
         target = context[-spaces:] + target
         context = context[:-spaces]
-    whole = tokenizer(context + target, add_special_tokens=False, verbose=False)["input_ids"]
-    length = len(tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"])
+    whole = tokenizer(context + target, verbose=False)["input_ids"]
+    length = len(tokenizer(context, verbose=False)["input_ids"])
     return Continuation(whole[:length], whole[length:])
 
 

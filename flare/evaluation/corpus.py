@@ -70,8 +70,10 @@ def make_corpus(tokenizer, texts: list[str], prefix: int, protocol: Protocol = "
 def resolve_prefix(tokenizer, prefix_token_id: int | None = None) -> int:
     """The token in front of every document: as given, else bos, else eos.
 
-    Raises: ConfigError when the tokenizer has neither.
+    Raises: ConfigError when the tokenizer has neither, or not the given one.
     """
+    if prefix_token_id is not None and not 0 <= prefix_token_id < len(tokenizer):
+        raise ConfigError(f"--prefix_token_id {prefix_token_id}: the tokenizer has 0 to {len(tokenizer) - 1}")
     for token_id in (prefix_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id

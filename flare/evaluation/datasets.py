@@ -1,5 +1,6 @@
 """The texts that are scored: names of known sets, hub names, local files, the embedded corpus."""
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,10 +14,12 @@ from flare.data.file_formats import kind_of
 from flare.data.files import is_glob
 from flare.data.hub_sets import HubSource
 from flare.data.packing import split_documents
-from flare.data.rows import COLUMN_HINT, Source, SourceSpec
+from flare.data.rows import COLUMN_HINT, Row, Source, SourceSpec
 from flare.data.sources import open_source, path_of
 from flare.data.tokens import default_cache_dir
 from flare.errors import ConfigError, DataError
+from flare.evaluation.lambada import split_last_word
+from flare.logs import log
 
 KNOWN = {
     "wikitext2": SourceSpec("Salesforce/wikitext", "text", "wikitext-2-raw-v1", "test"),
@@ -52,7 +55,7 @@ class DatasetRequest:
 
 
 def load_texts(request: DatasetRequest, max_samples: int | None, mirror: str | None = None) -> list[str]:
-    """Documents of a data set, at most ``max_samples``, those without text left out.
+    """Documents of a data set, at most ``max_samples``; rows without usable text are left out, with a warning.
 
     Args:
         mirror: a directory in which hub sets lie as ``owner/name``, with the hub's files; one that is not there is
@@ -61,21 +64,47 @@ def load_texts(request: DatasetRequest, max_samples: int | None, mirror: str | N
     Raises: ConfigError for a name that means nothing, DataError / EnvError for a set that cannot be had.
     """
     limit = max_samples if max_samples is not None else STREAMED_DOCUMENTS if request.spec.streaming else None
+    bad = BadRows()
     try:
-        documents = list(islice(_documents(request, mirror), limit))
+        documents = list(islice(_documents(request, mirror, bad), limit))
     except ConfigError as error:  # training has an option for the column
         raise ConfigError(str(error).replace(COLUMN_HINT, COLUMN_PART)) from error
+    left_out = f"{bad.count} rows without usable text ({'; '.join(bad.first)})"
     if not documents:
-        raise DataError(f"data set {request.name!r} holds no document")
+        raise DataError(f"data set {request.name!r} holds no document" + (f", {left_out}" if bad.count else ""))
+    if bad.count:
+        log.warning(f"data set {request.name}: left out {left_out}")
     return documents
 
 
-def _documents(request: DatasetRequest, mirror: str | None) -> Iterator[str]:
+def _documents(request: DatasetRequest, mirror: str | None, bad: BadRows) -> Iterator[str]:
     rows = _open(request.spec, mirror).rows()
     if request.kind == "wikitext2":
-        return join_pages(str(row.value) for row in rows)
-    texts = usable_texts(rows, BadRows())
+        return join_pages(_lines(rows, bad))
+    if request.is_lambada:
+        return _passages(rows, bad)
+    texts = usable_texts(rows, bad)
     return iter(held_out(list(texts))) if request.name == "embedded" else texts
+
+
+def _lines(rows: Iterator[Row], bad: BadRows) -> Iterator[str]:
+    """WikiText's lines: a row each on the hub, where blank ones are text too; all in one row of a .txt file."""
+    for row in rows:
+        if isinstance(row.value, str) and not row.value.strip():
+            yield row.value
+        else:
+            for text in usable_texts(iter([row]), bad):
+                yield from io.StringIO(text, newline="\n")
+
+
+def _passages(rows: Iterator[Row], bad: BadRows) -> Iterator[str]:
+    """Texts that have a last word to ask for."""
+    for row in rows:
+        for text in usable_texts(iter([row]), bad):
+            if split_last_word(text):
+                yield text
+            else:
+                bad.add(row, "has no last word behind a space")
 
 
 def _open(spec: SourceSpec, mirror: str | None) -> Source:
@@ -97,6 +126,8 @@ def parse_name(word: str, cache_dir: str | None) -> DatasetRequest:
 def _request(word: str, cache_dir: str | None) -> DatasetRequest:
     kind, equals, file = word.partition("=")
     if equals and kind in KNOWN:
+        if not file:
+            raise ConfigError(f"{OPTION} {word}: give a file after the =")
         return DatasetRequest(kind, kind, SourceSpec(file, KNOWN[kind].text_column, cache_dir=cache_dir))
     if word in KNOWN:
         return DatasetRequest(word, word, replace(KNOWN[word], cache_dir=cache_dir))
@@ -106,6 +137,8 @@ def _request(word: str, cache_dir: str | None) -> DatasetRequest:
     if "/" not in hub_name:
         known = ", ".join([*KNOWN, "embedded"])
         raise ConfigError(f"{OPTION} {word}: no file of that name; known sets: {known}; hub sets: owner/name")
+    if len(rest) > 3:
+        raise ConfigError(f"{OPTION} {word}: more parts than owner/name:config:split:column")
     config, split, column = (part or None for part in (*rest, None, None, None)[:3])
     return DatasetRequest(word, "", SourceSpec(hub_name, column or "text", config, split or "test", cache_dir))
 

@@ -29,7 +29,7 @@ def generation_samples(model: nn.Module, tokenizer, new_tokens: int, seed: int =
     """
     rows = []
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(prompt, verbose=False)["input_ids"]
         row = {"prompt": prompt}
         for name, settings in (("greedy", GREEDY), ("sampled", SAMPLED)):
             torch.manual_seed(seed)

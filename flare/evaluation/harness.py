@@ -102,9 +102,9 @@ def _task_manager(tasks: tuple[str, ...]):
 
 
 def _plain(metrics: dict) -> dict[str, float]:
-    """Metrics that are finite numbers."""
+    """Metrics (``name,filter``; what has no filter, as ``sample_len``, is none) that are finite numbers."""
     return {
         name: float(value)
         for name, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if "," in name and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }

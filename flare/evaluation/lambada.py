@@ -11,15 +11,21 @@ from flare.evaluation.continuation import Answer, Continuation, encode_pair, sco
 from flare.evaluation.perplexity import finite_exp
 
 
+def split_last_word(text: str) -> tuple[str, str] | None:
+    """(the passage before its last space, what stands behind that); None where one of them is empty."""
+    context, _, word = text.rpartition(" ")
+    return (context, word) if context.strip() and word else None
+
+
 def last_word(tokenizer, text: str) -> Continuation:
     """The passage without its last word, and that word with the space before it.
 
     Raises: DataError for a text of one word.
     """
-    context, _, word = text.rpartition(" ")
-    if not context.strip() or not word:
+    parts = split_last_word(text)
+    if parts is None:
         raise DataError(f"LAMBADA: no last word after a context in {text[:40]!r}")
-    return encode_pair(tokenizer, context, " " + word)
+    return encode_pair(tokenizer, parts[0], " " + parts[1])
 
 
 def score_lambada(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from flare import distributed
 from flare.distributed import World
-from flare.errors import ConfigError, DataError, EnvError, FlareError
+from flare.errors import ConfigError, FlareError
 from flare.evaluation.batches import Engine, Progress
 from flare.evaluation.context import beyond_positions, score_context_lengths
 from flare.evaluation.datasets import DatasetRequest
@@ -41,6 +41,10 @@ NUMBERS = (
     "protocol", "max_length", "stride", "min_tokens", "prefix_token_id", "precision", "attn_implementation", "seed",
 )  # fmt: skip
 """Settings that every number depends on."""
+
+
+class PartFailed(FlareError):
+    """One part cannot be measured; the others stand."""
 
 
 @dataclass
@@ -110,9 +114,7 @@ class Measurement:
                 continue
             try:
                 part = self._part("dataset", name, {}, lambda n=name, t=texts: self._score(n, t))
-            except EnvError:  # the disk, not the data set
-                raise
-            except FlareError as error:
+            except PartFailed as error:
                 self._fail(name, error)
                 continue
             score = DatasetScore.from_dict(part["score"])
@@ -155,7 +157,7 @@ class Measurement:
                 curves[name] = self._part(
                     "context", name, {"lengths": lengths}, lambda n=name: self._curve(n, lengths)
                 )
-            except DataError as error:
+            except PartFailed as error:
                 reasons.append(f"{name}: {error}")
         self.results["context_lengths"] = {name: part["rows"] for name, part in curves.items()}
         if not curves:
@@ -166,20 +168,15 @@ class Measurement:
 
     def _curve(self, name: str, lengths: list[int]) -> dict:
         texts = self.task.texts[name]
+        prefix = self.settings.prefix_token_id
         with self._bar(f"{name}, context lengths") as progress:
-            return {"rows": score_context_lengths(self._engine(texts[0]), self.tokenizer, texts, lengths, progress)}
+            engine = self._engine(texts[0])
+            return {"rows": score_context_lengths(engine, self.tokenizer, texts, lengths, progress, prefix)}
 
     def _passkey(self) -> None:
         settings = self.settings
         if not settings.passkey:
             return
-        lengths = list(settings.passkey_lengths)
-        try:
-            samples = make_samples(self.tokenizer, lengths, DEPTHS, settings.passkey_samples, settings.seed)
-        except ConfigError as error:
-            self._fail("--passkey", error)
-            return
-        identity = {"prompts": texts_identity([sample.prompt for sample in samples])}
 
         def work() -> dict:
             with self._bar("passkey") as progress:
@@ -187,7 +184,13 @@ class Measurement:
                     "rows": score_passkey(self._engine(samples[0].prompt), self.tokenizer, samples, True, progress)
                 }
 
-        self.results["passkey"] = self._part("passkey", "", identity, work)["rows"]
+        lengths = list(settings.passkey_lengths)
+        try:
+            samples = make_samples(self.tokenizer, lengths, DEPTHS, settings.passkey_samples, settings.seed)
+            identity = {"prompts": texts_identity([sample.prompt for sample in samples])}
+            self.results["passkey"] = self._part("passkey", "", identity, work)["rows"]
+        except (ConfigError, PartFailed) as error:
+            self._fail("--passkey", error)
         self.save(self.results)
 
     def _extras(self) -> None:
@@ -197,7 +200,7 @@ class Measurement:
             work = lambda: run_lm_eval(self.model, self.tokenizer, settings, world)  # noqa: E731
             try:
                 self.results["lm_eval"] = self._part("lm_eval", "", identity, work)
-            except FlareError as error:
+            except PartFailed as error:
                 self._fail("--lm_eval_tasks", error)
             self.save(self.results)
         if settings.generate_tokens:
@@ -212,7 +215,10 @@ class Measurement:
     # -- how ---------------------------------------------------------------------------------------
 
     def _part(self, kind: str, name: str, more: dict, work: Callable[[], dict]) -> dict:
-        """A part's numbers: from disk if an earlier evaluation finished it, else measured and kept."""
+        """A part's numbers: from disk if an earlier evaluation finished it, else measured and kept.
+
+        Raises: PartFailed when it cannot be measured, which costs this part only; EnvError when it cannot be kept.
+        """
         identity = self.identity | more | {"kind": kind, "texts": self.texts_identity.get(name)}
         title = f"{kind} {name}".strip()
         place = self.place
@@ -220,7 +226,10 @@ class Measurement:
         if part is not None:
             log.info(f"{self.who.label}, {title}: finished before, taken from {place.parts.directory}")
             return part
-        part = work()
+        try:
+            part = work()
+        except FlareError as error:
+            raise PartFailed(str(error)) from error
         distributed.on_main(place.world, lambda: place.parts.write(title, identity, part))
         return part
 

@@ -172,7 +172,8 @@ def settle(args: argparse.Namespace) -> EvaluationSettings:
     values["gpu_ids"] = parse_gpu_ids(args.gpu_ids) if args.gpu_ids else None
     _check_device(args)
     use_default = values.pop("use_default_datasets") or not args.datasets
-    names = [*(DEFAULT_DATASETS if use_default else ()), *args.datasets]
+    local = {word.partition("=")[0] for word in args.datasets if "=" in word}  # NAME=FILE stands for NAME
+    names = [*(name for name in DEFAULT_DATASETS if use_default and name not in local), *args.datasets]
     values |= {
         "datasets": tuple(dict.fromkeys(names)),
         "compare_to": tuple(args.compare_to),

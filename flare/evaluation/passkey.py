@@ -60,9 +60,8 @@ def write_prompt(key: str, value: str, depth_percent: int, noise_lines: int) -> 
 def make_samples(tokenizer, lengths: list[int], depths: tuple[int, ...], per_cell: int, seed: int = 0) -> list[Sample]:
     """Samples of every length and depth; the same for the same tokenizer and seed.
 
-    Each fills its length as far as whole lines of noise go, prompt and number together.
-
-    Lengths that hold no text with a needle are left out.
+    Each fills its length as far as whole lines of noise go, prompt and number together. Lengths that hold no text
+    with a needle are left out.
 
     Raises: ConfigError when none is left.
     """
@@ -88,12 +87,11 @@ def make_samples(tokenizer, lengths: list[int], depths: tuple[int, ...], per_cel
 
 
 def _tokens(tokenizer, prompt: str, value: str) -> int:
-    return len(tokenizer(f"{prompt} {value}", add_special_tokens=False, verbose=False)["input_ids"])
+    return len(tokenizer(f"{prompt} {value}", verbose=False)["input_ids"])
 
 
 def _noise_lines(tokenizer, key: str, value: str, length: int) -> int:
     """The most lines of noise that ``length`` tokens hold besides the rest."""
-
     empty, ten = (_tokens(tokenizer, write_prompt(key, value, 50, lines), value) for lines in (0, 10))
     lines = max(0, int((length - empty) / ((ten - empty) / 10)) + 2)
     while lines and _tokens(tokenizer, write_prompt(key, value, 50, lines), value) > length:

@@ -4,6 +4,7 @@ Leaves to ``perplexity`` and its siblings which tokens are asked about and how t
 """
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 
@@ -28,16 +29,17 @@ class TokenScorer:
         model: on its device(s) already; ``device`` is where its input ids belong.
         probe_ids: (n,) some token ids of the data: the model runs on the first ones to find out whether
             its logits are ``lm_head(hidden)``. Then the logits are never materialised whole; else (a
-            bias, Gemma's soft-capping, Granite's or Cohere's scale) they are, and ``fused`` is False.
+            bias, Gemma's soft-capping, Granite's or Cohere's scale) they are, from the first asked target on,
+            and ``fused`` is False.
 
     Raises: ConfigError when the token ids do not belong to this model's vocabulary.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str, probe_ids: list[int], bf16: bool = False) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | str, probe_ids: list[int]) -> None:
         self.model = model
         self.device = torch.device(device)
-        self.bf16 = bf16
         self.fused = self._logits_are_linear(probe_ids[:PROBE_TOKENS])
+        self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         if not self.fused:
             log.info("evaluation: the logits of %s are not lm_head(hidden); computing them whole", _name(model))
 
@@ -80,8 +82,10 @@ class TokenScorer:
     def _score_full(
         self, input_ids: torch.Tensor, asked: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.model(input_ids, use_cache=False).logits
-        rows, targets = logits[asked.to(logits.device)], targets.to(logits.device)
+        # A passkey asks for a few tokens after a long context: its logits alone could fill the card.
+        keep = {"logits_to_keep": input_ids.shape[1] - int(asked.any(0).int().argmax())} if self.keeps_last else {}
+        logits = self.model(input_ids, use_cache=False, **keep).logits
+        rows, targets = logits[asked[:, -logits.shape[1] :].to(logits.device)], targets.to(logits.device)
         losses, hits = [], []
         size = loss_chunk_rows(rows.shape[-1], rows.is_cuda)
         # The fp32 copies are the largest part: they exist for a chunk of rows at a time.
@@ -133,20 +137,21 @@ def check_vocabulary(model: nn.Module, highest_id: int) -> None:
         )
 
 
-def check_length(model: nn.Module, max_length: int) -> None:
+def check_length(model: nn.Module, length: int) -> None:
     """Refuse windows longer than a table of learned positions (GPT-2, OPT). RoPE has no such end.
 
-    Raises: ConfigError naming ``--max_length`` and the positions there are.
+    Raises: ConfigError naming the options that ask for so much and the positions there are.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    if not positions or max_length <= positions:
+    if not positions or length <= positions:
         return
     words = model.get_input_embeddings()
     learned = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words)
     # OPT keeps two rows more than it has positions.
     if any(positions <= table.num_embeddings <= positions + 2 for table in learned):
         raise ConfigError(
-            f"--max_length {max_length}: {_name(model)} has learned positions for {positions} tokens only"
+            f"{length} tokens: {_name(model)} has learned positions for {positions} only; lower --max_length or "
+            "--context_lengths"
         )
 
 
