@@ -17,6 +17,7 @@ from flare.data.rows import COLUMN_HINT, Source, SourceSpec
 from flare.data.sources import open_source, path_of
 from flare.data.tokens import default_cache_dir
 from flare.errors import ConfigError, DataError
+from flare.logs import log
 
 KNOWN = {
     "wikitext2": SourceSpec("Salesforce/wikitext", "text", "wikitext-2-raw-v1", "test"),
@@ -52,7 +53,7 @@ class DatasetRequest:
 
 
 def load_texts(request: DatasetRequest, max_samples: int | None, mirror: str | None = None) -> list[str]:
-    """Documents of a data set, at most ``max_samples``, those without text left out.
+    """Documents of a data set, at most ``max_samples``. Rows without text are left out, and warned of.
 
     Args:
         mirror: a directory in which hub sets lie as ``owner/name``, with the hub's files; one that is not there is
@@ -61,20 +62,24 @@ def load_texts(request: DatasetRequest, max_samples: int | None, mirror: str | N
     Raises: ConfigError for a name that means nothing, DataError / EnvError for a set that cannot be had.
     """
     limit = max_samples if max_samples is not None else STREAMED_DOCUMENTS if request.spec.streaming else None
+    bad = BadRows()
     try:
-        documents = list(islice(_documents(request, mirror), limit))
+        documents = list(islice(_documents(request, mirror, bad), limit))
     except ConfigError as error:  # training has an option for the column
         raise ConfigError(str(error).replace(COLUMN_HINT, COLUMN_PART)) from error
+    left_out = f"{bad.count} rows without text: {'; '.join(bad.first[:2])}"
     if not documents:
-        raise DataError(f"data set {request.name!r} holds no document")
+        raise DataError(f"data set {request.name!r} holds no document{f' ({left_out})' if bad.count else ''}")
+    if bad.count:
+        log.warning(f"data set {request.name}: leaves out {left_out}")
     return documents
 
 
-def _documents(request: DatasetRequest, mirror: str | None) -> Iterator[str]:
+def _documents(request: DatasetRequest, mirror: str | None, bad: BadRows) -> Iterator[str]:
     rows = _open(request.spec, mirror).rows()
     if request.kind == "wikitext2":
         return join_pages(str(row.value) for row in rows)
-    texts = usable_texts(rows, BadRows())
+    texts = usable_texts(rows, bad)
     return iter(held_out(list(texts))) if request.name == "embedded" else texts
 
 
