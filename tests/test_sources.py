@@ -146,6 +146,18 @@ def test_empty_files_among_others_are_left_out_and_named(tmp_path: Path, monkeyp
         (tmp_path / name).unlink()
 
 
+def test_pointers_of_git_lfs_are_no_data(tmp_path: Path) -> None:
+    """What a clone of a data set has where git-lfs is not installed; as .txt they would be trained on."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize %d\n"
+    (tmp_path / "a.txt").write_text("x" * len(pointer))
+    for name, size in (("b.txt", 5), ("b.jsonl", 10**13), ("b.parquet", 10**6)):
+        (tmp_path / name).write_text(pointer % size)
+        with pytest.raises(DataError, match=rf"{name} is a pointer of Git LFS, not the data; get it by git lfs pull"):
+            read(tmp_path, tmp_path / "cache")
+        (tmp_path / name).unlink()
+    assert len(read(tmp_path, tmp_path / "cache")) == 1
+
+
 def test_what_is_read_of_several_kinds_and_what_is_not_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +228,7 @@ def test_a_cache_directory_inside_the_data_is_no_data(tmp_path: Path, base: Path
 def save(path: Path, texts: list[object] = TEXTS) -> Path:
     from datasets import Dataset
 
-    Dataset.from_dict({"id": list(range(len(texts))), "text": texts}).save_to_disk(path, num_shards=2)
+    Dataset.from_dict({"id": list(range(len(texts))), "text": texts}).save_to_disk(path, num_shards=min(2, len(texts)))
     return path
 
 
@@ -295,6 +307,8 @@ def test_a_damaged_saved_data_set_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"saved is no whole data set of save_to_disk"):
             read(path, tmp_path)
     arrow.write_bytes(content)
+    with pytest.raises(DataError, match=r"none is a data set without rows"):
+        read(save(tmp_path / "none", []), tmp_path)
     (path / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"state.json cannot be read"):
         read(path, tmp_path)

@@ -29,6 +29,9 @@ PACKED = 3
 """Bytes of text in a byte of an archive: a guess, for the progress."""
 LARGE_TXT_BYTES = 64 * 2**20
 """A .txt beyond that is hardly one document. Whole, it takes some 300 bytes a token while it is tokenised."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+LFS_POINTER_BYTES = range(115, 200)
+"""Size of one: the line above, 64 hexadecimal digits and a number. Source: git-lfs, docs/spec.md."""
 MAX_LISTED_FILES = 1000
 """Files that are told apart when data has changed; of a larger corpus, folders are."""
 
@@ -149,7 +152,7 @@ class HashedFiles(Source):
     def __init__(
         self, files: list[Path], text_column: str, root: Path | None = None, memo_dir: Path | None = None
     ) -> None:
-        self.files = without_empty(files)
+        self.files = usable_files(files)
         self.text_column = text_column
         self.root = root
         self.memo_dir = memo_dir
@@ -185,12 +188,17 @@ class HashedFiles(Source):
 
 
 @reading_data()
-def without_empty(files: list[Path]) -> list[Path]:
+def usable_files(files: list[Path]) -> list[Path]:
     """The files that hold something; empty ones among them are warned of: other tools write them for lack of rows.
 
-    Raises: DataError when all are empty, and for an empty one of a kind that has some bytes even without rows.
+    Raises: DataError when all are empty, for an empty one of a kind that has some bytes even without rows, and for
+    what a clone of the hub without Git LFS has in place of its files.
     """
-    empty = [file for file in files if file.stat().st_size == 0]
+    sizes = [file.stat().st_size for file in files]
+    empty = [file for file, size in zip(files, sizes, strict=True) if size == 0]
+    for file, size in zip(files, sizes, strict=True):
+        if size in LFS_POINTER_BYTES and file.read_bytes().startswith(LFS_POINTER):
+            raise DataError(f"{file} is a pointer of Git LFS, not the data; get it by git lfs pull")
     if cut := [file for file in empty if len(empty) == len(files) or is_archive(file) or kind_of(file) == ".parquet"]:
         raise DataError(f"{cut[0]} is empty (0 bytes)")
     if not empty:
