@@ -1,6 +1,7 @@
 """Models by hub name or directory: to a local directory, with errors that name the way out."""
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def hub_errors(name: str, cache_dir: str | None = None) -> Iterator[None]:
     """Errors of the hub's client as ours; a name that can be no hub name is refused first."""
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ConfigError(f"model {name!r} is no directory; give a directory or a hub name like Qwen/Qwen2.5-3B")
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     try:
         yield
@@ -48,15 +49,33 @@ def hub_errors(name: str, cache_dir: str | None = None) -> Iterator[None]:
         raise ConfigError(f"model {name!r} is gated; accept its terms on the hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise ConfigError(f"model {name!r} is no directory and the hub has no such model") from error
+    except RemoteEntryNotFoundError as error:  # asked for by name is only config.json
+        raise ConfigError(f"model {name!r} has no config.json on the hub; it is no model for transformers") from error
     except FlareError:
         raise
     except Exception as error:  # the hub's client raises many kinds when the network is down
+        if disk := disk_error(f"model {name!r}", error):
+            raise disk from error
         cached = ", ".join(cached_repositories("model", cache_dir)) or "none"
         raise EnvError(
             f"model {name!r} is no directory and the hub cannot be reached ({type(error).__name__}); give a "
             "directory, or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use what is cached; cached models: "
             f"{cached}"
         ) from error
+
+
+def disk_error(what: str, error: BaseException) -> EnvError | None:
+    """The error of a download that the disk did not take; None where another reason failed it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            where = f" in {cause.filename}" if cause.filename else ""
+            return EnvError(
+                f"{what} cannot be stored{where}: {cause.strerror}; --cache_dir and the environment's HF_HOME name "
+                "other places"
+            )
+        cause = cause.__cause__
+    return None
 
 
 def cached_repositories(kind: str, cache_dir: str | None = None) -> list[str]:
@@ -68,7 +87,7 @@ def cached_repositories(kind: str, cache_dir: str | None = None) -> list[str]:
 
     names = set()
     for root in filter(None, (cache_dir, HF_HUB_CACHE)):
-        for folder in Path(root).glob(f"{kind}s--*"):
+        for folder in Path(root).expanduser().glob(f"{kind}s--*"):
             if any(file.name != "README.md" for file in folder.glob("snapshots/*/*")):
                 names.add(folder.name.removeprefix(f"{kind}s--").replace("--", "/"))
     return sorted(names)

@@ -115,7 +115,11 @@ def spare_cores() -> int:
 
 
 def check_can_train(train_rows: TrainRows) -> None:
-    """Raises: DataError when no row has a target. Some that have none are passed over."""
+    """Raises: DataError when there is no row, or none has a target. Some that have none are passed over."""
+    if len(train_rows) == 0:
+        raise DataError(
+            f"the data gives {train_rows.num_tokens:,} training tokens, not one row; lower --max_seq_length"
+        )
     blocks = (np.arange(i, min(i + BLOCK_ROWS, len(train_rows))) for i in range(0, len(train_rows), BLOCK_ROWS))
     if not any(train_rows.num_targets(rows) for rows in blocks):
         raise DataError("the training documents are single tokens: nothing can be learned; give longer documents")

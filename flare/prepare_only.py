@@ -6,7 +6,7 @@ from flare.config import Resolved
 from flare.experiment import Experiment
 from flare.hub import TOKENIZER_FILES, local_model_dir, read_model_config
 from flare.logs import start_logging
-from flare.prepare import tokenised_corpus
+from flare.prepare import check_can_evaluate, check_can_train, tokenised_corpus
 from flare.setup import choose_start
 from flare.shapes import ModelShape
 
@@ -15,6 +15,8 @@ def prepare_only(resolved: Resolved) -> list[str]:
     """Make the token cache unless it is there; returns what it holds, line by line.
 
     Of a hub model only the tokenizer is downloaded.
+
+    Raises: DataError where training would refuse the data, as far as that does not depend on the batch.
     """
     options = resolved.options
     start_logging()
@@ -24,6 +26,8 @@ def prepare_only(resolved: Resolved) -> list[str]:
     ModelShape.from_config(config, str(directory))  # refuses another family
     corpus = tokenised_corpus(options, directory, config)
     train, held_out = corpus.rows(options.validation_split_percentage, options.max_seq_length, options.packing)
+    check_can_train(train)
+    check_can_evaluate(held_out, options.max_eval_samples)
     meta, caches = corpus.meta, [data.cache for data in corpus.sets]
     documents, tokens = (sum(cache.meta[key] for cache in caches) for key in ("num_documents", "num_tokens"))
     return [

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -78,6 +79,49 @@ def test_csv_rows_over_several_lines_are_named_by_their_first_one(tmp_path: Path
     ]
     with pytest.raises(ConfigError, match=r"column 'txt' not in .*; columns: id, text; .*did you mean 'text'"):
         texts_and_bad(file, text_column="txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "gbk"])
+def test_a_csv_header_that_is_no_utf8_is_told_as_that(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "x.csv").write_text("编号,内容\n1,x\n", encoding=encoding)
+    with pytest.raises(DataError, match=r"x.csv is not UTF-8, as its header shows; convert it") as raised:
+        texts_and_bad(tmp_path / "x.csv", text_column="内容")
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_csv_with_other_marks_than_commas_is_told_as_that(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "x.csv").write_text(f"id{mark}text\n1{mark}one\n")
+    with pytest.raises(ConfigError, match=re.escape(f"parts its columns by {mark!r}; a .csv needs commas")):
+        texts_and_bad(tmp_path / "x.csv")
+    assert texts_and_bad(tmp_path / "x.csv", text_column=f"id{mark}text") == ([f"1{mark}one"], [])
+
+
+def test_a_missing_column_names_few_columns_and_no_whole_text(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(",".join(["0", "long " * 1000, *map(str, range(1, 99))]) + "\n")
+    with pytest.raises(ConfigError) as raised:
+        texts_and_bad(tmp_path / "x.csv")
+    assert "columns: 0, long long" in str(raised.value)
+    assert ", 28 and 70 more; use --text_column" in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def test_chats_are_told_to_be_chats(tmp_path: Path, base: Path) -> None:
+    chats = [[{"role": "user", "content": "hi"}], [{"from": "human", "value": "hi"}], [{"other": 1}], []]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [chats[0]]}), tmp_path / "y.parquet")
+    chat = "is a chat, a list of messages; write each as one text, by the model's chat template"
+    _, bad = texts_and_bad(tmp_path / "x.jsonl", text_column="messages")
+    assert bad == [
+        f"x.jsonl:1 {chat}",
+        f"x.jsonl:2 {chat}",
+        "x.jsonl:3 is list, not text",
+        "x.jsonl:4 is list, not text",
+    ]
+    assert texts_and_bad(tmp_path / "y.parquet", text_column="messages")[1] == [f"y.parquet[0] {chat}"]
+    source = open_source(SourceSpec(str(tmp_path / "x.jsonl"), "messages"), tmp_path)
+    with pytest.raises(DataError, match=r"4 of 4 rows hold no .*; what is read must be text in UTF-8, in the column"):
+        build_token_cache(source, load_tokenizer(base), tmp_path / "c", TokenSettings())
 
 
 def test_a_csv_quote_that_is_not_closed_makes_every_line_behind_it_bad(tmp_path: Path) -> None:

@@ -65,23 +65,52 @@ def test_a_note_holds_only_for_the_very_file(tmp_path: Path, monkeypatch: pytest
     files = [write_corpus(tmp_path / f"{n}.jsonl", 20, seed=n) for n in range(2)]
     expected = [read_facts(file) for file in files]
     assert expected[0].cuts
-    assert facts_of(files, tmp_path) == expected
+    assert facts_of(files, tmp_path, tmp_path) == expected
     (memo,) = tmp_path.glob(".facts-*.json")
-    assert facts_of(files, tmp_path) == expected
+    assert facts_of(files, tmp_path, tmp_path) == expected
     stat, content = files[0].stat(), files[0].read_bytes()
     files[0].write_bytes(content.replace(b" the ", b" teh ", 1))  # the same size
     os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))  # and date
-    changed = facts_of(files, tmp_path)
+    changed = facts_of(files, tmp_path, tmp_path)
     assert changed[0].sha256 != expected[0].sha256
     assert changed[1] == expected[1]
     for damage in (b"{", b"[]", b'{"files": 5}'):
         memo.write_bytes(damage)
-        assert facts_of(files, tmp_path) == changed
+        assert facts_of(files, tmp_path, tmp_path) == changed
+
+
+def test_a_file_more_costs_reading_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the files below a folder are named. Hosts that number a network's disk differently share the notes."""
+    read: list[Path] = []
+    monkeypatch.setattr(file_facts, "SETTLED_SEC", -60.0)
+    monkeypatch.setattr(file_facts, "read_facts", lambda file: read.append(file) or read_facts(file))
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in "ab":
+        write_corpus(data / f"{name}.jsonl", 5, seed=ord(name))
+
+    def hashed(name: str) -> list[str]:
+        read.clear()
+        open_source(SourceSpec(name), tmp_path / "cache").fingerprint()
+        return [file.name for file in read]
+
+    assert hashed(str(data)) == ["a.jsonl", "b.jsonl"]
+    write_corpus(data / "c.jsonl", 5)
+    assert hashed(str(data)) == ["c.jsonl"]
+    assert hashed(str(data / "[a-b].jsonl")) == []
+    (data / "b.jsonl").unlink()
+    write_corpus(data / "d.jsonl", 5, seed=4)
+    assert hashed(str(data)) == ["d.jsonl"]
+    (memo,) = (tmp_path / "cache").glob(".facts-*.json")
+    assert [Path(name).name for name in json.loads(memo.read_text())["files"]] == ["a.jsonl", "c.jsonl", "d.jsonl"]
+    stat = os.stat
+    monkeypatch.setattr(file_facts.os, "stat", lambda file: os.stat_result([*stat(file)[:2], 99, *stat(file)[3:]]))
+    assert file_facts._state(data / "a.jsonl")[0] == stat(data / "a.jsonl").st_ino
 
 
 def test_a_file_that_was_just_written_is_not_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_facts, "SETTLED_SEC", 1e9)
-    facts_of([write_corpus(tmp_path / "x.jsonl", 5)], tmp_path)
+    facts_of([write_corpus(tmp_path / "x.jsonl", 5)], tmp_path, tmp_path)
     assert not list(tmp_path.glob(".facts-*.json"))
 
 

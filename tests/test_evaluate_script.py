@@ -344,6 +344,19 @@ def test_errors_name_what_evaluation_was_given(tmp_path: Path) -> None:
         assert "--text_column" not in str(raised.value)
 
 
+def test_rows_without_text_are_left_out_with_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("flare.evaluation.datasets.log.warning", told.append)
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"text": null}\n{"text": "one"}\n{"text": "\xff"}\n')
+    left_out = f"2 rows without usable text ({file}:1 is null; {file}:3 is not UTF-8 (byte 10))"
+    assert load_texts(parse_name(str(file), None), None) == ["one"]
+    assert told == [f"data set {file}: left out {left_out}"]
+    file.write_bytes(b'{"text": null}\n')
+    with pytest.raises(DataError, match=re.escape(f"holds no document, 1 rows without usable text ({file}:1 is null)")):
+        load_texts(parse_name(str(file), None), None)
+
+
 def test_embedded_evaluation_uses_only_documents_that_the_demo_held_out(tmp_path: Path) -> None:
     import numpy as np
 

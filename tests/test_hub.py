@@ -1,5 +1,6 @@
 """Hub names, through the hub's own client and data sets library, against local copies of their layout."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from flare.data.rows import SourceSpec
 from flare.errors import ConfigError, EnvError
 from flare.hub import local_model_dir, read_hub_config
 from tests.conftest import write_corpus
+from tests.fake_hub import add_revision, serve
 from tests.processes import script_environment, train_anew
 
 REVISION = "0123456789012345678901234567890123456789"
@@ -33,8 +35,43 @@ def test_hub_model_is_found_in_the_cache_without_a_network(hub_cache: Path, monk
     directory = local_model_dir("Qwen/Tiny", str(hub_cache))
     assert (directory / "model.safetensors").is_file()
     assert read_hub_config("Qwen/Tiny", str(hub_cache))["model_type"] == "qwen2"
-    with pytest.raises(EnvError, match=r"HF_ENDPOINT .*; cached models: .*Qwen/Tiny"):
-        local_model_dir("Qwen/Other", str(hub_cache))
+    monkeypatch.setenv("HOME", str(hub_cache.parent))
+    for cache_dir in (str(hub_cache), "~/hub"):
+        with pytest.raises(EnvError, match=r"HF_ENDPOINT .*; cached models: .*Qwen/Tiny"):
+            local_model_dir("Qwen/Other", cache_dir)
+    with pytest.raises(EnvError, match="cached models: none"):
+        local_model_dir("Qwen/Other", "~/elsewhere")
+
+
+def test_a_disk_that_takes_no_download_is_not_called_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def read_only(*_: object, **__: object) -> None:
+        raise RuntimeError("failed") from OSError(errno.EROFS, "Read-only file system", "/cache/x")
+
+    for fails, words in ((full, ": No space left on device"), (read_only, " in /cache/x: Read-only file system")):
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+        monkeypatch.setattr("datasets.load_dataset", fails)
+        for what, load in (
+            ("model 'lab/tiny'", lambda: local_model_dir("lab/tiny")),
+            ("data set 'lab/news'", lambda: HubSource(SourceSpec("lab/news"))),
+        ):
+            with pytest.raises(EnvError) as raised:
+                load()
+            assert str(raised.value).startswith(f"{what} cannot be stored{words}; --cache_dir and the environment's")
+
+
+def test_a_repository_without_a_configuration_is_told_as_that(tmp_path: Path, train_flags: list[str]) -> None:
+    """As one of .gguf files only."""
+    add_revision(tmp_path / "served", "models/lab/gguf", "main", {"model.gguf": b"GGUF"})
+    with serve(tmp_path / "served") as (url, _):
+        environment = script_environment(HF_ENDPOINT=url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
+        environment.pop("HF_HUB_CACHE", None)
+        flags = [*train_flags, "--model_name_or_path", "lab/gguf", "--dry_run"]
+        result = train_anew(*flags, env=environment)
+    assert result.returncode == 2
+    assert "error: model 'lab/gguf' has no config.json on the hub" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c", "plain"])

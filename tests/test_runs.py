@@ -451,6 +451,9 @@ def test_data_prepared_without_cards_is_what_the_run_starts_from(train_flags: li
     assert "tokenised" in result.stderr
     assert "tokenised" not in run.stderr
     assert f"{int(summary['rows to train on'].split()[0]):,} rows" in run.stderr
+    useless = train(*flags, "--prepare_only", "--max_seq_length", 100_000)
+    assert useless.returncode == 3
+    assert "training tokens, not one row; lower --max_seq_length" in useless.stderr
 
 
 # -- faults that this issue holds ---------------------------------------------------------------------------------

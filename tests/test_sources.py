@@ -1,7 +1,9 @@
 """What --dataset_name can name on a disk: globs, compressed files, saved data sets; and how damage is told."""
 
+import errno
 import gzip
 import json
+import os
 import pickle
 import random
 from pathlib import Path
@@ -123,6 +125,89 @@ def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
     assert read(tmp_path, tmp_path / "cache") == ["a.txt"]
 
 
+def test_empty_files_among_others_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spark and others write one for lack of rows. Of a kind that has a header or a frame it is a cut-off download."""
+    told: list[str] = []
+    monkeypatch.setattr("flare.data.files.log.warning", told.append)
+    (tmp_path / "a.txt").write_text("one")
+    alone = open_source(SourceSpec(str(tmp_path)), tmp_path / "cache")
+    for name in ("b.jsonl", "c.csv"):
+        (tmp_path / name).touch()
+    source = open_source(SourceSpec(str(tmp_path)), tmp_path / "cache")
+    assert told == [f"leaves out 2 of 3 files, which hold nothing (0 bytes), first {tmp_path}/b.jsonl"]
+    assert [row.value for row in source.rows()] == ["one"]
+    assert (source.fingerprint(), source.describe()) == (alone.fingerprint(), alone.describe())
+    with pytest.raises(DataError, match=r"b.jsonl is empty \(0 bytes\)"):
+        read(tmp_path / "[bc].*", tmp_path / "cache")
+    for name in ("d.parquet", "d.jsonl.gz", "d.csv.zst"):
+        (tmp_path / name).touch()
+        with pytest.raises(DataError, match=rf"{name} is empty \(0 bytes\)"):
+            read(tmp_path, tmp_path / "cache")
+        (tmp_path / name).unlink()
+
+
+def test_pointers_of_git_lfs_are_no_data(tmp_path: Path) -> None:
+    """What a clone of a data set has where git-lfs is not installed; as .txt they would be trained on."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize %d\n"
+    (tmp_path / "a.txt").write_text("x" * len(pointer))
+    for name, size in (("b.txt", 5), ("b.jsonl", 10**13), ("b.parquet", 10**6)):
+        (tmp_path / name).write_text(pointer % size)
+        with pytest.raises(DataError, match=rf"{name} is a pointer of Git LFS, not the data; get it by git lfs pull"):
+            read(tmp_path, tmp_path / "cache")
+        (tmp_path / name).unlink()
+    assert len(read(tmp_path, tmp_path / "cache")) == 1
+
+
+def test_what_is_read_of_several_kinds_and_what_is_not_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("flare.data.files.log.info", told.append)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    read(tmp_path, tmp_path / "cache")
+    assert told == []
+    for name in ("LICENSE", "c.ndjson", "d.jsonl.bz2", "e.jsonl"):
+        (tmp_path / name).write_text('{"text": "e"}')
+    expected = "reads 1 .jsonl, 2 .txt files; leaves out what is of other kinds (.bz2 .ndjson LICENSE)"
+    for name in (tmp_path, tmp_path / "*"):
+        assert len(read(name, tmp_path / "cache")) == 3
+        assert told.pop() == f"--dataset_name {name}: {expected}"
+
+
+def test_data_that_is_there_by_name_only_is_an_error_and_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the hub's cache without its blobs, and a folder that belongs to somebody else."""
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").symlink_to("blobs/0123")
+    for name in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(DataError, match=r"b.txt is a link to blobs/0123, which is not there"):
+            read(name, tmp_path / "cache")
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "theirs").mkdir()
+    scandir = os.scandir  # root may read every folder, so the kernel's answer is ours
+
+    def denied(path: str) -> object:
+        if Path(path).name == "theirs":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(DataError, match=r"the data .*theirs cannot be read: Permission denied"):
+        read(tmp_path, tmp_path / "cache")
+
+
+def test_a_large_txt_is_told_to_be_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("flare.data.files.log.warning", told.append)
+    monkeypatch.setattr("flare.data.files.LARGE_TXT_BYTES", 100)
+    for name, size in (("small.txt", 100), ("large.txt", 101), ("large.csv", 101)):
+        (tmp_path / name).write_text("text\n" + "x" * (size - 5))
+    open_source(SourceSpec(str(tmp_path)), tmp_path / "cache").pieces()
+    assert told == [f"{tmp_path}/large.txt is read as one document of 101 bytes; a .jsonl holds one a line"]
+
+
 def test_a_cache_directory_inside_the_data_is_no_data(tmp_path: Path, base: Path) -> None:
     (tmp_path / "data").mkdir()
     write_corpus(tmp_path / "data" / "a.jsonl", 20)
@@ -143,7 +228,7 @@ def test_a_cache_directory_inside_the_data_is_no_data(tmp_path: Path, base: Path
 def save(path: Path, texts: list[object] = TEXTS) -> Path:
     from datasets import Dataset
 
-    Dataset.from_dict({"id": list(range(len(texts))), "text": texts}).save_to_disk(path, num_shards=2)
+    Dataset.from_dict({"id": list(range(len(texts))), "text": texts}).save_to_disk(path, num_shards=min(2, len(texts)))
     return path
 
 
@@ -222,6 +307,8 @@ def test_a_damaged_saved_data_set_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"saved is no whole data set of save_to_disk"):
             read(path, tmp_path)
     arrow.write_bytes(content)
+    with pytest.raises(DataError, match=r"none is a data set without rows"):
+        read(save(tmp_path / "none", []), tmp_path)
     (path / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"state.json cannot be read"):
         read(path, tmp_path)

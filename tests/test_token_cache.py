@@ -66,7 +66,9 @@ def test_a_finished_cache_is_used_where_nothing_can_be_written(tmp_path: Path, b
     lock.mkdir()
     assert cache_of(file, base, tmp_path / "c").directory == made.directory
     shutil.rmtree(made.directory)
-    with pytest.raises(EnvError, match=r"cannot write the token cache .*: Is a directory"):
+    with pytest.raises(
+        EnvError, match=r"cannot write the token cache .*: Is a directory; --cache_dir names another place"
+    ):
         cache_of(file, base, tmp_path / "c")
 
 

@@ -23,7 +23,7 @@ from flare.data.encode import Encoder, tokenizer_sha256
 from flare.data.parts import Part
 from flare.data.pool import Task, run_tasks
 from flare.data.progress import TokenProgress
-from flare.data.rows import Piece, Source
+from flare.data.rows import OTHER_CACHE_DIR, Piece, Source
 from flare.data.tokens import TokenCache, TokenSettings, cache_key, make_cache_dir, open_whole, remove_damaged
 from flare.errors import DataError, EnvError
 from flare.files import write_json
@@ -56,7 +56,9 @@ def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settin
                     Builder(source, tokenizer, directory, settings).build(key)
                     cache = TokenCache(directory)
         except OSError as error:
-            raise EnvError(f"cannot write the token cache {directory}: {error.strerror or error}") from error
+            raise EnvError(
+                f"cannot write the token cache {directory}: {error.strerror or error}; {OTHER_CACHE_DIR}"
+            ) from error
     meta = cache.meta
     check_bad_rows(BadRows(meta["bad_rows"], meta["first_bad_rows"]), meta["num_documents"], settings.max_bad_rows)
     return cache
@@ -286,9 +288,10 @@ def check_bad_rows(bad: BadRows, num_good: int, max_bad_rows: float, quiet: bool
     total = bad.count + num_good
     shown = "; ".join(bad.first[:2])
     if bad.count / total > max_bad_rows:
+        hint = "" if num_good else "; what is read must be text in UTF-8, in the column that --text_column names"
         raise DataError(
             f"{bad.count} of {total} rows hold no usable text ({shown}); limit is {max_bad_rows:.2%}, "
-            "see --max_bad_rows"
+            f"see --max_bad_rows{hint}"
         )
     if not quiet:
         log.warning(f"{bad.count} of {total} rows hold no usable text and were left out: {shown}")

@@ -42,6 +42,8 @@ def _why_unusable(value: object) -> str | None:
         return value.reason
     if value is None:
         return "is null"
+    if is_chat(value):
+        return "is a chat, a list of messages; write each as one text, by the model's chat template"
     if not isinstance(value, str):
         return f"is {type(value).__name__}, not text"
     if not value.strip():
@@ -51,6 +53,15 @@ def _why_unusable(value: object) -> str | None:
     except UnicodeEncodeError:
         return "holds a lone surrogate"
     return None
+
+
+def is_chat(value: object) -> bool:
+    """Whether a value is a list of messages, with ``role`` and ``content`` or ``from`` and ``value``."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and (message.keys() & {"role", "from"}) for message in value)
+    )
 
 
 def text_hash(text: str) -> int:

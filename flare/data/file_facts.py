@@ -16,7 +16,7 @@ from pathlib import Path
 from flare.data.rows import piece_bytes
 from flare.files import write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of the notes, and of how files are cut."""
 BLOCK_BYTES = 4 * 2**20
 SETTLED_SEC = 3.0
@@ -32,26 +32,32 @@ class FileFacts:
     cuts: tuple[tuple[int, int], ...] = ()
 
 
-def facts_of(files: list[Path], memo_dir: Path | None) -> list[FileFacts]:
+def facts_of(files: list[Path], memo_dir: Path | None, root: Path | None) -> list[FileFacts]:
     """Facts of these files; what ``memo_dir`` notes of earlier starts is not read again.
 
-    A note holds as long as device, inode, size and the times of change are the same. The kernel sets ctime at every
-    change, and no tool can set it back. Source: Git's index does it so (racy-git.adoc).
+    A note holds as long as inode, size and the times of change are the same. The kernel sets ctime at every change,
+    and no tool can set it back. The device is no part of it: hosts number a network's disk each in its own way.
+    Source: Git's index does it so (racy-git.adoc; USE_STDEV in statinfo.c).
+
+    Args:
+        root: the folder or file that they were found by. All that was ever read below it has one list of notes, so
+            that a file more, or another glob, costs reading that file.
     """
     if memo_dir is None:
         return [read_facts(file) for file in files]
-    names = "\0".join(str(file.absolute()) for file in files)
-    memo = memo_dir / f".facts-{hashlib.sha256(names.encode()).hexdigest()[:32]}.json"
+    memo = memo_dir / f".facts-{hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:32]}.json"
     with _locked(memo.with_suffix(".lock")):  # of several ranks one reads, the others find its notes
-        known, notes, facts = _read_memo(memo), {}, []
+        known, facts = _read_memo(memo), []
+        notes = known.copy()
         for file in files:
-            note = known.get(str(file.absolute()))
+            note = notes.pop(name := str(file.absolute()), None)
             if note is None or note["state"] != _state(file):
                 note = _note(file)
             facts.append(_from_note(note["facts"]))
             if note["is_settled"]:
-                notes[str(file.absolute())] = note
+                notes[name] = note
         if notes != known:
+            notes = {name: note for name, note in notes.items() if os.path.exists(name)}
             with contextlib.suppress(OSError):  # only the next start's time is lost
                 write_json(memo, {"format": FORMAT_VERSION, "files": notes})
     return facts
@@ -78,7 +84,7 @@ def _note(file: Path) -> dict:
 
 def _state(file: Path) -> list[int]:
     stat = os.stat(file)
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _read_memo(memo: Path) -> dict:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from flare.data.records import array_elements, csv_values
+from flare.data.records import UNDECODED, array_elements, csv_values
 from flare.data.rows import PIECE_BYTES, BadRow, Piece, Row, missing_column
 from flare.errors import DataError, first_line
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet", ".csv")
 ARCHIVES = {".gz": "gzip", ".zst": "zstd"}
-UNDECODED = re.compile("[\udc80-\udcff]")
 OPEN_OBJECT = re.compile(rb"\{[ \t]*\r?\n")
 BOM = b"\xef\xbb\xbf"
 START_BYTES = 1024

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -19,12 +20,18 @@ from flare.data.file_formats import (
     kind_of,
 )
 from flare.data.rows import Piece, Source, gather, missing_column, piece_bytes, reading_data
-from flare.errors import ConfigError, DataError, first_line
+from flare.errors import ConfigError, DataError, first_line, one_line
+from flare.logs import log
 
 BATCH_BYTES = 8 * 2**20
 """Text of a parquet file that is decoded at once."""
 PACKED = 3
 """Bytes of text in a byte of an archive: a guess, for the progress."""
+LARGE_TXT_BYTES = 64 * 2**20
+"""A .txt beyond that is hardly one document. Whole, it takes some 300 bytes a token while it is tokenised."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+LFS_POINTER_BYTES = range(115, 200)
+"""Size of one: the line above, 64 hexadecimal digits and a number. Source: git-lfs, docs/spec.md."""
 MAX_LISTED_FILES = 1000
 """Files that are told apart when data has changed; of a larger corpus, folders are."""
 
@@ -35,36 +42,66 @@ def find_files(path: Path, asked: str, without: Path | None = None) -> list[Path
     Args:
         asked: the option that named the path, and its value.
 
-    Raises: ConfigError for a file of no known kind; DataError for a folder without any.
+    Raises: ConfigError for a file of no known kind; DataError for a folder without any, or that cannot be read.
     """
     if path.is_file():
         if kind_of(path) is None:
             raise ConfigError(f"{asked}: cannot read {path.name!r}; known: {known_kinds()}")
         return [path]
-    files = readable((p for p in files_below(path) if not is_hidden(p.relative_to(path))), without)
+    paths = outside((p for p in files_below(path) if not is_hidden(p.relative_to(path))), without)
+    files = readable(paths)
     if not files:
         raise DataError(f"{asked}: the folder holds none of {known_kinds()}")
+    tell_kinds(asked, paths, files)
     return files
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files of a folder and its subfolders, linked ones too; each is entered once, so a ring of links ends."""
+    """All files of a folder and its subfolders, linked ones too; each is entered once, so a ring of links ends.
+
+    Raises: DataError for a folder that cannot be read.
+    """
     entered = set()
-    for directory, names, files in os.walk(folder, followlinks=True):
-        place = os.path.realpath(directory)
-        if place in entered:
-            names.clear()
-            continue
-        entered.add(place)
-        names.sort()  # of two links to one folder it is always the same that counts
-        yield from (Path(directory, name) for name in files)
+    with reading_data():
+        for directory, names, files in os.walk(folder, onerror=_refuse, followlinks=True):
+            place = os.path.realpath(directory)
+            if place in entered:
+                names.clear()
+                continue
+            entered.add(place)
+            names.sort()  # of two links to one folder it is always the same that counts
+            yield from (Path(directory, name) for name in files)
 
 
-def readable(paths: Iterable[Path], without: Path | None) -> list[Path]:
-    """The files of a known kind among these, by name; none of those in the folder ``without``."""
-    left_out = without and without.resolve()
-    files = (path for path in paths if kind_of(path) and path.is_file())
-    return sorted(file for file in files if left_out is None or left_out not in file.resolve().parents)
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def outside(paths: Iterable[Path], folder: Path | None) -> list[Path]:
+    """The paths that do not lie in the folder."""
+    left_out = folder and folder.resolve()
+    return [path for path in paths if left_out is None or left_out not in path.resolve().parents]
+
+
+def readable(paths: list[Path]) -> list[Path]:
+    """The files of a known kind among these, by name.
+
+    Raises: DataError for a link whose file is gone: a copy of the hub's ``snapshots`` without its ``blobs`` has them.
+    """
+    known = sorted(filter(kind_of, paths))
+    if broken := next((path for path in known if path.is_symlink() and not path.exists()), None):
+        raise DataError(f"{broken} is a link to {os.readlink(broken)}, which is not there")
+    return [path for path in known if path.is_file()]
+
+
+def tell_kinds(asked: str, paths: list[Path], files: list[Path]) -> None:
+    """Say what is read of the paths and what is not, unless it is all of them and of one kind."""
+    kinds = Counter(map(kind_of, files))
+    others = {path.suffix or path.name for path in set(paths).difference(files)}
+    if len(kinds) > 1 or others:
+        read = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+        left_out = f"; leaves out what is of other kinds ({one_line(' '.join(sorted(others)))})" if others else ""
+        log.info(f"{asked}: reads {read} files{left_out}")
 
 
 def is_hidden(path: Path) -> bool:
@@ -85,11 +122,12 @@ def match_files(pattern: str, asked: str, without: Path | None = None) -> list[P
 
     Raises: ConfigError when it matches none.
     """
-    matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-    files = readable(matches, without)
+    matches = outside(map(Path, glob.glob(pattern, recursive=True)), without)
+    files = readable(matches)
     if not files:
         others = f" (it matches {len(matches)} other files)" if matches else f" (looked in {Path.cwd()})"
         raise ConfigError(f"{asked}: matches no file of the kinds {known_kinds()}{others}")
+    tell_kinds(asked, [match for match in matches if not match.is_dir()], files)
     return files
 
 
@@ -114,21 +152,17 @@ class HashedFiles(Source):
     def __init__(
         self, files: list[Path], text_column: str, root: Path | None = None, memo_dir: Path | None = None
     ) -> None:
-        self.files = files
+        self.files = usable_files(files)
         self.text_column = text_column
         self.root = root
         self.memo_dir = memo_dir
         self._facts: list[FileFacts] | None = None
-        with reading_data():
-            empty = next((file for file in files if file.stat().st_size == 0), None)
-        if empty:
-            raise DataError(f"{empty} is empty (0 bytes)")
 
     @reading_data()
     def facts(self) -> list[FileFacts]:
         """Hash and cuts of every file; the first call reads those once of which nothing is noted."""
         if self._facts is None:
-            self._facts = facts_of(self.files, self.memo_dir)
+            self._facts = facts_of(self.files, self.memo_dir, self.root)
         return self._facts
 
     def fingerprint(self) -> str:
@@ -153,6 +187,27 @@ class HashedFiles(Source):
         return str(path.relative_to(root)) if path != root and path.is_relative_to(root) else file.name
 
 
+@reading_data()
+def usable_files(files: list[Path]) -> list[Path]:
+    """The files that hold something; empty ones among them are warned of: other tools write them for lack of rows.
+
+    Raises: DataError when all are empty, for an empty one of a kind that has some bytes even without rows, and for
+    what a clone of the hub without Git LFS has in place of its files.
+    """
+    sizes = [file.stat().st_size for file in files]
+    empty = [file for file, size in zip(files, sizes, strict=True) if size == 0]
+    for file, size in zip(files, sizes, strict=True):
+        if size in LFS_POINTER_BYTES and file.read_bytes().startswith(LFS_POINTER):
+            raise DataError(f"{file} is a pointer of Git LFS, not the data; get it by git lfs pull")
+    if cut := [file for file in empty if len(empty) == len(files) or is_archive(file) or kind_of(file) == ".parquet"]:
+        raise DataError(f"{cut[0]} is empty (0 bytes)")
+    if not empty:
+        return files
+    log.warning(f"leaves out {len(empty)} of {len(files)} files, which hold nothing (0 bytes), first {empty[0]}")
+    left_out = set(empty)
+    return [file for file in files if file not in left_out]
+
+
 class FileSource(HashedFiles):
     """Local files of known kinds, one after the other by name."""
 
@@ -170,6 +225,8 @@ class FileSource(HashedFiles):
         kind = kind_of(file)
         if kind == ".parquet":
             return row_groups(file, self.text_column, most_bytes)
+        if kind == ".txt" and facts.size > LARGE_TXT_BYTES:
+            log.warning(f"{file} is read as one document of {facts.size:,} bytes; a .jsonl holds one a line")
         if not holds_lines(file):
             text_bytes = facts.size * (PACKED if is_archive(file) else 1)
             return [(WholeFile(file, kind, self.text_column, text_bytes), facts.size)]

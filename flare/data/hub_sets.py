@@ -10,7 +10,7 @@ from flare.data.rows import Piece, Row, Source, SourceSpec, missing_column
 from flare.data.saved_sets import table_slices
 from flare.data.snapshots import is_about_script
 from flare.errors import ConfigError, DataError, EnvError, FlareError, first_line
-from flare.hub import cached_data_sets
+from flare.hub import cached_data_sets, disk_error
 from flare.logs import log
 
 PARQUET_COPY = "refs/convert/parquet"
@@ -97,6 +97,8 @@ def _load_hub_dataset(spec: SourceSpec) -> Any:
             f"for a gated one, set HF_ENDPOINT to a mirror, or give local files{_cached(spec)}"
         ) from error
     except (DatasetsError, FileNotFoundError) as error:  # no data files, or damaged ones
+        if disk := disk_error(name, error):
+            raise disk from error
         reason = first_line(error.__cause__ or error)
         raise DataError(f"{name} cannot be read: {reason}") from error
     except ValueError as error:  # unknown configuration or split: the message lists the known ones
@@ -104,6 +106,8 @@ def _load_hub_dataset(spec: SourceSpec) -> Any:
     except FlareError:
         raise
     except Exception as error:  # the hub's client raises many kinds when the network is down
+        if disk := disk_error(name, error):
+            raise disk from error
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise EnvError(
             f"{name} is no local file and cannot be loaded from the hub ({reason}); "

@@ -13,6 +13,11 @@ from flare.data.train_rows import Batch, TrainRows
 from flare.errors import DataError
 from flare.loss import IGNORE_INDEX
 
+SINGLE_DOCUMENT = (
+    "the data holds a single document (or copies of one); two are needed to hold one out (a .txt is one document, "
+    "whatever its lines; a .jsonl has one a line)"
+)
+
 
 def split_documents(hashes: np.ndarray, percentage: float) -> tuple[np.ndarray, np.ndarray]:
     """(train, validation) document indices, by document hash: stable when the data grows.
@@ -27,7 +32,7 @@ def split_documents(hashes: np.ndarray, percentage: float) -> tuple[np.ndarray, 
     if held_out.all():
         held_out = hashes == hashes.min()
     if held_out.all():
-        raise DataError("the data holds a single document (or copies of one); two are needed to hold one out")
+        raise DataError(SINGLE_DOCUMENT)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TextIO
 
 from flare.data.rows import BadRow, missing_column
+from flare.errors import ConfigError, DataError
 
 BLOCK_CHARACTERS = 2**20
 SPACE = re.compile(r"[ \t\r\n]*")
+UNDECODED = re.compile("[\udc80-\udcff]")
+"""Bytes that are no UTF-8, as ``errors="surrogateescape"`` reads them."""
 CUT_CHARACTERS = 20
 """A value that the end of a block cuts fails to parse this near to the end, unless it is within a string."""
 
@@ -58,13 +61,13 @@ def csv_values(text: TextIO, file: Path, column: str) -> Iterator[tuple[int, obj
     A row with more or fewer fields than the header is bad: a comma that is not quoted has cut its text. Where a
     quote is not closed, every line to the end of the file is bad.
 
-    Raises: ConfigError when the header has no such column; csv.Error.
+    Raises: ConfigError when the header has no such column; DataError when it is no UTF-8; csv.Error.
     """
     lines: list[str] = []  # of the row in hand
     reader = csv.reader(_remembered(text, lines))
     header = next(reader, [])
     if column not in header:
-        raise missing_column(column, file, header)
+        raise _wrong_header(header, file, column)
     place = header.index(column)
     lines.clear()
     begin, held, held_lines = reader.line_num + 1, None, []  # a row is held back till it is known to be the last
@@ -82,6 +85,16 @@ def csv_values(text: TextIO, file: Path, column: str) -> Iterator[tuple[int, obj
             yield line, BadRow(f"is within the quote of line {held[0]}, which is not closed")
     elif held is not None:
         yield held
+
+
+def _wrong_header(header: list[str], file: Path, column: str) -> ConfigError | DataError:
+    """Why a header has no such column."""
+    if UNDECODED.search("".join(header)):
+        return DataError(f"{file} is not UTF-8, as its header shows; convert it")
+    other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
+    if other is not None:
+        return ConfigError(f"{file} parts its columns by {other!r}; a .csv needs commas")
+    return missing_column(column, file, header)
 
 
 def _remembered(text: TextIO, lines: list[str]) -> Iterator[str]:

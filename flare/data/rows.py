@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from flare.errors import ConfigError, DataError, nearest
+from flare.errors import ConfigError, DataError, nearest, one_line
 
 PIECE_BYTES = 32 * 2**20
 """Input of a piece, where its format can be cut: a few seconds of tokenising, and a few hundred pieces in 10 GB."""
@@ -40,10 +40,16 @@ class BadRow:
 COLUMN_HINT = "use --text_column"
 """How another column is named in training. Pieces do not know who reads them: evaluation says it in its own words."""
 
+SHOWN_COLUMNS, SHOWN_NAME = 30, 60
+OTHER_CACHE_DIR = "--cache_dir names another place"
+"""What to do where the cache's disk is full or cannot be written."""
+
 
 def missing_column(column: str, where: object, columns: list[str]) -> ConfigError:
-    """The error of a column that a file or data set has not."""
-    known = ", ".join(columns) or "none"
+    """The error of a column that a file or data set has not. The names in a .csv without a header are text."""
+    known = ", ".join(one_line(name, SHOWN_NAME) for name in columns[:SHOWN_COLUMNS]) or "none"
+    if len(columns) > SHOWN_COLUMNS:
+        known += f" and {len(columns) - SHOWN_COLUMNS} more"
     return ConfigError(f"column {column!r} not in {where}; columns: {known}; {COLUMN_HINT}{nearest(column, columns)}")
 
 

@@ -59,6 +59,8 @@ class SavedSource(HashedFiles):
         path = choose_split(path, spec.dataset_split)
         try:
             files = [path / file["filename"] for file in read_json(path / STATE)["_data_files"]]
+            if not files:  # ``datasets`` writes it, and cannot read it
+                raise DataError(f"{path} is a data set without rows")
             self.dataset = load_from_disk(str(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = first_line(error)

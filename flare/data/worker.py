@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flare.data.encode import Encoder
 from flare.data.parts import write_part
+from flare.data.rows import OTHER_CACHE_DIR
 from flare.errors import EnvError, FlareError
 from flare.parent import end_with_parent
 
@@ -37,7 +38,9 @@ def work(pipe: Connection, index: int, task: tuple) -> None:
     except FlareError as error:
         pipe.send(("error", error))
     except OSError as error:
-        pipe.send(("error", EnvError(f"cannot tokenise into {task[2].parent}: {error.strerror or error}")))
+        pipe.send(
+            ("error", EnvError(f"cannot tokenise into {task[2].parent}: {error.strerror or error}; {OTHER_CACHE_DIR}"))
+        )
     except Exception as error:  # whatever a reader raises must be shown by the parent, not lost here
         pipe.send(("error", FlareError(f"tokenising failed: {type(error).__name__}: {error}")))
     else:

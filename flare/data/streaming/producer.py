@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from flare.data.build import check_bad_rows, too_many_bad
 from flare.data.child import Child, ignore_stop_signals
 from flare.data.documents import BadRows
+from flare.data.rows import OTHER_CACHE_DIR
 from flare.data.streaming.blocks import BlockWriter
 from flare.data.streaming.lanes import Item, Lane
 from flare.data.streaming.messages import WINDOW_BLOCKS, Order, Segment
@@ -258,7 +259,7 @@ def main() -> int:
         producer.clear()
         return 0
     except OSError as error:
-        failure = EnvError(f"cannot write to {producer.order.directory}: {error.strerror or error}")
+        failure = EnvError(f"cannot write to {producer.order.directory}: {error.strerror or error}; {OTHER_CACHE_DIR}")
     except FlareError as error:
         failure = error
     finally:

@@ -16,7 +16,7 @@ import numpy as np
 from flare.data.build import check_bad_rows, too_many_bad
 from flare.data.documents import BadRows, text_hash, usable_texts
 from flare.data.encode import Encoder, tokenizer_sha256
-from flare.data.packing import PackedRows
+from flare.data.packing import SINGLE_DOCUMENT, PackedRows
 from flare.data.rows import Piece, Source, read_rows
 from flare.data.streaming.pieces import shortened, streamed_facts, streamed_identity, streamed_pieces
 from flare.data.tokens import TokenCache, TokenSettings, cache_key, open_whole, remove_damaged
@@ -162,7 +162,7 @@ def _settled(found: Found, settings: TokenSettings) -> Found:
         raise DataError(f"the data holds no usable document ({found.bad.count} rows without text)")
     number, text = found.lowest
     if found.second_lowest is None:
-        raise DataError("the data holds a single document (or copies of one); two are needed to hold one out")
+        raise DataError(SINGLE_DOCUMENT)
     if not found.texts or len(found.texts) == found.documents:
         found.below, found.texts = number + 1, [text]
     return found
