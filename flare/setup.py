@@ -12,7 +12,7 @@ from flare.card_models import lacks_bf16
 from flare.compiler import check_compiler
 from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
-from flare.experiment import Experiment, check_output_dir, stage_one_result
+from flare.experiment import Experiment, check_is_directory, check_output_dir, stage_one_result
 from flare.hub import local_model_dir, read_hub_config, read_model_config
 from flare.metrics_file import last_rate
 from flare.moments import BLOCKS, EIGHT_BIT, block_size, check_torchao
@@ -32,6 +32,7 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     """
     options = resolved.options
     check_output_dir(options.base_output_dir)
+    check_is_directory(options.experiment_dir)
     _check_resume(options.resume)
     parse_weights(options.balance, hardware.world_size)
     experiment = Experiment(options.experiment_dir)
