@@ -67,10 +67,14 @@ def start(resolved: Resolved) -> int:
 
 def show_plan(run: "Run") -> None:
     """Print the plan. Raises: ConfigError, EnvError for what cannot fit."""
+    from flare.data.corpus import split_names
+    from flare.data.sources import is_missing_path
     from flare.plan import check_fits
     from flare.plan_table import plan_lines
 
-    for warning in run.resolved.warnings:
+    missing = filter(is_missing_path, split_names(run.options.dataset_name))
+    no_data = [f"--dataset_name {name} is not on this machine; a run needs it" for name in missing]
+    for warning in [*run.resolved.warnings, *no_data]:
         print(f"warning: {warning}", file=sys.stderr)
     plan = run.plan()
     print("\n".join(plan_lines(plan)), flush=True)

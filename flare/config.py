@@ -15,7 +15,7 @@ from typing import Any
 from flare.command_line import OneLineParser
 from flare.config_file import ConfigFile, read_config_file
 from flare.errors import ConfigError, join_errors, nearest, one_line
-from flare.option_values import checked
+from flare.option_values import checked, other_tools_name
 from flare.options import FIELDS, GROUPS, STAGE_DEFAULTS, Options
 
 REPO = Path(__file__).resolve().parent.parent
@@ -132,7 +132,7 @@ def resolve(argv: list[str]) -> Resolved:
     given, unknown = build_parser().parse_known_args(argv)
     typed = vars(given)
     problems += _unknown_arguments(unknown)
-    typed |= _old_names(typed, warnings)
+    typed |= _old_names(typed, warnings, problems)
     config = typed.pop("config", None)
     command_line = checked(typed, lambda n: f"--{n}", problems)
     stage = command_line.get("stage")
@@ -169,12 +169,18 @@ def resolve(argv: list[str]) -> Resolved:
 
 def _unknown_arguments(words: list[str]) -> list[str]:
     """A line for each unknown flag; the values behind it are no second mistake."""
-    known = [f"--{name}" for name in [*FIELDS, "config"]]
     flags = [word for word in words if word.startswith("-")] or words
-    return [f"unknown argument {one_line(word)}{nearest(word.split('=')[0], known)}" for word in flags]
+    return [f"unknown argument {one_line(word)}{_meant(word.split('=')[0])}" for word in flags]
 
 
-def _old_names(typed: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
+def _meant(flag: str) -> str:
+    """What to type for an unknown flag: ours for one of other tools, else the nearest name."""
+    name = flag.removeprefix("--")
+    return other_tools_name(name, "--") or nearest(flag, [f"--{known}" for known in [*FIELDS, "config"]])
+
+
+def _old_names(typed: dict[str, Any], warnings: list[str], problems: list[str]) -> dict[str, Any]:
+    """What old names stand for; a new name beside one that says another thing is a problem."""
     new: dict[str, Any] = {}
     if "output_dir" in typed:
         path = Path(typed.pop("output_dir"))
@@ -185,7 +191,11 @@ def _old_names(typed: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
     if "stage1_max_seq_len" in typed:
         new["max_seq_length"] = typed.pop("stage1_max_seq_len")
         warnings.append("--stage1_max_seq_len is an old name; use --max_seq_length")
-    return {name: value for name, value in new.items() if name not in typed}
+    for name, value in new.items():
+        if typed.get(name, value) != value:
+            old = "--stage1_max_seq_len" if name == "max_seq_length" else "--output_dir"
+            problems.append(f"{old} means --{name} {value}, and --{name} {typed[name]} is given; leave {old} out")
+    return new
 
 
 def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tuple[dict, dict]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from flare.errors import ConfigError, nearest, one_line
 from flare.jsonc import is_there, read_jsonc
-from flare.option_values import checked
+from flare.option_values import checked, other_tools_name
 from flare.options import FIELDS, SECTIONS
 
 
@@ -95,7 +95,8 @@ def checked_block(block: Any, where: str, problems: list[str]) -> dict[str, Any]
         for name, item in inside:
             path = f"{key}.{name}" if key in SECTIONS else name
             if name not in FIELDS:
-                problems.append(f'unknown key "{one_line(path)}" in {where}{nearest(name, FIELDS)}')
+                meant = other_tools_name(name) or nearest(name, FIELDS)
+                problems.append(f'unknown key "{one_line(path)}" in {where}{meant}')
             elif key in SECTIONS and FIELDS[name].metadata["section"] != key:
                 section = FIELDS[name].metadata["section"]
                 problems.append(f'"{path}" in {where}: {name} belongs under "{section}"')

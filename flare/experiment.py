@@ -264,6 +264,14 @@ def check_writable(option: str, directory: Path, other_way_out: str = "") -> Non
         ) from error
 
 
+def check_is_directory(root: Path) -> None:
+    """Refuse an experiment whose place a file has, or a link that leads nowhere."""
+    for path in (root, *root.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            what = "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
+            raise ConfigError(f"{path} is {what}, not an experiment's directory; choose another --experiment_name")
+
+
 def stage_one_sibling(experiment: Experiment) -> Experiment | None:
     """NAME_stage1 beside NAME_stage2, whether it is there or not."""
     name = experiment.root.name

@@ -41,6 +41,7 @@ def hub_errors(name: str, cache_dir: str | None = None) -> Iterator[None]:
     """Errors of the hub's client as ours; a name that can be no hub name is refused first."""
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ConfigError(f"model {name!r} is no directory; give a directory or a hub name like Qwen/Qwen2.5-3B")
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     try:
@@ -57,6 +58,11 @@ def hub_errors(name: str, cache_dir: str | None = None) -> Iterator[None]:
         if disk := disk_error(f"model {name!r}", error):
             raise disk from error
         cached = ", ".join(cached_repositories("model", cache_dir)) or "none"
+        if HF_HUB_OFFLINE:
+            raise EnvError(
+                f"model {name!r} is no directory and not whole in the hub's cache, and HF_HUB_OFFLINE=1 keeps it from "
+                f"being downloaded; give a directory, or unset HF_HUB_OFFLINE; cached models: {cached}"
+            ) from error
         raise EnvError(
             f"model {name!r} is no directory and the hub cannot be reached ({type(error).__name__}); give a "
             "directory, or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use what is cached; cached models: "
@@ -113,7 +119,9 @@ def read_model_config(directory: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} holds no config.json; it is no model directory") from error
+        inner = directory / "final_model"  # of an experiment
+        hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+        raise CheckpointError(f"{directory} holds no config.json; it is no model directory{hint}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):

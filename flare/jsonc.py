@@ -48,7 +48,7 @@ def parse_jsonc(text: str, name: str) -> Any:
         for key, count in Counter(key for key, _ in pairs).items():
             if count > 1:
                 lines = [str(i) for i, line in enumerate(plain.splitlines(), 1) if f'"{key}"' in line]
-                where = f" (lines {' and '.join(lines)})" if lines else ""
+                where = f" (line{'s' * (len(lines) > 1)} {' and '.join(lines)})" if lines else ""
                 raise ConfigError(f'{name}: key "{one_line(key)}" appears twice{where}')
         return dict(pairs)
 

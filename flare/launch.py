@@ -6,6 +6,7 @@ again, once a rank; it passes signals on, and its workers' first error is shown 
 
 import contextlib
 import itertools
+import logging
 import os
 import shlex
 import shutil
@@ -29,6 +30,7 @@ from flare.nvidia_smi import query_gpus
 from flare.options import Options
 from flare.rooms import MIB, usable_bytes
 from flare.run import Hardware, Run
+from flare.terminal import tell_of_stop
 from flare.worker_errors import first_failure
 
 if TYPE_CHECKING:
@@ -184,6 +186,9 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
         **rendezvous(),
     )
     signal.signal(signal.SIGINT, _on_interrupt)
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(
+        logging.CRITICAL
+    )  # we say it ourselves
     try:
         elastic_launch(config, sys.executable)("-u", str(script), *argv)
     except DistError as error:
@@ -209,6 +214,7 @@ def _on_interrupt(_number: int, _frame: object) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
 
     signal.signal(signal.SIGINT, _on_second_interrupt)
+    tell_of_stop()
     raise SignalException(INTERRUPTED, sigval=signal.SIGTERM)
 
 

@@ -16,6 +16,32 @@ AUTO_KINDS = {"switch": "bool", "count": "int"}
 WORDS = {"switch": (SELECTIVE, "auto"), "count": ("auto",)}
 """Kinds that take words, auto among them; what else they take, and the words."""
 
+OTHER_TOOLS = {
+    "resume_from_checkpoint": ("resume", "PATH"),
+    "bf16": ("precision", "bf16"),
+    "fp16": ("precision", "fp16"),
+    "mixed_precision": ("precision", "bf16"),
+    "torch_compile": ("compile", ""),
+    "train_file": ("dataset_name", "FILE"),
+    "dataset": ("dataset_name", "NAME"),
+    "block_size": ("max_seq_length", "N"),
+    "cutoff_len": ("max_seq_length", "N"),
+    "sequence_len": ("max_seq_length", "N"),
+    "micro_batch_size": ("per_device_train_batch_size", "N"),
+    "max_train_samples": ("dataset_size", "N"),
+    "flash_attn": ("attn_implementation", "flash_attention_2"),
+    "run_name": ("experiment_name", "NAME"),
+    "fsdp": ("parallel", "fsdp"),
+    "deepspeed": ("parallel", "fsdp"),
+}
+"""Options of HF's scripts, LLaMA-Factory and axolotl that look like none of ours: our name, and its value."""
+
+
+def other_tools_name(name: str, dashes: str = "") -> str:
+    """'; here it is OURS VALUE' for an option of ``OTHER_TOOLS``, else ''."""
+    ours, value = OTHER_TOOLS.get(name, ("", ""))
+    return f"; here it is {dashes}{ours} {value}".rstrip() if ours else ""
+
 
 def checked(raw: dict[str, Any], label: Callable[[str], str], problems: list[str]) -> dict[str, Any]:
     """Values of the right type and within their bounds; each mistake becomes a line of ``problems``."""

@@ -4,6 +4,7 @@ import signal
 from dataclasses import asdict, dataclass, field
 
 from flare.options import Options
+from flare.terminal import tell_of_stop
 
 STOP_FILE = "STOP"
 
@@ -69,3 +70,5 @@ class StopRequest:
         if self.count == self.aborts_at or (name == "SIGINT" and self.signal_name == "SIGINT"):
             raise KeyboardInterrupt(f"stopped at once by signal {self.count} ({name})")
         self.signal_name = name
+        if name == "SIGINT" and self.aborts_at is not None:  # else the launcher tells, once for all ranks
+            tell_of_stop()

@@ -81,5 +81,8 @@ def _keep_global_batch(saver: Saver, state: dict) -> None:
         )
     if then < processes:
         raise ConfigError(f"the run's global batch of {then} rows is too small for {processes} processes")
-    log.info(f"{processes} processes, before {state['world_size']}: the global batch stays {then} rows")
+    log.info(
+        f"the global batch stays {then} rows, as this run began; the flags would give {now} on {processes} "
+        f"process{'es' * (processes > 1)}"
+    )
     saver.global_batch_size = then

@@ -68,9 +68,11 @@ class Session:
         progress = read_progress(resume_from, self.saver)
         self._settle_length()
         if self._is_done(progress):
+            early = progress.step < self.max_steps
             log.info(
                 f"stage {self.options.stage} of {self.experiment.root.name!r} is finished already (step "
-                f"{progress.step}); a larger --max_steps continues it"
+                f"{progress.step}{', early stop' if early else ''}); a larger "
+                f"{'--early_stopping_patience' if early else '--max_steps'} continues it"
             )
             self.saver.record("finished", progress)
             return

@@ -3,7 +3,9 @@
 The launcher and every worker call ``settle`` and come to the same ``Run``. Nothing is written here.
 """
 
+import functools
 import itertools
+from copy import deepcopy
 from pathlib import Path
 
 from flare.balance import parse_weights
@@ -12,7 +14,7 @@ from flare.card_models import lacks_bf16
 from flare.compiler import check_compiler
 from flare.config import Resolved
 from flare.errors import CheckpointError, ConfigError, EnvError
-from flare.experiment import Experiment, check_output_dir, stage_one_result
+from flare.experiment import Experiment, check_is_directory, check_output_dir, stage_one_result
 from flare.hub import local_model_dir, read_hub_config, read_model_config
 from flare.metrics_file import last_rate
 from flare.moments import BLOCKS, EIGHT_BIT, block_size, check_torchao
@@ -32,6 +34,7 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     """
     options = resolved.options
     check_output_dir(options.base_output_dir)
+    check_is_directory(options.experiment_dir)
     _check_resume(options.resume)
     parse_weights(options.balance, hardware.world_size)
     experiment = Experiment(options.experiment_dir)
@@ -131,7 +134,7 @@ def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
     Raises: ConfigError, CheckpointError or EnvError when there is no such model or it lacks weights.
     """
     if options.dry_run and not Path(name).is_dir():
-        return None, hub_model_config(name, options.cache_dir)
+        return None, deepcopy(hub_model_config(name, options.cache_dir))
     directory = local_model_dir(name, options.cache_dir)
     raw = read_model_config(directory)
     refuse_foreign_code(raw, str(directory))
@@ -141,6 +144,7 @@ def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
     return directory, raw
 
 
+@functools.cache  # a plan opens its model twice, and a hub that is out of reach takes half a minute to tell
 def hub_model_config(name: str, cache_dir: str | None) -> dict:
     """config.json of a hub model without its weights; for known Qwen models also without the hub."""
     try:

@@ -3,6 +3,7 @@
 What goes into a file or a pipe is left as it is: one message a line, no colours.
 """
 
+import contextlib
 import os
 import textwrap
 from typing import TextIO
@@ -38,6 +39,15 @@ def has_colors(stream: TextIO) -> bool:
 def paint(text: str, color: str, stream: TextIO) -> str:
     """The text in a colour of ``COLORS`` where the stream has colours."""
     return f"\033[{COLORS[color]}m{text}\033[0m" if has_colors(stream) else text
+
+
+def tell_of_stop() -> None:
+    """Say on stderr that a first Ctrl-C was heard: a step and a checkpoint can take minutes.
+
+    For signal handlers, which may not use a stream that the program is writing to.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, b"Ctrl-C: ends after this step, with a checkpoint; a second Ctrl-C ends at once\n")
 
 
 def fold(text: str, stream: TextIO) -> str:

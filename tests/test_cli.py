@@ -67,6 +67,21 @@ def test_output_directory_below_a_file_is_refused(train_flags: list[str], tmp_pa
     assert_one_line(result, 2, "--base_output_dir", "is a file")
 
 
+@pytest.mark.parametrize("place", ["file", "link to nothing"])
+def test_experiment_whose_place_is_taken_is_refused(train_flags: list[str], tmp_path: Path, place: str) -> None:
+    root = tmp_path / "out" / "run"
+    root.parent.mkdir()
+    root.touch() if place == "file" else root.symlink_to(tmp_path / "nowhere")
+    assert_one_line(train_anew(*train_flags), 2, f"{root} is a {place}", "choose another --experiment_name")
+
+
+def test_dry_run_warns_of_data_that_is_not_there(train_flags: list[str]) -> None:
+    result = train_anew(*train_flags, "--dataset_name", "embedded,/nowhere/x.jsonl", "--dry_run")
+    assert result.returncode == 0
+    assert "warning: --dataset_name /nowhere/x.jsonl is not on this machine; a run needs it\n" in result.stderr
+    assert "embedded is not" not in result.stderr
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_unwritable_output_directory_is_refused(train_flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)

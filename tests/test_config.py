@@ -8,6 +8,7 @@ import pytest
 from flare.config import REPO, resolve
 from flare.errors import ConfigError
 from flare.jsonc import parse_jsonc
+from flare.option_values import OTHER_TOOLS
 from flare.options import FIELDS, STAGE_DEFAULTS
 
 
@@ -69,6 +70,15 @@ def test_old_names_work_with_a_warning_that_names_the_new_one() -> None:
     assert "--max_seq_length" in resolved.warnings[1]
 
 
+def test_old_name_that_contradicts_a_new_one_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(["--output_dir", "/data/runs", "--experiment_name", "mine", "--base_output_dir", "/data"])
+    assert str(error.value) == (
+        "--output_dir means --experiment_name runs, and --experiment_name mine is given; leave --output_dir out"
+    )
+    assert resolve(["--output_dir", "/data/a", "--experiment_name", "a"]).options.experiment_name == "a"
+
+
 def test_accumulation_beside_a_global_batch_is_told_to_have_no_effect() -> None:
     assert resolve(["--gradient_accumulation_steps", "4"]).warnings == []
     (warning,) = resolve(["--gradient_accumulation_steps", "4", "--global_batch_size", "32"]).warnings
@@ -116,6 +126,9 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         (["--warmup_steps", "3", "--warmup_ratio", "0.1"], "give one"),
         (["--max_steps", "3", "--num_train_epochs", "1"], "both given"),
         (["--early_stopping_threshold", "0.1"], "is for --early_stopping_patience; give both or none"),
+        (["--resume_from_checkpoint", "x"], "unknown argument --resume_from_checkpoint; here it is --resume PATH"),
+        (["--bf16"], "unknown argument --bf16; here it is --precision bf16"),
+        (["--block_size=128"], "--block_size=128; here it is --max_seq_length N"),
         (["--config", "nope.json"], "config not found: nope.json"),
     ],
 )
@@ -123,6 +136,16 @@ def test_mistake_is_named(flags: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(flags)
     assert words in str(error.value)
+
+
+def test_other_tools_names_are_told_by_a_file_too_and_are_none_of_ours(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.json", '{"data_args": {"cutoff_len": 512}}')
+    with pytest.raises(
+        ConfigError, match=r'unknown key "data_args.cutoff_len" in c.json; here it is max_seq_length N'
+    ):
+        resolve(["--config", file])
+    assert not OTHER_TOOLS.keys() & FIELDS.keys()
+    assert {ours for ours, _ in OTHER_TOOLS.values()} <= FIELDS.keys()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from flare.data.hub_sets import HubSource
 from flare.data.rows import SourceSpec
-from flare.errors import ConfigError, EnvError
-from flare.hub import local_model_dir, read_hub_config
+from flare.errors import CheckpointError, ConfigError, EnvError
+from flare.hub import local_model_dir, read_hub_config, read_model_config
 from tests.conftest import write_corpus
 from tests.fake_hub import add_revision, serve
 from tests.processes import script_environment, train_anew
@@ -37,7 +37,7 @@ def test_hub_model_is_found_in_the_cache_without_a_network(hub_cache: Path, monk
     assert read_hub_config("Qwen/Tiny", str(hub_cache))["model_type"] == "qwen2"
     monkeypatch.setenv("HOME", str(hub_cache.parent))
     for cache_dir in (str(hub_cache), "~/hub"):
-        with pytest.raises(EnvError, match=r"HF_ENDPOINT .*; cached models: .*Qwen/Tiny"):
+        with pytest.raises(EnvError, match=r"unset HF_HUB_OFFLINE; cached models: .*Qwen/Tiny"):
             local_model_dir("Qwen/Other", cache_dir)
     with pytest.raises(EnvError, match="cached models: none"):
         local_model_dir("Qwen/Other", "~/elsewhere")
@@ -78,6 +78,12 @@ def test_a_repository_without_a_configuration_is_told_as_that(tmp_path: Path, tr
 def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(name: str) -> None:
     with pytest.raises(ConfigError, match="is no directory; give a directory or a hub name"):
         local_model_dir(name)
+
+
+def test_experiment_directory_in_place_of_its_final_model_is_told(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "run" / "final_model")
+    with pytest.raises(CheckpointError, match=r"no model directory; did you mean .*/run/final_model\?"):
+        read_model_config(tmp_path / "run")
 
 
 def test_training_starts_from_a_cached_hub_model(train_flags: list[str], hub_cache: Path) -> None:

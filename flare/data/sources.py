@@ -32,16 +32,22 @@ def open_source(spec: SourceSpec, token_dir: Path) -> Source:
         return EmbeddedSource(token_dir)
     if path := path_of(name):
         return open_path(path, spec, token_dir)
-    path = Path(name).expanduser()
     if is_glob(name):
         warn_of_parts(spec)
-        root = glob_root(str(path))
-        files = match_files(str(path), spec.asked, cache_below(root, token_dir))
+        pattern = str(Path(name).expanduser())
+        root = glob_root(pattern)
+        files = match_files(pattern, spec.asked, cache_below(root, token_dir))
         return FileSource(files, spec.text_column, root, token_dir)
-    looks_local = kind_of(path) is not None or path.is_absolute() or name.startswith((".", "~"))
-    if looks_local or name.count("/") > 1:
+    if is_missing_path(name):
         raise ConfigError(f"{spec.asked}: no such file or directory (looked in {Path.cwd()})")
     return open_hub_set(spec, token_dir)
+
+
+def is_missing_path(name: str) -> bool:
+    """Whether a data set's name can only be a path, of one file or folder, and nothing is there."""
+    path = Path(name).expanduser()
+    looks_local = kind_of(path) is not None or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    return looks_local and path_of(name) is None and not is_glob(name)
 
 
 def path_of(name: str) -> Path | None:
