@@ -337,7 +337,7 @@ def test_auto_prefers_a_smaller_micro_batch_to_checkpointing(base: Path, tmp_pat
 
 def test_auto_takes_the_least_checkpointing_that_fits(base: Path, tmp_path: Path) -> None:
     """Smaller and smaller cards: none, selective, everything; whatever the flag says, the same rows a step."""
-    flags = ["--global_batch_size", 2, "--per_device_train_batch_size", 2, "--max_seq_length", 512]
+    flags = ["--global_batch_size", 16, "--per_device_train_batch_size", 16, "--max_seq_length", 512]
     found = [
         run_of(gpus(mib), base, tmp_path, *flags, "--gradient_checkpointing", "auto").gradient_checkpointing
         for mib in range(1000, 700, -1)
