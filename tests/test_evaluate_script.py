@@ -77,6 +77,7 @@ def test_a_set_that_cannot_be_had_leaves_the_others_standing(family: dict[str, P
     assert entries["/nowhere/x.jsonl"]["error"].startswith("--datasets /nowhere/x.jsonl: no such file")
 
 
+@pytest.mark.slow
 def test_a_set_that_only_the_compared_model_cannot_take_is_named_with_that_model(
     family: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -111,6 +112,7 @@ def test_mistakes_are_told_before_anything_is_measured(family: dict[str, Path], 
     assert "perplexity" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_known_set_given_as_two_files_is_not_scored_as_one(family: dict[str, Path], tmp_path: Path) -> None:
     corpus, other = family["corpus"], write_corpus(tmp_path / "other.jsonl", 3)
     words = (f"wikitext2={corpus}", f"wikitext2={other}")

@@ -366,6 +366,7 @@ def test_lm_evals_tasks_run_on_our_model_and_land_in_results_and_report(
     assert "| local_loglikelihood | perplexity |" in (tmp_path / "out" / "evaluation_report.md").read_text()
 
 
+@pytest.mark.slow
 def test_lm_evals_tasks_give_the_same_on_two_processes(base_model: Path, last_words: Path, tmp_path: Path):
     """All kinds of requests; the one that a single document makes leaves a process without work."""
     tasks = ",".join(str(write_task(kind, last_words, tmp_path)) for kind in KINDS)
@@ -378,6 +379,7 @@ def test_lm_evals_tasks_give_the_same_on_two_processes(base_model: Path, last_wo
     assert set(evaluate(tmp_path / "first", *first)["lm_eval"]["num_samples"].values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_task_of_lm_evals_that_fails_leaves_the_rest_standing(base_model: Path, last_words: Path, tmp_path: Path):
     """Its data is gone: rank 0 finds out while the other waits for requests."""
     task = write_task("loglikelihood", tmp_path / "gone.jsonl", tmp_path)
