@@ -186,9 +186,8 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
         **rendezvous(),
     )
     signal.signal(signal.SIGINT, _on_interrupt)
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(
-        logging.CRITICAL
-    )  # we say it ourselves
+    # What a worker's end means we say ourselves.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-u", str(script), *argv)
     except DistError as error:
