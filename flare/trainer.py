@@ -255,11 +255,16 @@ class Trainer:
             "mfu": share_of(peak, rate, self.parts.model_flops_per_token),
             "executed_flops_use": share_of(peak, rate, self.parts.executed_flops_per_token),
             "data_wait": self.loader.take_wait() / seconds if seconds else 0.0,
-            "memory_gib": distributed.all_max([peak_memory_gib(self.world.device)])[0],
+            "memory_gib": self._peak_memory_gib(),
         }
         if self.loss_scale:
             record |= {"loss_scale": self.progress.loss_scale, "overflow_steps": self.progress.overflow_steps}
         self._record(record)
+
+    def _peak_memory_gib(self) -> float:
+        """Of the fullest rank. The ranks wait for each other here: under the step's clock, as in the step itself."""
+        with self.step_watch(self.progress.step):
+            return distributed.all_max([peak_memory_gib(self.world.device)])[0]
 
     def _record(self, numbers: dict) -> None:
         progress = self.progress

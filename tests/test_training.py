@@ -1,5 +1,7 @@
 """Training in this process: what the loss is, what trains, what is frozen, against plain transformers."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from benchmarks.bare_trainer import bare_trainer
+from flare import distributed
 from flare.data.build import build_token_cache
 from flare.data.order import RowOrder
 from flare.data.packing import PackedRows, split_documents
@@ -348,6 +351,27 @@ def test_skipped_steps_leave_the_weights_and_one_more_ends_the_run(
         runner._step()
     assert told == [2, 3, 4]
     assert torch.equal(weights[0], model.causal_lm.model.norm.weight)
+
+
+def test_ranks_wait_for_each_other_under_the_steps_clock_only(
+    cache: TokenCache, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a log line's collective, too: a rank that was stopped there was missed for 27 minutes."""
+    one = trainer(load(base, [1], Trainable(True)), cache, tmp_path, max_steps=2, logging_steps=1)
+    running: list[int] = []
+
+    @contextlib.contextmanager
+    def watch(step: int) -> Iterator[None]:
+        running.append(step)
+        yield
+        running.pop()
+
+    waits: list[list[int]] = []
+    all_max = distributed.all_max
+    monkeypatch.setattr(distributed, "all_max", lambda values: waits.append(running.copy()) or all_max(values))
+    one.step_watch = watch
+    one.train()
+    assert waits == [[1], [2]]
 
 
 def test_untied_head_trains_too(cache: TokenCache, tmp_path: Path) -> None:
