@@ -58,7 +58,8 @@ def test_a_stopped_rank_is_named_and_all_end(zygote: Zygote, flags: list[str], r
     os.kill(pids[rank], signal.SIGSTOP)
     t0 = time.monotonic()
     ended = running.wait()
-    assert time.monotonic() - t0 < 60
+    assert time.monotonic() - t0 < 60, ended.stderr
+    assert len(ended.errors) == 1, (ended.returncode, ended.stderr)
     (error,) = ended.errors
     assert re.search(
         rf"step \d+ did not end within 4 s: rank {rank} \(pid {pids[rank]} on .*\) does not answer", error
