@@ -25,7 +25,6 @@ class Microbatch:
     fp32_residual: bool
     document_mask: bool = True  # packed rows: SDPA gets a (B, 1, T, T) mask and k, v expanded to all heads
     eager_attention: bool = False
-    autocast: bool = True  # of a bf16 or fp16 run
     fp16: bool = False  # half is fp16, whose products the loss makes in fp32
 
     @property

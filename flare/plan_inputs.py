@@ -64,7 +64,6 @@ class PlanInputs:
             half=self.half,
             fp16=self.precision == "fp16",
             fp32_residual=self.what_trains.everything and self.shards == 1,
-            autocast=self.shards == 1,
             document_mask=self.document_mask,
             eager_attention=self.attn_implementation == "eager",
         )
