@@ -8,10 +8,10 @@ import os
 import sys
 from pathlib import Path
 
+from flare.cpu import wait_without_spinning
 from flare.errors import run_script
 from flare.evaluation.options import build_parser, settle
 from flare.logs import quiet_torchao
-from flare.threads import wait_without_spinning
 
 SCRIPT = Path(__file__).resolve()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flare.errors import FlareError, run_script
 from flare.logs import quiet_torchao
-from flare.nope.flags import build_parser, choose_mode
+from flare.nope.command_line import build_parser, choose_mode
 
 
 def __getattr__(name: str):
@@ -38,8 +38,8 @@ def run_patch(args: argparse.Namespace, source: Path, target: Path) -> None:
 
 
 def run_export(source: Path, target: Path) -> None:
-    from flare.nope.card import gguf_limits
-    from flare.nope.export import export_native
+    from flare.nope.export.export import export_native
+    from flare.nope.export.model_card import gguf_limits
 
     config, compared = export_native(source, target)
     print(f"{target}: {config['architectures'][0]}; {compared}")
@@ -47,7 +47,7 @@ def run_export(source: Path, target: Path) -> None:
 
 
 def run_restore(source: Path, target: Path) -> None:
-    from flare.nope.export import restore_rope
+    from flare.nope.export.export import restore_rope
 
     config = restore_rope(source, target)
     print(
@@ -58,8 +58,8 @@ def run_restore(source: Path, target: Path) -> None:
 
 def run_endpoint(args: argparse.Namespace) -> int:
     """Print which model a server runs. Returns: the exit code, 0 for the true model."""
-    from flare.nope.canary_file import read_canary
-    from flare.nope.endpoint import verify_endpoint
+    from flare.nope.canary.endpoint import verify_endpoint
+    from flare.nope.canary.file import read_canary
 
     canary = read_canary(Path(args.model_name_or_path))
     verdict = verify_endpoint(args.verify_endpoint, canary, getattr(args, "served_model_name", None))
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     mode = choose_mode(vars(args))
     quiet_torchao()
     if mode in ("inspect", "verify"):
-        from flare.nope.verify import model_facts, verify_directory
+        from flare.nope.export.verify import model_facts, verify_directory
 
         directory = Path(getattr(args, mode))
         for name, value in model_facts(directory).items():

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flare.config import Resolved, resolve
+from flare.config.parse import Resolved, resolve
+from flare.cpu import wait_without_spinning
 from flare.errors import run_script
 from flare.logs import quiet_torchao
-from flare.threads import wait_without_spinning
 
 if TYPE_CHECKING:
-    from flare.gpus import Selection
-    from flare.run import Run
+    from flare.gpus.selection import Selection
+    from flare.run.run import Run
 
 SCRIPT = Path(__file__).resolve()
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare(resolved: Resolved) -> int:
     """Make the data that a run starts from and say what it is. No card is looked at."""
-    from flare.prepare_only import prepare_only
+    from flare.train.prepare_data import prepare_only
 
     print("\n".join(prepare_only(resolved)))
     return 0
@@ -42,17 +42,18 @@ def prepare(resolved: Resolved) -> int:
 
 def start(resolved: Resolved) -> int:
     """Choose the hardware, settle the run, then train here or start workers."""
-    from flare import launch
-    from flare.hosts import check_hosts
-    from flare.plan import check_fits
-    from flare.setup import settle
+    from flare.launch import launch
+    from flare.launch.hardware import choose_gpus, hardware_of, leave_out_small_cards
+    from flare.launch.nodes import check_hosts
+    from flare.plan.plan import check_fits
+    from flare.run.resolve import settle
 
     check_hosts(not resolved.name_is_default)
-    selection = launch.choose_gpus(resolved.options)
-    run = settle(resolved, launch.hardware_of(resolved.options, selection))
+    selection = choose_gpus(resolved.options)
+    run = settle(resolved, hardware_of(resolved.options, selection))
     if selection:
-        selection = launch.leave_out_small_cards(run, selection)
-        run = settle(resolved, launch.hardware_of(resolved.options, selection))
+        selection = leave_out_small_cards(run, selection)
+        run = settle(resolved, hardware_of(resolved.options, selection))
     hardware = run.hardware
     for line in selection.describe() if selection else ():
         print(line, file=sys.stderr)
@@ -68,9 +69,9 @@ def start(resolved: Resolved) -> int:
 def show_plan(run: "Run") -> None:
     """Print the plan. Raises: ConfigError, EnvError for what cannot fit."""
     from flare.data.corpus import split_names
-    from flare.data.sources import is_missing_path
-    from flare.plan import check_fits
-    from flare.plan_table import plan_lines
+    from flare.data.sources.open import is_missing_path
+    from flare.plan.plan import check_fits
+    from flare.plan.table import plan_lines
 
     missing = filter(is_missing_path, split_names(run.options.dataset_name))
     no_data = [f"--dataset_name {name} is not on this machine; a run needs it" for name in missing]
@@ -83,14 +84,15 @@ def show_plan(run: "Run") -> None:
 
 def launch_run(run: "Run", selection: "Selection | None") -> int:
     """Train in this process if it is the only one, else start workers."""
-    from flare import launch
-    from flare.handoff import export_environment
+    from flare.launch import launch
+    from flare.launch.hardware import check_torch_sees_cuda
+    from flare.launch.worker_environment import export_environment
 
     export_environment(run, selection)
     if run.hardware.use_cuda:
-        launch.check_torch_sees_cuda()
+        check_torch_sees_cuda()
     if run.hardware.world_size == 1:
-        from flare.worker import run_worker
+        from flare.train.worker import run_worker
 
         return run_worker(run)
     return launch.start_workers(SCRIPT, run)
@@ -98,10 +100,10 @@ def launch_run(run: "Run", selection: "Selection | None") -> int:
 
 def join(resolved: Resolved) -> int:
     """Be one of torchrun's workers; in a dry run the first of them prints the plan."""
-    from flare.distributed import end_process
-    from flare.handoff import told_options, worker_hardware
-    from flare.setup import settle
-    from flare.worker import run_worker
+    from flare.distributed.process_group import end_process
+    from flare.launch.worker_environment import told_options, worker_hardware
+    from flare.run.resolve import settle
+    from flare.train.worker import run_worker
 
     resolved = told_options(resolved)
     run = settle(resolved, worker_hardware(resolved.options))

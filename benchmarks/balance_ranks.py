@@ -14,12 +14,12 @@ import torch
 
 from benchmarks.train_cpu import SHAPE, SMALL_VOCABULARY
 from benchmarks.workload import RandomRows, Workload, random_model, train_flare
-from flare import distributed
-from flare.balance import equal
-from flare.distributed import World
-from flare.model import TrainingModel
-from flare.pace import seconds_per_row, settle_balance
-from flare.prefetch import host_tensors
+from flare.distributed import process_group
+from flare.distributed.process_group import World
+from flare.model.inputs import host_tensors
+from flare.model.training_model import TrainingModel
+from flare.plan.balance import equal
+from flare.train.rank_speed import seconds_per_row, settle_balance
 
 SEQ_LEN = 256
 SLOW_RANK = 1
@@ -43,13 +43,13 @@ class Slowed(torch.nn.Module):
 def main() -> None:
     out, rounds, steps, size = Path(sys.argv[1]), *map(int, sys.argv[2:])
     torch.set_num_threads(1)
-    world = distributed.start(use_cuda=False, timeout_sec=600)
+    world = process_group.start(use_cuda=False, timeout_sec=600)
     shape = {**SHAPE, "vocab_size": SMALL_VOCABULARY, "num_hidden_layers": 4}
     workload = Workload("flare", shape, 2, [1, 3], batch_size=1, seq_len=SEQ_LEN, steps=steps)
     rows = RandomRows(steps * size, SEQ_LEN, SMALL_VOCABULARY)
-    alone = max(distributed.gather_objects(pace(Slowed(model_of(workload), 0.0), rows, world)))
+    alone = max(process_group.gather_objects(pace(Slowed(model_of(workload), 0.0), rows, world)))
     slowed = Slowed(model_of(workload), alone if world.rank == SLOW_RANK else 0.0)
-    paces = distributed.gather_objects(pace(slowed, rows, world))
+    paces = process_group.gather_objects(pace(slowed, rows, world))
     decided = settle_balance("measure", size, world, None, one_pass(slowed, rows))
     shares = {"equal": equal(size, world.size).rows, "balanced": decided.rows}
     rates: dict[str, list[float]] = {name: [] for name in shares}
@@ -62,8 +62,8 @@ def main() -> None:
         found = {name: median(values) for name, values in rates.items()} | {"rounds": rates}
         found |= {"ideal": SEQ_LEN * sum(1 / p for p in paces), "seconds_per_row": paces}
         out.write_text(json.dumps(found | {"rows": {name: list(counts) for name, counts in shares.items()}}))
-    distributed.barrier()
-    distributed.stop()
+    process_group.barrier()
+    process_group.stop()
 
 
 def model_of(workload: Workload) -> TrainingModel:
@@ -84,7 +84,7 @@ def one_pass(model: Slowed, rows: RandomRows):
 
 def pace(model: Slowed, rows: RandomRows, world: World) -> float:
     """Seconds of a row; both ranks measure at the same time."""
-    distributed.barrier()
+    process_group.barrier()
     return seconds_per_row(one_pass(model, rows), world.device)
 
 

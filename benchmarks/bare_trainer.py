@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from flare.data.train_rows import TrainRows
-from flare.distributed import World
-from flare.model import TrainingModel
-from flare.optim import build_optimizer, build_schedule
-from flare.options import Options
-from flare.parts import Parts
-from flare.trainer import Progress, Trainer
+from flare.config.options import Options
+from flare.data.training_rows import TrainRows
+from flare.distributed.process_group import World
+from flare.model.training_model import TrainingModel
+from flare.optim.optimizer import build_optimizer, build_schedule
+from flare.train.components import Parts
+from flare.train.trainer import Progress, Trainer
 
 
 def bare_trainer(

@@ -49,10 +49,10 @@ def measure(rounds: int) -> list[dict]:
     import torch
 
     from benchmarks.allocated import allocated_peak
-    from flare.memory import memory
-    from flare.plan import make_plan
-    from flare.plan_inputs import PlanInputs
-    from flare.shapes import ModelShape
+    from flare.plan.inputs import PlanInputs
+    from flare.plan.memory import memory
+    from flare.plan.model_shape import ModelShape
+    from flare.plan.plan import make_plan
 
     torch.set_num_threads(1)
     steps = {mode: training_step(mode) for mode in MODES}
@@ -85,7 +85,7 @@ def training_step(mode: bool | str) -> Callable[[], None]:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from flare.model import TrainingModel, checkpoint_layers
+    from flare.model.training_model import TrainingModel, checkpoint_layers
     from flare.nope.modeling_nope import remove_rope
 
     torch.manual_seed(0)

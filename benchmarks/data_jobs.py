@@ -20,8 +20,8 @@ BATCH_DOCUMENTS = 1000
 
 def paragraphs() -> list[str]:
     """Of the embedded corpus."""
-    from flare.data.embedded import embedded_documents
-    from flare.data.tokens import default_cache_dir
+    from flare.data.cache_dir import default_cache_dir
+    from flare.data.sources.embedded import embedded_documents
 
     texts = [text for _, text in embedded_documents(default_cache_dir(None))]
     return [part for text in texts for part in text.split("\n\n") if part.strip()]
@@ -90,7 +90,7 @@ def encode_batch(corpus: Path, tokenizer: Path, _work: Path) -> dict:
 
 
 def encode_batch_huge_pages(corpus: Path, tokenizer: Path, work: Path) -> dict:
-    """The same, started as Flare starts its workers (``flare.data.child.HUGE_PAGES``)."""
+    """The same, started as Flare starts its workers (``flare.child_process.HUGE_PAGES``)."""
     return encode_batch(corpus, tokenizer, work)
 
 
@@ -102,11 +102,11 @@ def flare(corpus: Path, tokenizer: Path, work: Path) -> dict:
 
 def open_rows(corpus: Path, tokenizer: Path, work: Path) -> tuple:
     """(token cache, seconds until its rows can be read)."""
-    from flare.data.build import build_token_cache
     from flare.data.packing import PackedRows, split_documents
-    from flare.data.rows import SourceSpec
-    from flare.data.sources import open_source
-    from flare.data.tokens import TokenSettings
+    from flare.data.sources.base import SourceSpec
+    from flare.data.sources.open import open_source
+    from flare.data.token_cache.build import build_token_cache
+    from flare.data.token_cache.cache import TokenSettings
 
     loaded = fast_tokenizer(tokenizer)
     t0 = time.perf_counter()
@@ -158,12 +158,12 @@ def streaming(corpus: Path, tokenizer: Path, work: Path) -> dict:
     """
     import torch
 
-    from flare.data.rows import SourceSpec
-    from flare.data.sources import open_source
+    from flare.data.sources.base import SourceSpec
+    from flare.data.sources.open import open_source
+    from flare.data.streaming.held_out import open_streamed
     from flare.data.streaming.rows import StreamedRows, StreamSettings
-    from flare.data.streaming.survey import open_streamed
-    from flare.data.tokens import TokenSettings
-    from flare.distributed import World
+    from flare.data.token_cache.cache import TokenSettings
+    from flare.distributed.process_group import World
 
     loaded, step, window = fast_tokenizer(tokenizer), 32, 0
     settings = StreamSettings(4096, "document", 0, 1024, work, len(os.sched_getaffinity(0)))

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from benchmarks import record
-from flare.config import REPO
-from flare.threads import wait_without_spinning
+from flare.config.parse import REPO
+from flare.cpu import wait_without_spinning
 
 SHAPE = {
     "vocab_size": 151_936,
@@ -98,8 +98,8 @@ def run(work: Work) -> Measured:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-    from flare.data.embedded import embedded_documents
-    from flare.data.tokens import default_cache_dir
+    from flare.data.cache_dir import default_cache_dir
+    from flare.data.sources.embedded import embedded_documents
 
     texts = [text for _, text in embedded_documents(default_cache_dir(None))]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, 2048, show_progress=False)
@@ -122,7 +122,7 @@ def peak_bytes() -> int:
 
 def score_flare(model, tokenizer, texts: list[str], work: Work) -> float:
     """Sum of NLLs as Flare computes it."""
-    from flare.evaluation.perplexity import score_documents
+    from flare.evaluation.scoring.perplexity import score_documents
 
     score = score_documents(
         model, tokenizer, texts, max_length=work.max_length, batch_size=work.batch_size, device="cpu"

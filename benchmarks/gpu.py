@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 
 from benchmarks import record
 from benchmarks.workload import Measured, Workload, measure
-from flare.card_models import peak_tflops
 from flare.errors import EnvError, run_script
+from flare.gpus.specs import peak_tflops
 from flare.nope.layers import auto_band
-from flare.plan import Plan, make_plan
-from flare.plan_inputs import PlanInputs
-from flare.rooms import rooms
-from flare.shapes import ModelShape, known_shape
-from flare.suggest import largest_micro_batch
+from flare.plan.capacity import rooms
+from flare.plan.inputs import PlanInputs
+from flare.plan.model_shape import ModelShape, known_shape
+from flare.plan.plan import Plan, make_plan
+from flare.plan.suggest import largest_micro_batch
 
 SEQ_LEN = 4096
 MAX_BATCH_SIZE = 4

@@ -15,10 +15,10 @@ from statistics import median
 from benchmarks import record
 from benchmarks.train_cpu import SHAPE, SMALL_VOCABULARY
 from benchmarks.workload import Workload, measure
-from flare.flops import token_flops
 from flare.nope.layers import auto_band
-from flare.shapes import ModelShape
-from flare.trainable import Trainable
+from flare.plan.flops import token_flops
+from flare.plan.model_shape import ModelShape
+from flare.plan.trainable import Trainable
 
 GROUPS = {
     "depth": ("num_hidden_layers", (4, 8, 16)),

@@ -15,9 +15,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flare.flops import token_flops
-from flare.shapes import FP32_BYTES, HALF_BYTES, ModelShape, known_shape
-from flare.trainable import Trainable
+from flare.plan.flops import token_flops
+from flare.plan.model_shape import FP32_BYTES, HALF_BYTES, ModelShape, known_shape
+from flare.plan.trainable import Trainable
 
 MFU = 0.45
 """Of the peak, what the arithmetic alone reaches; a guess between torchtitan's 39 % and TinyLlama's 52 %."""

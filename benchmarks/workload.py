@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flare.config import REPO
+from flare.config.parse import REPO
 from flare.data.order import RowOrder
-from flare.data.train_rows import Batch, TrainRows
-from flare.shapes import ModelShape
+from flare.data.training_rows import Batch, TrainRows
+from flare.plan.model_shape import ModelShape
 
 if TYPE_CHECKING:
-    from flare.distributed import World
-    from flare.model import TrainingModel
+    from flare.distributed.process_group import World
+    from flare.model.training_model import TrainingModel
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ def random_model(workload: Workload) -> object:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-    from flare.model import set_trainable
+    from flare.model.training_model import set_trainable
     from flare.nope.patch import patch_qwen_rope
-    from flare.trainable import Trainable
+    from flare.plan.trainable import Trainable
 
     shape = ModelShape.from_config(workload.shape)
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def train_flare(
 ) -> list[dict]:
     """Train with Flare's own trainer; ``counts`` are the rows of each rank in a step. Returns: its history."""
     from benchmarks.bare_trainer import bare_trainer
-    from flare.options import Options
+    from flare.config.options import Options
 
     options = Options(
         stage=workload.stage, learning_rate=1e-5, max_steps=workload.steps, max_seq_length=workload.seq_len,
@@ -163,13 +163,13 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     """(seconds of each step, losses) of Flare's own trainer."""
     import torch
 
-    from flare import distributed
-    from flare.attention import KERNELS, use_kernel
-    from flare.balance import equal
-    from flare.compiler import compile_layers
-    from flare.distributed import World
-    from flare.model import HALF_DTYPES, TrainingModel, checkpoint_layers
-    from flare.options import SELECTIVE
+    from flare.config.options import SELECTIVE
+    from flare.distributed import process_group
+    from flare.distributed.process_group import World
+    from flare.model.attention import KERNELS, use_kernel
+    from flare.model.compile import compile_layers
+    from flare.model.training_model import HALF_DTYPES, TrainingModel, checkpoint_layers
+    from flare.plan.balance import equal
 
     causal_lm = random_model(workload)
     if workload.gradient_checkpointing:
@@ -182,10 +182,10 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     rows = RandomRows(workload.steps * workload.batch_size, workload.seq_len, workload.shape["vocab_size"])
     world = World(0, 0, 1, torch.device(workload.device, 0) if workload.device == "cuda" else torch.device("cpu"))
     if workload.processes > 1:
-        world = distributed.start(use_cuda=False, timeout_sec=600)
+        world = process_group.start(use_cuda=False, timeout_sec=600)
     history = train_flare(model, workload, rows, world, equal(workload.batch_size, world.size).rows)
-    distributed.barrier()
-    distributed.stop()
+    process_group.barrier()
+    process_group.stop()
     tokens = workload.batch_size * workload.seq_len
     return [tokens / r["tokens_per_sec"] for r in history], [r["loss"] for r in history]
 

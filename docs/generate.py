@@ -10,10 +10,10 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from flare.config import build_parser as training_parser
+from flare.config.options import FIELDS
+from flare.config.parse import build_parser as training_parser
 from flare.evaluation.options import build_parser as evaluation_parser
-from flare.nope.flags import build_parser as patch_parser
-from flare.options import FIELDS
+from flare.nope.command_line import build_parser as patch_parser
 
 DOCS = Path(__file__).resolve().parent
 REPO = DOCS.parent

@@ -16,11 +16,11 @@ import textwrap
 import time
 from pathlib import Path
 
-from flare.command_line import OneLineParser
-from flare.config import REPO
-from flare.data.tokens import default_cache_dir
+from flare.argument_parser import OneLineParser
+from flare.config.parse import REPO
+from flare.data.cache_dir import default_cache_dir
 from flare.errors import FlareError, run_script
-from flare.experiment import Experiment
+from flare.run.experiment import Experiment
 
 CONFIG = REPO / "examples" / "demo.json"
 SHAPE = {
@@ -112,7 +112,7 @@ class Demo:
         import torch
         from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-        from flare.data.embedded import embedded_documents
+        from flare.data.sources.embedded import embedded_documents
         from flare.nope.load import quiet_transformers
 
         part = self.start.with_name(".base_start.tmp")
@@ -188,7 +188,7 @@ class Demo:
 
     def print_summary(self, seconds: float) -> None:
         """The table and where to look."""
-        from flare.evaluation.report import milestones_table
+        from flare.evaluation.report.report import milestones_table
 
         results = self.read_results()
         print("\n" + milestones_table(results, "embedded"))

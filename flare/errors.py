@@ -5,12 +5,14 @@ what, the value, where, and the way out. Scripts print ``error: MESSAGE`` and no
 ``FLARE_DEBUG=1`` asks for one.
 """
 
+import contextlib
 import difflib
+import errno
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from flare.terminal import fold, paint
 
@@ -125,3 +127,42 @@ def print_error(message: str) -> None:
     """The one line on stderr; on a terminal folded to its width, and the first word red."""
     text = fold(f"error: {message}", sys.stderr).removeprefix("error:")
     print(paint("error:", "red", sys.stderr) + text, file=sys.stderr, flush=True)
+
+
+MEMORY_WORDS = (
+    "out of memory",
+    "allocate memory",
+    "bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't start new thread",
+)
+"""Of the errors of CUDA and NCCL, of torch's CPU allocator, of C++, of cuBLAS and of Python's threads (for want of a
+stack, or of a process number: the words are shown), all of them RuntimeError."""
+
+_phases: list[str] = []
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+    """Around a phase, or as a decorator of its function. One that an error ended stays the current one."""
+    depth = len(_phases)
+    _phases.append(what)
+    yield
+    del _phases[depth:]
+
+
+def while_phase() -> str:
+    """The innermost phase that has begun and not ended, as the end of a clause; nothing when none has."""
+    return f" while {_phases[-1]}" if _phases else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, of this host or of a card; also of an error that was raised from such a one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM:
+            return True
+        if isinstance(cause, RuntimeError) and any(words in str(cause) for words in MEMORY_WORDS):
+            return True
+        cause = cause.__cause__
+    return False

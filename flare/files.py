@@ -33,3 +33,8 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, content: object) -> None:
     """``write_text`` of indented JSON. Raises: ValueError for NaN and infinity, which are no JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def file_name(name: str) -> str:
+    """A name as (part of) a file's name."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in Path(name).name)

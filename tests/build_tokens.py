@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from flare.data.build import build_token_cache
-from flare.data.file_formats import WholeFile
-from flare.data.rows import Piece, Source
-from flare.data.tokens import TokenSettings
+from flare.data.sources.base import Piece, Source
+from flare.data.sources.file_formats import WholeFile
+from flare.data.token_cache.build import build_token_cache
+from flare.data.token_cache.cache import TokenSettings
 from flare.errors import run_script
 from flare.logs import start_logging
 

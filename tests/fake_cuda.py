@@ -22,21 +22,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.bare_trainer import bare_trainer
-from flare import trainer as trainer_module
-from flare.attention import use_kernel
+from flare.config.options import Options
 from flare.data.order import RowOrder
-from flare.data.train_rows import Batch, TrainRows
-from flare.distributed import World
-from flare.loss import linear_cross_entropy_sum
-from flare.memory import loss_bytes, memory
-from flare.model import HALF_DTYPES, TrainingModel, checkpoint_layers, set_trainable
-from flare.moments import ADAM_STATE_BYTES
+from flare.data.training_rows import Batch, TrainRows
+from flare.distributed.process_group import World
+from flare.model.attention import use_kernel
+from flare.model.linear_cross_entropy import linear_cross_entropy_sum
+from flare.model.training_model import HALF_DTYPES, TrainingModel, checkpoint_layers, set_trainable
 from flare.nope import modeling_nope
-from flare.options import Options
-from flare.plan_inputs import PlanInputs
-from flare.shapes import ModelShape, known_shape
-from flare.trainable import Trainable
-from flare.trainer import Trainer
+from flare.plan.inputs import PlanInputs
+from flare.plan.memory import loss_bytes, memory
+from flare.plan.model_shape import ModelShape, known_shape
+from flare.plan.optimizer_state import ADAM_STATE_BYTES
+from flare.plan.trainable import Trainable
+from flare.train import trainer as trainer_module
+from flare.train.trainer import Trainer
 
 CARD = torch.device("cuda", 0)
 TINY = {

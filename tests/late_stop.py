@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from flare import distributed
-from flare.outcomes import Outcomes
+from flare.distributed import process_group
+from flare.train.step_results import Outcomes
 from tests.rank_gradients import leave, make_trainer
 
 
@@ -32,7 +32,7 @@ def main() -> None:
 
     runner._step = third_step_is_asked_to_stop
     ended = runner.train()
-    everyone = distributed.gather_objects([ended, runner.progress.step, saved])
+    everyone = process_group.gather_objects([ended, runner.progress.step, saved])
     if runner.world.is_main:
         out.write_text(json.dumps(everyone))
     leave()

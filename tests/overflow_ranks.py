@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from flare import distributed
-from flare.outcomes import Outcomes
-from flare.progress import Progress
-from flare.sharding import local_part, whole
+from flare.distributed import process_group
+from flare.distributed.fsdp import local_part, whole
+from flare.train.step_results import Outcomes
+from flare.train.train_state import Progress
 from tests.rank_gradients import leave, make_trainer
 
 STEPS = 24
@@ -46,7 +46,7 @@ def main() -> None:
         changed.append(not torch.equal(before, whole(norm.detach())))
     runner._read_outcomes()
     count = runner.progress.overflow_steps
-    everyone = distributed.gather_objects({"scales": scales, "changed": changed, "overflow_steps": count})
+    everyone = process_group.gather_objects({"scales": scales, "changed": changed, "overflow_steps": count})
     if runner.world.is_main:
         out.write_text(json.dumps(everyone))
     leave()

@@ -7,22 +7,22 @@ import json
 import sys
 from pathlib import Path
 
-from flare import distributed
-from flare.evaluation.batches import Engine
-from flare.evaluation.passkey import make_samples, score_passkey
-from flare.evaluation.scorer import TokenScorer
+from flare.distributed import process_group
+from flare.evaluation.scoring.batches import Engine
+from flare.evaluation.scoring.passkey import make_samples, score_passkey
+from flare.evaluation.scoring.scorer import TokenScorer
 from tests.evaluation_models import bytes_tokenizer
 from tests.test_passkey import Copier
 
 
 def main(out: str) -> None:
-    world = distributed.start(use_cuda=False, timeout_sec=60)
+    world = process_group.start(use_cuda=False, timeout_sec=60)
     tokenizer = bytes_tokenizer()
     engine = Engine(TokenScorer(Copier(tokenizer, True), "cpu", [1, 2, 3]), 4096, world)
     rows = score_passkey(engine, tokenizer, make_samples(tokenizer, [1200], (0, 100), 3), generate=True)
     if world.is_main:
         Path(out).write_text(json.dumps(rows))
-    distributed.stop()
+    process_group.stop()
 
 
 if __name__ == "__main__":

@@ -9,21 +9,21 @@ from pathlib import Path
 import torch
 
 from benchmarks.bare_trainer import bare_trainer
-from flare import distributed
-from flare.balance import equal
-from flare.data.build import build_token_cache
+from flare.config.options import Options
 from flare.data.packing import PackedRows, split_documents
-from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
-from flare.data.tokens import TokenSettings
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.open import open_source
+from flare.data.token_cache.build import build_token_cache
+from flare.data.token_cache.cache import TokenSettings
+from flare.distributed import process_group
+from flare.distributed.fsdp import whole
 from flare.hub import read_model_config
-from flare.model import load_for_training, load_in_place
-from flare.nope.format import with_nope
+from flare.model.training_model import load_for_training, load_in_place
+from flare.nope.config_json import with_nope
 from flare.nope.load import load_tokenizer
-from flare.options import Options
-from flare.sharding import whole
-from flare.trainable import Trainable
-from flare.trainer import Progress, Trainer
+from flare.plan.balance import equal
+from flare.plan.trainable import Trainable
+from flare.train.trainer import Progress, Trainer
 
 
 def make_trainer(
@@ -37,7 +37,7 @@ def make_trainer(
     **changes: object,
 ) -> Trainer:
     """A trainer of a tiny model on this rank of the run that torchrun started."""
-    world = distributed.start(use_cuda=False, timeout_sec=60)
+    world = process_group.start(use_cuda=False, timeout_sec=60)
     how = (with_nope(read_model_config(base), [1, 3], None, str(base)), Trainable(True), precision, "auto")
     model = load_in_place(base, *how, world) if parallel == "fsdp" else load_for_training(base, *how)
     cache = build_token_cache(
@@ -56,8 +56,8 @@ def leave() -> None:
     A gloo thread may still have to drop the last reduced tensor, for which it needs the interpreter's lock; DDP's
     destructor, the last to hold the group, would wait for that thread with the lock held. So all meet once more.
     """
-    distributed.barrier()
-    distributed.stop()
+    process_group.barrier()
+    process_group.stop()
 
 
 def main() -> None:

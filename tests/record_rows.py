@@ -14,7 +14,7 @@ import torch
 
 import train_qwen_multi_gpu as script
 from flare.errors import run_script
-from flare.prefetch import StepLoader, StepRows
+from flare.train.loader import StepLoader, StepRows
 
 
 def digests(step: StepRows) -> list[str]:

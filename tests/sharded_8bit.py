@@ -11,12 +11,12 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from flare import distributed
-from flare.distributed import World
-from flare.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, take_step
-from flare.options import Options
-from flare.sharding import whole
-from flare.tensor_files import TensorReader, write_tensors
+from flare.checkpoint.tensor_files import TensorReader, write_tensors
+from flare.config.options import Options
+from flare.distributed import process_group
+from flare.distributed.fsdp import whole
+from flare.distributed.process_group import World
+from flare.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, take_step
 
 SHAPES = {"uneven": (33, 512), "one_row": (1, 4096), "vector": (5000,)}
 
@@ -66,16 +66,16 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 def read_back(out: Path, world: World, optimizer: torch.optim.Optimizer, sharded: bool, kind: str) -> dict:
     """The moments of an optimizer of this kind that has read what this one has written."""
     write_tensors(optimizer_tensors(optimizer), out, "optimizer", world)
-    distributed.barrier()
+    process_group.barrier()
     other = build(sharded, kind)
     load_optimizer_tensors(other, TensorReader.of_state(out, "optimizer"))
-    distributed.barrier()
+    process_group.barrier()
     return moments(other)
 
 
 def main() -> None:
     out = Path(sys.argv[1])
-    world = distributed.start(use_cuda=False, timeout_sec=120)
+    world = process_group.start(use_cuda=False, timeout_sec=120)
     one, two = run(build(False)), run(build(True))
     fp32 = run(build(True, "adamw_torch_fused"))
     rounded = [read_back(out, world, fp32, sharded, "adamw_torch_8bit") for sharded in (True, False)]
@@ -88,8 +88,8 @@ def main() -> None:
     }
     if world.is_main:
         (out / "found.json").write_text(json.dumps(found))
-    distributed.stop()
-    distributed.end_process(0)
+    process_group.stop()
+    process_group.end_process(0)
 
 
 if __name__ == "__main__":

@@ -14,24 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flare import distributed, tensor_files
-from flare.checkpoint import Checkpoint, model_tensors, write_checkpoint
+from flare.checkpoint import tensor_files
+from flare.checkpoint.directory import Checkpoint, model_tensors, write_checkpoint
+from flare.checkpoint.tensor_files import TensorReader, restore_weights
+from flare.config.options import SELECTIVE, Options
 from flare.data.packing import PackedRows
-from flare.distributed import World
+from flare.distributed import ddp, process_group
+from flare.distributed.fsdp import is_sharded, whole
+from flare.distributed.process_group import World
 from flare.errors import CheckpointError
 from flare.evaluation.during_training import LengthCurve
 from flare.hub import read_model_config
-from flare.model import TrainingModel, checkpoint_layers, load_for_training, load_in_place
-from flare.nope.canary import write_canary
-from flare.nope.format import with_nope, write_config
+from flare.model.training_model import TrainingModel, checkpoint_layers, load_for_training, load_in_place
+from flare.nope.canary.measure import write_canary
+from flare.nope.config_json import with_nope, write_config
 from flare.nope.load import load_causal_lm
 from flare.nope.probe import verify_nope
-from flare.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from flare.options import SELECTIVE, Options
-from flare.outcomes import Outcomes
-from flare.sharding import is_sharded, whole
-from flare.tensor_files import TensorReader, restore_weights
-from flare.trainable import Trainable
+from flare.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from flare.plan.trainable import Trainable
+from flare.train.step_results import Outcomes
 
 LAYERS = [1, 3]
 CASES = {
@@ -60,8 +61,8 @@ def gradients(model: TrainingModel, rows: list[torch.Tensor], world: World, mean
     loss = model(*rows) * mean_over
     loss.backward()
     found = {name: whole(p.grad) for name, p in model.trainable_parameters()}
-    norm = distributed.clip_gradients([p for _, p in model.trainable_parameters()], 1e9)
-    total = sum(distributed.together(world, loss.item)) / world.size if mean_over > 1 else loss.item()
+    norm = ddp.clip_gradients([p for _, p in model.trainable_parameters()], 1e9)
+    total = sum(process_group.together(world, loss.item)) / world.size if mean_over > 1 else loss.item()
     return {"loss": torch.tensor(total), "norm": norm} | found
 
 
@@ -133,7 +134,7 @@ def flagged_updates(base: Path, world: World) -> dict:
             factor = float("inf") if poisoned and world.rank == 1 else 1.0
             loss = model(*rows_of(model, 2)) * factor
             loss.backward()
-            norm = distributed.clip_gradients([p for _, p in model.trainable_parameters()], 1.0)
+            norm = ddp.clip_gradients([p for _, p in model.trainable_parameters()], 1.0)
             outcomes.put("", loss.detach(), norm, stop=False)
             if flagged:
                 optimizer.found_inf = outcomes.failed
@@ -158,13 +159,13 @@ def canary(base: Path, directory: Path, world: World) -> list[str]:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
     how = (config, Trainable.of("all"), "fp32", "auto")
-    distributed.on_main(world, copy)
+    process_group.on_main(world, copy)
     load_in_place(directory, *how, world)
-    distributed.on_main(world, edit)
+    process_group.on_main(world, edit)
     with pytest.raises(CheckpointError) as caught:
         load_in_place(directory, *how, world)
     said = "is not the model of its nope_canary.json"
-    return ["loaded", *distributed.together(world, lambda: said if said in str(caught.value) else str(caught.value))]
+    return ["loaded", *process_group.together(world, lambda: said if said in str(caught.value) else str(caught.value))]
 
 
 def length_curves(base: Path, world: World) -> list[list[list[dict]]]:
@@ -193,7 +194,7 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 def main() -> None:
     tied, untied, out = map(Path, sys.argv[1:])
-    world = distributed.start(use_cuda=False, timeout_sec=120)
+    world = process_group.start(use_cuda=False, timeout_sec=120)
     found = {
         f"{base.name}: {case}": compare(base, case, world)
         for base, case in [*((tied, case) for case in CASES), (untied, "everything"), (untied, "NoPE layers")]
@@ -204,8 +205,8 @@ def main() -> None:
     found["round trip"] = round_trip(untied, out.parent, world)
     if world.is_main:
         out.write_text(json.dumps(found))
-    distributed.stop()
-    distributed.end_process(0)
+    process_group.stop()
+    process_group.end_process(0)
 
 
 if __name__ == "__main__":

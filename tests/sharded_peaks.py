@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.allocated import allocated_peak
-from flare import distributed
-from flare.memory import memory
-from flare.moments import ADAM_STATE_BYTES
-from flare.optim import parameter_groups
-from flare.options import SELECTIVE
-from flare.plan_inputs import PlanInputs
-from flare.sharding import shard_model
-from flare.trainable import Trainable
+from flare.config.options import SELECTIVE
+from flare.distributed import process_group
+from flare.distributed.fsdp import shard_model
+from flare.optim.optimizer import parameter_groups
+from flare.plan.inputs import PlanInputs
+from flare.plan.memory import memory
+from flare.plan.optimizer_state import ADAM_STATE_BYTES
+from flare.plan.trainable import Trainable
 from tests.test_plan import rows_of_tokens, tiny_training
 
 LONG = {"rows": 4, "seq_len": 256}
@@ -34,7 +34,7 @@ CASES = {
 
 
 def measure(
-    train: str, bf16: bool, checkpointing: bool | str, sizes: dict, world: distributed.World
+    train: str, bf16: bool, checkpointing: bool | str, sizes: dict, world: process_group.World
 ) -> tuple[int, int]:
     """(peak beyond weights and moments as torch's allocator saw it, the plan's)."""
     model_sizes = {k: v for k, v in sizes.items() if k not in ("rows", "seq_len")}
@@ -66,12 +66,12 @@ def measure(
 
 
 def main() -> None:
-    world = distributed.start(use_cuda=False, timeout_sec=120)
+    world = process_group.start(use_cuda=False, timeout_sec=120)
     found = {name: measure(*case, world) for name, case in CASES.items()}
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(found))
-    distributed.stop()
-    distributed.end_process(0)
+    process_group.stop()
+    process_group.end_process(0)
 
 
 if __name__ == "__main__":

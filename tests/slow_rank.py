@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from flare import distributed
-from flare.pace import settle_balance
+from flare.distributed import process_group
+from flare.train.rank_speed import settle_balance
 
 SIZE, ROWS, SLOWDOWN = 400, 2, 4
 
 
 def main() -> None:
-    world = distributed.start(use_cuda=False, timeout_sec=60)
+    world = process_group.start(use_cuda=False, timeout_sec=60)
     matrix = torch.randn(SIZE, SIZE)
 
     def work() -> int:
@@ -26,10 +26,10 @@ def main() -> None:
         return ROWS
 
     decided = settle_balance("measure", 12, world, None, work)
-    everyone = distributed.gather_objects(decided.as_dict())
+    everyone = process_group.gather_objects(decided.as_dict())
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(everyone))
-    distributed.stop()
+    process_group.stop()
 
 
 if __name__ == "__main__":

@@ -5,16 +5,16 @@ import os
 import sys
 from datetime import timedelta
 
-from flare import distress, distributed
+from flare.distributed import peer_failure, process_group
 
 
 def main() -> int:
-    world = distributed.start(use_cuda=False, timeout_sec=60)
-    distress.GRACE_SEC = 0.5
-    distress.listen(world)
-    distributed.barrier()
+    world = process_group.start(use_cuda=False, timeout_sec=60)
+    peer_failure.GRACE_SEC = 0.5
+    peer_failure.listen(world)
+    process_group.barrier()
     if world.rank == 1:
-        distress.call(world)
+        peer_failure.call(world)
         sys.stdout.flush()
         os._exit(3)
     world.store.wait(["never"], timedelta(minutes=5))

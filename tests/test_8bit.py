@@ -11,25 +11,27 @@ import pytest
 import torch
 
 from benchmarks.allocated import allocated_peak
-from flare import adamw_8bit, moments, optim
+from flare.checkpoint.tensor_files import TensorReader
+from flare.config.options import Options
 from flare.errors import CheckpointError, EnvError
-from flare.memory import memory, moments_bytes
-from flare.moments import ADAM_STATE_BYTES, EIGHT_BIT, block_size, check_torchao, moment_bytes
-from flare.nope.shards import save_tensors
-from flare.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, take_step
-from flare.options import Options
-from flare.plan import make_plan
-from flare.plan_inputs import PlanInputs
-from flare.shapes import KNOWN_SHAPES
-from flare.suggest import suggest
-from flare.tensor_files import TensorReader
-from flare.trainable import Trainable
+from flare.nope.weight_files import save_tensors
+from flare.optim import adamw_8bit, optimizer
+from flare.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, take_step
+from flare.plan import optimizer_state
+from flare.plan.inputs import PlanInputs
+from flare.plan.memory import memory, moments_bytes
+from flare.plan.model_shape import KNOWN_SHAPES
+from flare.plan.optimizer_state import ADAM_STATE_BYTES, EIGHT_BIT, block_size, moment_bytes
+from flare.plan.plan import make_plan
+from flare.plan.suggest import suggest
+from flare.plan.trainable import Trainable
+from flare.run.optional_packages import check_torchao
 from tests.conftest import write_base
 from tests.processes import torchrun, train
 from tests.test_plan import TINY, qwen, tiny_training
 
 needs_torchao = pytest.mark.skipif(
-    moments.find_spec("torchao") is None, reason="torchao is not installed (requirements-dev.txt)"
+    optimizer_state.find_spec("torchao") is None, reason="torchao is not installed (requirements-dev.txt)"
 )
 SHAPES = {
     "wide": (96, 512), "tall": (512, 256), "narrow": (64, 128), "odd": (130, 96), "bias": (512,), "small": (8, 256),
@@ -46,10 +48,10 @@ def run(optimizer: torch.optim.Optimizer, steps: range = range(5)) -> dict[str, 
     """Steps with gradients that depend on the step only; returns the parameters."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        for _, parameter in optim._named(optimizer):
+        for _, parameter in optimizer._named(optimizer):
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         take_step(optimizer, 1e-3 / (step + 1))
-    return {name: parameter.detach() for name, parameter in optim._named(optimizer)}
+    return {name: parameter.detach() for name, parameter in optimizer._named(optimizer)}
 
 
 def stored(optimizer: torch.optim.Optimizer, directory: Path) -> TensorReader:
@@ -86,7 +88,7 @@ def test_every_known_model_needs_a_quarter_of_the_bytes(name: str) -> None:
 
 
 def test_without_torchao_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "find_spec", lambda name: None)
+    monkeypatch.setattr(optimizer_state, "find_spec", lambda name: None)
     with pytest.raises(EnvError, match=r"^--optim adamw_torch_8bit needs the torchao package.*pip install torchao"):
         check_torchao(use_cuda=False)
 
@@ -116,7 +118,7 @@ def test_planned_bytes_are_those_of_the_state(train_what: str) -> None:
 
 
 def update_bytes(shape: object, trainable: Trainable) -> int:
-    return moments.EAGER_UPDATE_BYTES * max(map(math.prod, trainable.tensors(shape)))
+    return optimizer_state.EAGER_UPDATE_BYTES * max(map(math.prod, trainable.tensors(shape)))
 
 
 @needs_torchao
@@ -124,7 +126,7 @@ def test_planned_temporaries_are_those_of_the_largest_tensor() -> None:
     optimizer = build(only=(512, 1024))
     run(optimizer, range(1))
     peak = allocated_peak(lambda: take_step(optimizer, 1e-3))
-    assert peak == pytest.approx(moments.EAGER_UPDATE_BYTES * 512 * 1024, rel=0.02)
+    assert peak == pytest.approx(optimizer_state.EAGER_UPDATE_BYTES * 512 * 1024, rel=0.02)
 
 
 # --- the update ---
@@ -145,7 +147,7 @@ def test_the_update_is_torchaos_bit_for_bit() -> None:
     ]
     theirs = AdamW8bit(groups, lr=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(run(ours).values(), run(theirs).values(), strict=True))
-    kinds = {name: type(theirs.state[p]["exp_avg"]).__name__ for name, p in optim._named(theirs)}
+    kinds = {name: type(theirs.state[p]["exp_avg"]).__name__ for name, p in optimizer._named(theirs)}
     assert kinds == {"wide": "OptimState8bit", "tall": "OptimState8bit", "small": "Tensor", "bias": "Tensor"}
 
 
@@ -167,10 +169,10 @@ def test_the_compiled_update_of_cards_is_the_eager_one_of_cpus() -> None:
     eager, compiled = build(only=(64, 512)), build(only=(64, 512))
     weights = run(eager)["only"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "is_8bit", lambda optimizer: False)  # no care for the CPU
+        patch.setattr(optimizer, "is_8bit", lambda optimizer: False)  # no care for the CPU
         torch.testing.assert_close(run(compiled)["only"], weights, rtol=1e-4, atol=1e-5)
         peak = allocated_peak(lambda: take_step(compiled, 1e-3))
-    assert peak == pytest.approx(moments.COMPILED_UPDATE_BYTES * 64 * 512, rel=0.02)
+    assert peak == pytest.approx(optimizer_state.COMPILED_UPDATE_BYTES * 64 * 512, rel=0.02)
 
 
 # --- checkpoints ---
@@ -183,7 +185,7 @@ def test_a_loaded_state_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     weights = run(first, range(3))
     second = build(seed=1)
     load_optimizer_tensors(second, stored(first, tmp_path))
-    for name, parameter in optim._named(second):
+    for name, parameter in optimizer._named(second):
         parameter.data.copy_(weights[name])
     assert all(torch.equal(weight, whole[name]) for name, weight in run(second, range(3, 6)).items())
 
@@ -198,7 +200,7 @@ def test_files_hold_plain_tensors_by_name(tmp_path: Path) -> None:
     assert tensors["bias|exp_avg"].dtype == torch.float32 and tensors["wide|step"] == 5
     codes, scale = tensors["wide|exp_avg|codes"].long(), tensors["wide|exp_avg|scale"]
     numbers = tensors["table|exp_avg"][codes] * scale.repeat_interleave(256, 1)
-    moment = next(optimizer.state[p]["exp_avg"] for name, p in optim._named(optimizer) if name == "wide")
+    moment = next(optimizer.state[p]["exp_avg"] for name, p in optimizer._named(optimizer) if name == "wide")
     assert torch.equal(numbers, moment.dequantize())
 
 
@@ -208,7 +210,7 @@ def test_fp32_moments_are_rounded_and_8_bit_ones_decoded(tmp_path: Path) -> None
     run(plain)
     load_optimizer_tensors(eight, stored(plain, tmp_path / "plain"))
     load_optimizer_tensors(back, stored(eight, tmp_path / "eight"))
-    for (name, p), (_, q) in zip(optim._named(plain), optim._named(back), strict=True):
+    for (name, p), (_, q) in zip(optimizer._named(plain), optimizer._named(back), strict=True):
         for key in adamw_8bit.MOMENTS:
             one, other = plain.state[p][key], back.state[q][key]
             if block_size(p.shape) is None:

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flare.data.build import build_token_cache
-from flare.data.documents import BadRows, usable_texts
-from flare.data.records import array_elements
-from flare.data.rows import BadRow, SourceSpec
-from flare.data.sources import open_source
-from flare.data.tokens import TokenSettings
+from flare.data.sources.base import BadRow, SourceSpec
+from flare.data.sources.documents import BadRows, usable_texts
+from flare.data.sources.open import open_source
+from flare.data.sources.records import array_elements
+from flare.data.token_cache.build import build_token_cache
+from flare.data.token_cache.cache import TokenSettings
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from tests.processes import train

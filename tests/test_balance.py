@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flare.balance import (
+from flare.data.order import portion
+from flare.errors import ConfigError
+from flare.plan.balance import (
     Balance,
     by_hand,
     by_rank,
@@ -21,10 +23,9 @@ from flare.balance import (
     gain_over_equal,
     parse_weights,
     plan_words,
+    shares,
     step_time,
 )
-from flare.data.order import portion, shares
-from flare.errors import ConfigError
 from tests.processes import torchrun, train
 from tests.test_runs import assert_same_weights, losses
 

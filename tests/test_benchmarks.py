@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks import gpu, record, scaling_paper
 from benchmarks.workload import Measured, Workload, last_error, run_flare, run_hf
-from flare.shapes import known_shape
-from flare.trainable import Trainable
+from flare.plan.model_shape import known_shape
+from flare.plan.trainable import Trainable
 
 SHAPE = {
     "model_type": "qwen2",

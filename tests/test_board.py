@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
-from flare.board import RESULTS, Board, before
-from flare.experiment import Experiment
-from flare.metrics_file import record_status
+from flare.run.experiment import Experiment
+from flare.run.metrics_file import record_status
+from flare.train.tensorboard import RESULTS, Board, before
 
 
 def events_of(directory: Path) -> EventAccumulator:

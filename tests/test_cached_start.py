@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from flare.data import file_facts, progress, rows
-from flare.data.file_facts import facts_of, read_facts
-from flare.data.files import PACKED
-from flare.data.progress import TokenProgress
-from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
+from flare.data.sources import base, file_hashes
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.file_hashes import facts_of, read_facts
+from flare.data.sources.files import PACKED
+from flare.data.sources.open import open_source
+from flare.data.token_cache import progress_bar
+from flare.data.token_cache.progress_bar import TokenProgress
 from tests.conftest import write_corpus
 from tests.processes import REPO, script_environment
 from tests.test_token_cache import cache_of
@@ -48,10 +49,10 @@ def cost(file: Path, base: Path, cache_dir: Path) -> float:
 def test_a_cached_start_reads_the_data_once_for_its_hash_and_then_not_at_all(
     large: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_facts, "SETTLED_SEC", 1e9)  # the file is too new for a note
+    monkeypatch.setattr(file_hashes, "SETTLED_SEC", 1e9)  # the file is too new for a note
     cache_of(large, base, tmp_path / "c")
     assert 1.0 <= cost(large, base, tmp_path / "c") < 1.2
-    monkeypatch.setattr(file_facts, "SETTLED_SEC", -60.0)
+    monkeypatch.setattr(file_hashes, "SETTLED_SEC", -60.0)
     assert 1.0 <= cost(large, base, tmp_path / "c") < 1.2
     assert cost(large, base, tmp_path / "c") < 0.2
     large.touch()
@@ -60,8 +61,8 @@ def test_a_cached_start_reads_the_data_once_for_its_hash_and_then_not_at_all(
 
 
 def test_a_note_holds_only_for_the_very_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_facts, "SETTLED_SEC", -60.0)
-    monkeypatch.setattr(rows, "LEAST_PIECE_BYTES", 100)
+    monkeypatch.setattr(file_hashes, "SETTLED_SEC", -60.0)
+    monkeypatch.setattr(base, "LEAST_PIECE_BYTES", 100)
     files = [write_corpus(tmp_path / f"{n}.jsonl", 20, seed=n) for n in range(2)]
     expected = [read_facts(file) for file in files]
     assert expected[0].cuts
@@ -82,8 +83,8 @@ def test_a_note_holds_only_for_the_very_file(tmp_path: Path, monkeypatch: pytest
 def test_a_file_more_costs_reading_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the files below a folder are named. Hosts that number a network's disk differently share the notes."""
     read: list[Path] = []
-    monkeypatch.setattr(file_facts, "SETTLED_SEC", -60.0)
-    monkeypatch.setattr(file_facts, "read_facts", lambda file: read.append(file) or read_facts(file))
+    monkeypatch.setattr(file_hashes, "SETTLED_SEC", -60.0)
+    monkeypatch.setattr(file_hashes, "read_facts", lambda file: read.append(file) or read_facts(file))
     data = tmp_path / "data"
     data.mkdir()
     for name in "ab":
@@ -104,12 +105,12 @@ def test_a_file_more_costs_reading_that_file(tmp_path: Path, monkeypatch: pytest
     (memo,) = (tmp_path / "cache").glob(".facts-*.json")
     assert [Path(name).name for name in json.loads(memo.read_text())["files"]] == ["a.jsonl", "c.jsonl", "d.jsonl"]
     stat = os.stat
-    monkeypatch.setattr(file_facts.os, "stat", lambda file: os.stat_result([*stat(file)[:2], 99, *stat(file)[3:]]))
-    assert file_facts._state(data / "a.jsonl")[0] == stat(data / "a.jsonl").st_ino
+    monkeypatch.setattr(file_hashes.os, "stat", lambda file: os.stat_result([*stat(file)[:2], 99, *stat(file)[3:]]))
+    assert file_hashes._state(data / "a.jsonl")[0] == stat(data / "a.jsonl").st_ino
 
 
 def test_a_file_that_was_just_written_is_not_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_facts, "SETTLED_SEC", 1e9)
+    monkeypatch.setattr(file_hashes, "SETTLED_SEC", 1e9)
     facts_of([write_corpus(tmp_path / "x.jsonl", 5)], tmp_path, tmp_path)
     assert not list(tmp_path.glob(".facts-*.json"))
 
@@ -121,10 +122,10 @@ def test_progress_without_a_terminal_is_a_log_line_with_tokens_a_second(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = iter([100.0, 110.0, 110.0, 140.0, 140.0, 140.0, 150.0, 150.0, 150.0, 150.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(progress.log, "propagate", True)
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
-    caplog.set_level(logging.INFO, progress.log.name)
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress_bar.log, "propagate", True)
+    monkeypatch.setattr(progress_bar.sys.stderr, "isatty", lambda: False, raising=False)
+    caplog.set_level(logging.INFO, progress_bar.log.name)
     with TokenProgress([2000, 2000, 3000, 1000], done=[0]) as bar:
         bar.report(1, 1000, 1000)
         assert not caplog.messages  # ten seconds

@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from flare.errors import CheckpointError
-from flare.evaluation.batches import ALONE
 from flare.evaluation.models import loaded
 from flare.evaluation.options import EvaluationSettings
+from flare.evaluation.scoring.batches import ALONE
 from flare.evaluation.session import Evaluation
-from flare.model import load_for_training, set_trainable
-from flare.nope import canary as canary_module
-from flare.nope.canary import canary_sequences, check_canary, measure_canary, rope_everywhere, write_canary
-from flare.nope.canary_file import CANARY_FILE, LOCAL, SERVER, judge, read_canary
-from flare.nope.export import export_native, restore_rope
+from flare.model.training_model import load_for_training, set_trainable
+from flare.nope.canary import measure as canary_module
+from flare.nope.canary.file import CANARY_FILE, LOCAL, SERVER, judge, read_canary
+from flare.nope.canary.measure import canary_sequences, check_canary, measure_canary, rope_everywhere, write_canary
+from flare.nope.export.export import export_native, restore_rope
+from flare.nope.export.verify import verify_directory
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint, patch_qwen_rope
 from flare.nope.probe import probe_nope_layers
-from flare.nope.verify import verify_directory
-from flare.trainable import Trainable
+from flare.plan.trainable import Trainable
 from tests.conftest import write_base
 from tests.processes import train
 

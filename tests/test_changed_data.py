@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from flare.data.corpus import open_corpus, what_changed
-from flare.data.files import FileSource, find_files
-from flare.data.rows import SourceSpec
-from flare.data.tokens import TokenSettings
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.files import FileSource, find_files
+from flare.data.token_cache.cache import TokenSettings
 from flare.nope.load import load_tokenizer
 from tests.conftest import write_base, write_corpus
 from tests.processes import train
@@ -106,7 +106,7 @@ def test_changes_of_column_size_and_tokenizer_are_named(tmp_path: Path, base: Pa
 
 
 def test_of_very_many_files_folders_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flare.data.files.MAX_LISTED_FILES", 2)
+    monkeypatch.setattr("flare.data.sources.files.MAX_LISTED_FILES", 2)
 
     def described() -> dict[str, str]:
         return FileSource(find_files(folder, ""), "text", folder).describe()

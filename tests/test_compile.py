@@ -8,14 +8,15 @@ import torch
 from torch._dynamo.utils import counters
 
 from benchmarks.allocated import allocated
-from flare.compiler import check_compiler, compile_layers, uncompiled
+from flare.config.options import SELECTIVE
 from flare.errors import EnvError
 from flare.hub import read_model_config
-from flare.model import TrainingModel, checkpoint_layers, load_for_training
-from flare.nope.canary import measure_canary
-from flare.nope.format import with_nope
-from flare.options import SELECTIVE
-from flare.trainable import Trainable
+from flare.model.compile import compile_layers, uncompiled
+from flare.model.training_model import TrainingModel, checkpoint_layers, load_for_training
+from flare.nope.canary.measure import measure_canary
+from flare.nope.config_json import with_nope
+from flare.plan.trainable import Trainable
+from flare.run.optional_packages import check_compiler
 from tests.processes import train
 from tests.test_runs import losses
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from flare.config import REPO, resolve
+from flare.config.config_file import parse_jsonc
+from flare.config.options import FIELDS, STAGE_DEFAULTS
+from flare.config.parse import REPO, resolve
+from flare.config.validate import OTHER_TOOLS
 from flare.errors import ConfigError
-from flare.jsonc import parse_jsonc
-from flare.option_values import OTHER_TOOLS
-from flare.options import FIELDS, STAGE_DEFAULTS
 
 
 def write(path: Path, text: str) -> str:

@@ -10,18 +10,18 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from flare.config.validate import parse_lengths
 from flare.data.mixture import MixedRows
 from flare.data.packing import PackedRows
 from flare.errors import ConfigError, DataError
-from flare.evaluation.batches import Engine, length_sorted_batches
-from flare.evaluation.context import beyond_positions, num_targets, score_context_lengths
-from flare.evaluation.continuation import Continuation, score_continuations
-from flare.evaluation.corpus import make_corpus
 from flare.evaluation.during_training import long_documents
-from flare.evaluation.perplexity import score_documents
-from flare.evaluation.scorer import TokenScorer
-from flare.evaluation.windows import Window, document_windows, tail_window
-from flare.option_values import parse_lengths
+from flare.evaluation.scoring.batches import Engine, length_sorted_batches
+from flare.evaluation.scoring.context import beyond_positions, num_targets, score_context_lengths
+from flare.evaluation.scoring.continuation import Continuation, score_continuations
+from flare.evaluation.scoring.perplexity import score_documents
+from flare.evaluation.scoring.scorer import TokenScorer
+from flare.evaluation.scoring.token_sequences import make_corpus
+from flare.evaluation.scoring.windows import Window, document_windows, tail_window
 from tests.evaluation_models import PROSE, bpe_tokenizer, bytes_tokenizer, lookup_model, tiny
 from tests.processes import train
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flare.data.encode import end_of_text_id
 from flare.data.packing import PackedRows, split_documents
 from flare.data.preview import row_lines
-from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.open import open_source
+from flare.data.token_cache.encode import end_of_text_id
+from flare.data.training_rows import IGNORE_INDEX
 from flare.errors import ConfigError, DataError
-from flare.loss import IGNORE_INDEX
 from flare.nope.load import load_tokenizer
 
 TEXTS = ["first document of the model", "zweites Dokument: äöü 中文", "third\nwith\tlines and the rest"]

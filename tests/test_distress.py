@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flare.phase import is_out_of_memory
-from flare.watchdog import Limits, Watchdog
+from flare.distributed.watchdog import Limits, Watchdog
+from flare.errors import is_out_of_memory
 from tests.processes import REPO, script_environment, train_anew
 
 # Put first on PYTHONPATH, it is imported by every Python process before anything else. The third step of rank 1 fails.
@@ -20,7 +20,7 @@ import importlib.abc, importlib.util, os, sys
 
 class Patch(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "flare.trainer" or os.environ.get("RANK") != "1":
+        if name != "flare.train.trainer" or os.environ.get("RANK") != "1":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

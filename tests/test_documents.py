@@ -14,16 +14,17 @@ import pytest
 import patch_qwen_rope
 import train_qwen_multi_gpu
 from docs import generate
-from flare import checkpoint_cli, demo, gpus_cli
-from flare.config import build_parser as training_parser
-from flare.config_file import split_name
+from flare import demo
+from flare.checkpoint import __main__ as checkpoint_command
+from flare.config.config_file import read_jsonc, split_name
+from flare.config.options import FIELDS
+from flare.config.parse import build_parser as training_parser
 from flare.errors import CheckpointError, EnvError
 from flare.evaluation.options import build_parser as evaluation_parser
 from flare.evaluation.options import settle
-from flare.jsonc import read_jsonc
-from flare.nope.flags import build_parser as patch_parser
-from flare.nope.flags import choose_mode
-from flare.options import FIELDS
+from flare.gpus import __main__ as gpus_command
+from flare.nope.command_line import build_parser as patch_parser
+from flare.nope.command_line import choose_mode
 from tests.documents import FINISHED, Call, Command, Sandbox, commands_of, documents
 from tests.processes import REPO, train
 
@@ -50,13 +51,13 @@ class Planner:
     def __init__(self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
         self.sandbox, self.monkeypatch, self.capsys = sandbox, monkeypatch, capsys
         plenty = shutil.disk_usage("/")._replace(free=10 * 2**40)
-        monkeypatch.setattr("flare.run.shutil.disk_usage", lambda _path: plenty)
-        monkeypatch.setattr("flare.run.read_available_ram", lambda: 512 * 2**30)
+        monkeypatch.setattr("flare.run.run.shutil.disk_usage", lambda _path: plenty)
+        monkeypatch.setattr("flare.run.run.read_available_ram", lambda: 512 * 2**30)
 
         def no_hub(name: str, _cache_dir: str | None = None) -> dict:
             raise EnvError(f"no hub for {name}")
 
-        monkeypatch.setattr("flare.setup.read_hub_config", no_hub)
+        monkeypatch.setattr("flare.run.resolve.read_hub_config", no_hub)
 
     def try_command(self, command: str, server: str = "guide", **environment: str) -> list[str]:
         """Plan or run what the command calls; returns what each of our scripts printed."""
@@ -106,7 +107,7 @@ def run_patch(arguments: list[str]) -> None:
 
 def list_checkpoints(arguments: list[str]) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint-N"):  # the sandbox has none
-        checkpoint_cli.main(arguments)
+        checkpoint_command.main(arguments)
 
 
 def check_pytest(arguments: list[str]) -> None:
@@ -126,7 +127,7 @@ TRIALS = {
     "evaluate_model_enhanced.py": settle_evaluation,
     "patch_qwen_rope.py": run_patch,
     "-m flare.demo": demo.parse,
-    "-m flare.gpus": gpus_cli.main,
+    "-m flare.gpus": gpus_command.main,
     "-m flare.checkpoint": list_checkpoints,
     "-m pytest": check_pytest,
     "-m docs.generate": check_pages,

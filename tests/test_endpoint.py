@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from flare.errors import ConfigError, EnvError
-from flare.nope.canary import write_canary
-from flare.nope.canary_file import Canary, read_canary
-from flare.nope.endpoint import verify_endpoint
+from flare.nope.canary.endpoint import verify_endpoint
+from flare.nope.canary.file import Canary, read_canary
+from flare.nope.canary.measure import write_canary
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint
 from tests.conftest import write_base

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from flare.data.rows import SourceSpec
+from flare.data.sources.base import SourceSpec
 from flare.errors import ConfigError, DataError
 from flare.evaluation.datasets import held_out, join_pages, load_texts, parse_name
-from flare.evaluation.fairness import differences, same_training, training_of
 from flare.evaluation.models import milestones
 from flare.evaluation.options import build_parser, settle
+from flare.evaluation.report.fair_control import differences, same_training, training_of
 from tests.conftest import write_base, write_corpus
 from tests.evaluation_models import PROSE, bpe_tokenizer, tiny
 from tests.processes import run_script
@@ -362,9 +362,9 @@ def test_rows_without_text_are_left_out_with_a_word(tmp_path: Path, monkeypatch:
 def test_embedded_evaluation_uses_only_documents_that_the_demo_held_out(tmp_path: Path) -> None:
     import numpy as np
 
-    from flare.data.documents import text_hash
-    from flare.data.embedded import embedded_documents
     from flare.data.packing import split_documents
+    from flare.data.sources.documents import text_hash
+    from flare.data.sources.embedded import embedded_documents
 
     texts = [text for _, text in embedded_documents(tmp_path)]
     train, _ = split_documents(np.array([text_hash(t) for t in texts], dtype=np.uint64), 5)

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 from flare.errors import ConfigError, DataError, FlareError
 from flare.evaluation import results as results_module
-from flare.evaluation.corpus import tokenize_documents
-from flare.evaluation.perplexity import position_edges, score_documents
-from flare.evaluation.scorer import TokenScorer
-from flare.evaluation.windows import document_windows
-from flare.loss import score_tokens
+from flare.evaluation.scoring.perplexity import position_edges, score_documents
+from flare.evaluation.scoring.scorer import TokenScorer
+from flare.evaluation.scoring.token_sequences import tokenize_documents
+from flare.evaluation.scoring.windows import document_windows
+from flare.model.linear_cross_entropy import score_tokens
 from tests.evaluation_models import PROSE, bpe_tokenizer, bytes_tokenizer, lookup_model, tiny, with_bos
 
 MAX_LENGTH = 16

@@ -151,10 +151,10 @@ def test_a_model_spread_by_accelerate_scores_the_same(tmp_path: Path):
     """Weights that live elsewhere until they are used, as a model too large for the card has them."""
     from accelerate import cpu_offload
 
-    from flare.evaluation.batches import Engine
-    from flare.evaluation.generation import generation_samples
-    from flare.evaluation.perplexity import score_documents
-    from flare.evaluation.scorer import TokenScorer
+    from flare.evaluation.scoring.batches import Engine
+    from flare.evaluation.scoring.generation import generation_samples
+    from flare.evaluation.scoring.perplexity import score_documents
+    from flare.evaluation.scoring.scorer import TokenScorer
     from flare.nope.probe import input_device, probe_nope_layers
 
     tokenizer, plain, spread = bpe_tokenizer(), tiny(), tiny()
@@ -394,7 +394,7 @@ def test_a_task_of_lm_evals_that_fails_leaves_the_rest_standing(base_model: Path
 
 
 def test_requests_with_one_context_stay_together():
-    from flare.evaluation.shared_requests import deal
+    from flare.evaluation.lm_eval_ranks import deal
 
     contexts = ["a", "a", "b", "c", "c", "c", "a"]
     assert deal([(context, str(i)) for i, context in enumerate(contexts)], 2) == [[0, 1, 3, 4, 5], [2, 6]]

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flare.errors import CheckpointError, ConfigError, FlareError
 from flare.hub import read_model_config
-from flare.nope import export as export_module
-from flare.nope.compare import Comparison
-from flare.nope.export import export_native, restore_rope
+from flare.nope.export import export as export_module
+from flare.nope.export.bit_equality import Comparison
+from flare.nope.export.export import export_native, restore_rope
+from flare.nope.export.native import to_native
+from flare.nope.export.verify import verify_directory
 from flare.nope.layers import format_layers
 from flare.nope.load import load_causal_lm, load_tokenizer
-from flare.nope.native import to_native
 from flare.nope.patch import patch_checkpoint
 from flare.nope.probe import probe_nope_layers
-from flare.nope.verify import verify_directory
 from tests.conftest import write_base
 from tests.processes import run_script, script_environment
 

@@ -9,26 +9,27 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from flare import loss_scale
-from flare.card_models import lacks_bf16
-from flare.compiler import compile_layers
-from flare.config import resolve
+from flare.config.options import Options
+from flare.config.parse import resolve
 from flare.data.order import RowOrder
-from flare.data.tokens import TokenCache
+from flare.data.token_cache.cache import TokenCache
+from flare.data.training_rows import IGNORE_INDEX
 from flare.errors import ConfigError, FlareError
 from flare.evaluation.launch import with_precision
 from flare.evaluation.options import EvaluationSettings
-from flare.loss import FP16_FOLD, IGNORE_INDEX, _chunk_gradient, _InPlace, linear_cross_entropy_sum
-from flare.loss_scale import LossScale
-from flare.model import checkpoint_layers
+from flare.gpus.specs import lacks_bf16
+from flare.model.compile import compile_layers
+from flare.model.linear_cross_entropy import FP16_FOLD, _chunk_gradient, _InPlace, linear_cross_entropy_sum
+from flare.model.training_model import checkpoint_layers
 from flare.nope.load import load_causal_lm
-from flare.optim import optimizer_tensors
-from flare.options import Options
-from flare.outcomes import Outcomes
-from flare.run import Hardware
-from flare.setup import settle
-from flare.trainable import Trainable
-from flare.trainer import Trainer
+from flare.optim import loss_scale
+from flare.optim.loss_scale import LossScale
+from flare.optim.optimizer import optimizer_tensors
+from flare.plan.trainable import Trainable
+from flare.run.resolve import settle
+from flare.run.run import Hardware
+from flare.train.step_results import Outcomes
+from flare.train.trainer import Trainer
 from tests.conftest import write_base
 from tests.fake_nvidia_smi import install
 from tests.overflow_ranks import BROKEN

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flare.card_models import peak_tflops
 from flare.errors import ConfigError, EnvError, FlareError
-from flare.gpus import (
+from flare.gpus.__main__ import format_table
+from flare.gpus.nvidia_smi import Gpu, _ask_nvidia_smi, query_gpus
+from flare.gpus.selection import (
     GpuRequest,
     Selection,
     check_card,
@@ -25,8 +26,7 @@ from flare.gpus import (
     select_gpus,
     visible_gpus,
 )
-from flare.gpus_cli import format_table
-from flare.nvidia_smi import Gpu, _ask_nvidia_smi, query_gpus
+from flare.gpus.specs import peak_tflops
 from tests.fake_nvidia_smi import FakeNvidiaSmi, card_uuid, install, install_raw, mig_uuid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -468,7 +468,7 @@ def test_both_nvidia_smi_calls_share_one_time_limit(server, monkeypatch):
         limits.append(timeout_sec)
         return _ask_nvidia_smi(arguments, timeout_sec)
 
-    monkeypatch.setattr("flare.nvidia_smi._ask_nvidia_smi", ask)
+    monkeypatch.setattr("flare.gpus.nvidia_smi._ask_nvidia_smi", ask)
     query_gpus(timeout_sec=50, visible=mig_uuid(0, 0))
     assert limits[0] == 50
     assert limits[1] < 50
@@ -715,7 +715,7 @@ def test_hanging_nvidia_smi_ends_the_command_in_under_12_seconds(tmp_path, argum
 
 
 def test_import_needs_the_standard_library_only(tmp_path):
-    code = "import sys, flare.gpus_cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "import sys, flare.gpus.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     ours = {"flare", "__main__", "_distutils_hack", "sitecustomize", "usercustomize"}
     foreign = set(done.stdout.split()) - set(sys.stdlib_module_names) - ours

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flare.data.hub_sets import HubSource
-from flare.data.rows import SourceSpec
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.hub import HubSource
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.hub import local_model_dir, read_hub_config, read_model_config
 from tests.conftest import write_corpus

@@ -16,8 +16,8 @@ from tests.processes import REPO, script_environment
 READ = """
 import json, sys
 from pathlib import Path
-from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.open import open_source
 from flare.data.streaming.pieces import streamed_facts, streamed_identity
 from flare.errors import run_script
 from flare.logs import start_logging

@@ -15,22 +15,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flare import distributed
-from flare.config import resolve
+from flare.config.config_file import read_jsonc
+from flare.config.options import SELECTIVE, STAGE_DEFAULTS
+from flare.config.parse import resolve
+from flare.distributed import process_group
 from flare.errors import ConfigError, EnvError
-from flare.handoff import CARDS_VARIABLE, DEVICE_VARIABLE, export_environment, told_options, worker_hardware
-from flare.hosts import check_hosts, rendezvous
-from flare.jsonc import read_jsonc
-from flare.launch import SHUTDOWN_TIMEOUT_SEC, _grant_shutdown, shell_command
+from flare.gpus.nvidia_smi import Gpu
+from flare.launch.agent import SHUTDOWN_TIMEOUT_SEC, _grant_shutdown
+from flare.launch.launch import shell_command
+from flare.launch.nodes import check_hosts, rendezvous
+from flare.launch.worker_environment import (
+    CARDS_VARIABLE,
+    DEVICE_VARIABLE,
+    export_environment,
+    told_options,
+    worker_hardware,
+)
 from flare.logs import start_logging
 from flare.nope.patch import patch_checkpoint
-from flare.nvidia_smi import Gpu
-from flare.options import SELECTIVE, STAGE_DEFAULTS
-from flare.plan import check_fits
-from flare.plan_table import plan_lines
-from flare.run import Hardware, Run
-from flare.session import Session
-from flare.setup import settle
+from flare.plan.plan import check_fits
+from flare.plan.table import plan_lines
+from flare.run.resolve import settle
+from flare.run.run import Hardware, Run
+from flare.train.session import Session
 from tests.fake_nvidia_smi import install
 from tests.processes import REPO, script_environment, train_anew
 from tests.test_cli import assert_one_line, guide_server, launch
@@ -69,7 +76,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, cards: list[tuple[str, str]]) -> 
 def test_rank_with_the_planned_card_is_bound_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     bound = fake_cuda(monkeypatch, [(c.name, c.uuid.removeprefix("GPU-")) for c in CARDS])
     monkeypatch.setenv("LOCAL_RANK", "1")
-    world = distributed.start(True, 60, CARDS)
+    world = process_group.start(True, 60, CARDS)
     assert (world.device, bound) == (torch.device("cuda", 1), [1])
 
 
@@ -88,7 +95,7 @@ def test_rank_with_another_card_stops_before_it_allocates(
     fake_cuda(monkeypatch, cards)
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(EnvError) as error:
-        distributed.start(True, 60, CARDS)
+        process_group.start(True, 60, CARDS)
     assert all(word in str(error.value) for word in words)
 
 
@@ -100,12 +107,12 @@ def test_a_card_without_bf16_stops_a_run_that_needs_it(
     fake_cuda(monkeypatch, [("NVIDIA X", "0")])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
-    distributed.bind_card(0, (), needs_bf16=False)
+    process_group.bind_card(0, (), needs_bf16=False)
     if not refused:
-        distributed.bind_card(0, (), needs_bf16=True)
+        process_group.bind_card(0, (), needs_bf16=True)
         return
     with pytest.raises(EnvError, match=rf"NVIDIA X has no bf16 .*{capability[0]}\.{capability[1]}.*--precision fp16"):
-        distributed.bind_card(0, (), needs_bf16=True)
+        process_group.bind_card(0, (), needs_bf16=True)
 
 
 def run_of(hardware: Hardware, base: Path, tmp_path: Path, *flags: object) -> Run:
@@ -149,7 +156,7 @@ def test_the_log_of_a_start_names_the_cards_and_the_plan(
     rows = SimpleNamespace(describe=lambda: "rows")
     corpus = SimpleNamespace(meta={"end_of_text": "<end>", "end_of_text_id": 0}, fingerprint="f", facts={})
     start_logging(0, 2, tmp_path / "training.log")
-    Session(run, distributed.World(0, 0, 2, torch.device("cpu")), corpus, rows, rows)._log_start()
+    Session(run, process_group.World(0, 0, 2, torch.device("cpu")), corpus, rows, rows)._log_start()
     start_logging()
     lines = (tmp_path / "training.log").read_text().splitlines()
     assert lines[0].endswith("GPU 0: NVIDIA A800 80GB PCIe, memory 80.0 GiB, free 80.0 GiB, GPU-00000000")
@@ -196,10 +203,10 @@ if os.environ["RANK"] == os.environ.get("WRONG"):
     true = dist.all_reduce
     dist.all_reduce = lambda values, **k: true(values.mul_(2), **k)
 def main():
-    world = distributed.start(False, 60, (), float(sys.argv[1]))
-    assert distributed.sum_in_place(torch.tensor([world.rank + 1.0])).tolist() == [3.0]
-    distributed.check_agreement(world, {"--seed": int(os.environ.get("SEED", 0)) * world.rank})
-    distributed.stop()
+    world = process_group.start(False, 60, (), float(sys.argv[1]))
+    assert process_group.sum_in_place(torch.tensor([world.rank + 1.0])).tolist() == [3.0]
+    process_group.check_agreement(world, {"--seed": int(os.environ.get("SEED", 0)) * world.rank})
+    process_group.stop()
     return 0
 sys.exit(run_script(main))
 """
@@ -246,12 +253,12 @@ def test_damaged_sum_is_an_error() -> None:
 
 
 def test_nccl_failure_names_the_usual_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flare import fabric
+    from flare.distributed import preflight
 
-    monkeypatch.setattr(fabric.atexit, "register", lambda *_: None)
-    monkeypatch.setattr(fabric, "_all_reduce", lambda *_: time.sleep(5))
+    monkeypatch.setattr(preflight.atexit, "register", lambda *_: None)
+    monkeypatch.setattr(preflight, "_all_reduce", lambda *_: time.sleep(5))
     with pytest.raises(EnvError) as error:
-        fabric.check_fabric(torch.distributed.HashStore(), 0, 2, torch.device("cuda", 0), 0.2)
+        preflight.check_fabric(torch.distributed.HashStore(), 0, 2, torch.device("cuda", 0), 0.2)
     assert "did not end within 0.2 s" in str(error.value)
     assert "NCCL_P2P_DISABLE=1" in str(error.value)
 
@@ -292,7 +299,7 @@ def test_auto_shards_what_does_not_fit_whole(tmp_path: Path, monkeypatch: pytest
     def not_reached(*_: object) -> dict:
         raise EnvError("no hub here")
 
-    monkeypatch.setattr("flare.setup.read_hub_config", not_reached)
+    monkeypatch.setattr("flare.run.resolve.read_hub_config", not_reached)
     flags = ["--stage", 2, "--dry_run"]
 
     def chosen(model: str, mib: int, count: int, *more: object) -> Run:
@@ -552,7 +559,7 @@ def test_two_launches_at_once_do_not_collide(train_flags: list[str], tmp_path: P
 def test_two_default_names_of_one_second_are_two_experiments(
     clean_environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from flare.launch import claimed_name
+    from flare.launch.launch import claimed_name
 
     resolved = resolve(["--base_output_dir", str(tmp_path)])
     name = resolved.options.experiment_name

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
-from flare.lean_layers import _RMSNorm, _swiglu_mlp, save_less
+from flare.model.memory_efficient_layers import _RMSNorm, _swiglu_mlp, save_less
 
 FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 RELATIVE = 1e-5

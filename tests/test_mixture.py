@@ -13,8 +13,8 @@ from flare.data.corpus import Corpus, open_corpus, split_names, split_specs, wha
 from flare.data.mixture import MAX_BLOCK_ROWS, MixedOrder, MixedRows, block_counts, interleave
 from flare.data.order import permutation
 from flare.data.packing import PackedRows
-from flare.data.rows import SourceSpec
-from flare.data.tokens import TokenSettings
+from flare.data.sources.base import SourceSpec
+from flare.data.token_cache.cache import TokenSettings
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from tests.conftest import write_corpus

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flare.nope.export import export_native
+from flare.nope.export.export import export_native
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint
 from tests.conftest import write_base

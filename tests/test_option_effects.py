@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flare.optim import build_optimizer
-from flare.options import Options
+from flare.config.options import Options
+from flare.optim.optimizer import build_optimizer
 from tests.conftest import write_base, write_corpus
 from tests.processes import run_script, train
 

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flare.data.order import RowOrder, micro_batches, permutation, shares
+from flare.data.order import RowOrder, micro_batches, permutation
+from flare.plan.balance import shares
 
 GOLDEN_42_0_10 = [0, 4, 7, 8, 5, 3, 1, 2, 6, 9]
 

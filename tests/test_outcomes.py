@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flare.data.tokens import TokenCache
+from flare.data.token_cache.cache import TokenCache
 from flare.errors import FlareError
 from flare.files import write_json
-from flare.metrics import Throughput, perplexity
-from flare.outcomes import Outcomes
-from flare.trainable import Trainable
-from flare.trainer import Trainer
+from flare.plan.trainable import Trainable
+from flare.train.metrics import Throughput, perplexity
+from flare.train.step_results import Outcomes
+from flare.train.trainer import Trainer
 from tests.processes import torchrun
 from tests.test_training import cache, load, trainer  # noqa: F401 (a fixture)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers.masking_utils import create_causal_mask
 
-from flare import attention
-from flare.attention import TOKENS_PER_DOCUMENT, document_bounds, document_mask, use_kernel
-from flare.compiler import compile_layers
 from flare.errors import ConfigError
-from flare.run import choose_attention
-from flare.trainable import Trainable
+from flare.model import attention
+from flare.model.attention import TOKENS_PER_DOCUMENT, document_bounds, document_mask, use_kernel
+from flare.model.compile import compile_layers
+from flare.plan.trainable import Trainable
+from flare.run.run import choose_attention
 from tests.test_training import load
 
 

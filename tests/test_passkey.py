@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from flare.errors import ConfigError, DataError
-from flare.evaluation import passkey
-from flare.evaluation.batches import Engine
-from flare.evaluation.continuation import encode_pair, score_continuations
-from flare.evaluation.generation import generation_samples, repetition_rate
-from flare.evaluation.lambada import last_word, score_lambada
-from flare.evaluation.passkey import DEPTHS, make_samples, score_passkey, string_match_all, write_prompt
-from flare.evaluation.scorer import TokenScorer
+from flare.evaluation.scoring import passkey
+from flare.evaluation.scoring.batches import Engine
+from flare.evaluation.scoring.continuation import encode_pair, score_continuations
+from flare.evaluation.scoring.generation import generation_samples, repetition_rate
+from flare.evaluation.scoring.lambada import last_word, score_lambada
+from flare.evaluation.scoring.passkey import DEPTHS, make_samples, score_passkey, string_match_all, write_prompt
+from flare.evaluation.scoring.scorer import TokenScorer
 from tests.evaluation_models import PROSE, bpe_tokenizer, bytes_tokenizer, lookup_model, tiny, with_bos
 from tests.processes import torchrun
 

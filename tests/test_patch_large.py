@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from flare.nope.format import weight_files
+from flare.nope.config_json import weight_files
 from flare.nope.patch import patch_checkpoint
 
 SHARDS = 12

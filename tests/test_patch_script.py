@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import patch_qwen_rope as script
 from flare.errors import CheckpointError, ConfigError, FlareError
-from flare.nope.export import restore_rope
-from flare.nope.flags import EXAMPLES
+from flare.nope.command_line import EXAMPLES
+from flare.nope.export.export import restore_rope
 from flare.nope.load import load_causal_lm
 from flare.nope.patch import patch_checkpoint
-from flare.nope.shards import read_header
-from flare.nope.tensors import tensor_names
+from flare.nope.tensor_names import tensor_names
+from flare.nope.weight_files import read_header
 from tests.conftest import write_base
 from tests.processes import REPO, script_environment
 

@@ -17,26 +17,28 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.allocated import allocated_peak
-from flare import activations, loss, recompute
-from flare.activations import Microbatch
-from flare.checkpoint import model_tensors
+from flare.checkpoint.directory import model_tensors
+from flare.config.options import SELECTIVE
+from flare.cpu import read_available_ram
 from flare.errors import ConfigError, EnvError
-from flare.flops import attention_forward_flops, token_flops
-from flare.memory import loss_bytes, memory
-from flare.model import TrainingModel, checkpoint_layers, set_trainable
-from flare.moments import ADAM_STATE_BYTES
+from flare.model import activation_checkpointing, linear_cross_entropy
+from flare.model.training_model import TrainingModel, checkpoint_layers, set_trainable
 from flare.nope.layers import auto_band
 from flare.nope.modeling_nope import remove_rope
-from flare.nope.shards import save_tensors
-from flare.optim import optimizer_tensors, parameter_groups
-from flare.options import SELECTIVE
-from flare.plan import check_fits, checkpoints_on_disk, make_plan
-from flare.plan_inputs import PlanInputs
-from flare.plan_table import plan_lines, time_words
-from flare.rooms import GIB, MIB, read_available_ram, usable_bytes
-from flare.shapes import HALF_BYTES, KNOWN_SHAPES, ModelShape, known_shape
-from flare.suggest import largest_micro_batch, suggest
-from flare.trainable import Trainable
+from flare.nope.weight_files import save_tensors
+from flare.optim.optimizer import optimizer_tensors, parameter_groups
+from flare.plan import activations
+from flare.plan.activations import Microbatch
+from flare.plan.capacity import GIB, MIB, usable_bytes
+from flare.plan.flops import attention_forward_flops, token_flops
+from flare.plan.inputs import PlanInputs
+from flare.plan.memory import loss_bytes, memory
+from flare.plan.model_shape import HALF_BYTES, KNOWN_SHAPES, ModelShape, known_shape
+from flare.plan.optimizer_state import ADAM_STATE_BYTES
+from flare.plan.plan import check_fits, checkpoints_on_disk, make_plan
+from flare.plan.suggest import largest_micro_batch, suggest
+from flare.plan.table import plan_lines, time_words
+from flare.plan.trainable import Trainable
 
 A800, A40 = ("NVIDIA A800 80GB PCIe", 81920), ("NVIDIA A40", 46068)
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -247,7 +249,7 @@ def saved_bytes(model: TrainingModel, ids: torch.Tensor, positions: torch.Tensor
     By autograd, and of selectively checkpointed layers what their policy says is kept.
     """
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    keep = recompute._policy
+    keep = activation_checkpointing._policy
     storages: dict[int, torch.UntypedStorage] = {}
 
     def policy(*args: object, **kwargs: object) -> CheckpointPolicy:
@@ -265,7 +267,7 @@ def saved_bytes(model: TrainingModel, ids: torch.Tensor, positions: torch.Tensor
         return tensor
 
     with (
-        patch.object(recompute, "_policy", policy),
+        patch.object(activation_checkpointing, "_policy", policy),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=model.half_dtype is not None),
     ):
@@ -433,7 +435,7 @@ def test_peak_memory_of_the_loss(dtype: torch.dtype, head_trains: bool, vocab_si
     shape = replace(TINY, vocab_size=vocab_size, hidden_size=hidden_size)
     batch = Microbatch(1, 1024, dtype != torch.float32, head_trains, fp16=dtype == torch.float16)
     expected = loss_bytes(shape, batch, head_trains)
-    peak = allocated_peak(lambda: loss.linear_cross_entropy_sum(hidden, weight, labels).backward())
+    peak = allocated_peak(lambda: linear_cross_entropy.linear_cross_entropy_sum(hidden, weight, labels).backward())
     scratch = (
         0 if head_trains or batch.fp16 else scratch_of_a_product(1024, weight)
     )  # with its gradient, another moment is the peak
@@ -814,6 +816,6 @@ def test_where_ddp_does_not_fit_the_plan_tells_how_many_cards_do_when_sharded() 
 
 
 def test_the_plan_needs_no_torch() -> None:
-    code = "import flare.plan_table, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import flare.plan.table, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

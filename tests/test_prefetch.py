@@ -10,8 +10,9 @@ import torch
 
 from flare.data.order import RowOrder
 from flare.data.packing import Batch
-from flare.garbage import COLLECT_STEPS, steady_collection
-from flare.prefetch import StepLoader, host_tensors
+from flare.model.inputs import host_tensors
+from flare.train.garbage_collection import COLLECT_STEPS, steady_collection
+from flare.train.loader import StepLoader
 
 LENGTH = 8
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flare import recompute
-from flare.model import checkpoint_layers
+from flare.model import activation_checkpointing
+from flare.model.training_model import checkpoint_layers
 from tests.processes import train
 from tests.test_plan import rows_of_tokens, tiny_training
 from tests.test_runs import losses
@@ -39,14 +39,14 @@ def test_not_a_bit_changes(family: str, train_what: str, bf16: bool, attention: 
 
 def kept(monkeypatch: pytest.MonkeyPatch, attention: str) -> list[str]:
     """Names of the operations whose outputs one layer keeps, in order."""
-    names, policy = [], recompute._policy
+    names, policy = [], activation_checkpointing._policy
 
     def told(seen: dict, context: object, op: object, *args: object, **kwargs: object) -> object:
         answer = policy(seen, context, op, *args, **kwargs)
-        names.extend([op.name()] if answer is recompute.CheckpointPolicy.MUST_SAVE else [])
+        names.extend([op.name()] if answer is activation_checkpointing.CheckpointPolicy.MUST_SAVE else [])
         return answer
 
-    monkeypatch.setattr(recompute, "_policy", told)
+    monkeypatch.setattr(activation_checkpointing, "_policy", told)
     loss_and_gradients("qwen2", "all", False, attention, selective=True)
     return names[: len(names) // 6]
 
@@ -68,9 +68,9 @@ def test_kernels_of_cards_are_known_by_name() -> None:
         getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention").default
         for kind in ("flash", "efficient", "cudnn")
     ]
-    assert all(map(recompute._is_attention, kernels))
+    assert all(map(activation_checkpointing._is_attention, kernels))
     others = (torch.ops.aten.bmm, torch.ops.aten._softmax, torch.ops.aten._to_copy, torch.ops.aten.silu)
-    assert not any(recompute._is_attention(op.default) for op in others)
+    assert not any(activation_checkpointing._is_attention(op.default) for op in others)
 
 
 def test_a_run_says_so_and_has_the_losses_of_one_without(train_flags: list[str], tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from flare.evaluation import bootstrap
-from flare.evaluation.bootstrap import paired_difference
 from flare.evaluation.compare import difference
-from flare.evaluation.perplexity import DatasetScore
-from flare.evaluation.recovery import control_curve, recovery, recovery_of
-from flare.evaluation.report_sections import recovery_section
-from flare.evaluation.verdict import context_verdict, passkey_verdict
+from flare.evaluation.report import bootstrap
+from flare.evaluation.report.bootstrap import paired_difference
+from flare.evaluation.report.recovery import control_curve, recovery, recovery_of
+from flare.evaluation.report.sections import recovery_section
+from flare.evaluation.report.verdict import context_verdict, passkey_verdict
+from flare.evaluation.scoring.perplexity import DatasetScore
 
 
 def curve(*points: tuple[int, int, float]) -> list[dict]:

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flare.evaluation.figures import Curves, Plot, draw_figures, shortened
-from flare.evaluation.plots import (
+from flare.evaluation.report.comparison_rows import ComparisonRow, comparison_row
+from flare.evaluation.report.figures import Curves, Plot, draw_figures, shortened
+from flare.evaluation.report.plots import (
     CONTROL_COLOR,
     count_label,
     cut_middle,
@@ -21,16 +22,10 @@ from flare.evaluation.plots import (
     spread,
     stage_spans,
 )
-from flare.evaluation.report import nope_pattern, report_verdict, write_report
+from flare.evaluation.report.report import nope_pattern, report_verdict, write_report
+from flare.evaluation.report.tensorboard import write_tensorboard
+from flare.evaluation.report.verdict import comparison_verdict, difference_percent, number, won_back
 from flare.evaluation.results import add_failure
-from flare.evaluation.rows import ComparisonRow, comparison_row
-from flare.evaluation.tensorboard import write_tensorboard
-from flare.evaluation.verdict import (
-    comparison_verdict,
-    difference_percent,
-    number,
-    won_back,
-)
 
 BASE, PATCHED, STAGE1, STAGE2 = 2.0, 3.0, 2.25, 2.03
 

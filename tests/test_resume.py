@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flare.checkpoint import list_checkpoints, set_aside_newer
-from flare.data.tokens import TokenCache
-from flare.experiment import Experiment
-from flare.metrics_file import enter_stage, record_status
+from flare.checkpoint.directory import list_checkpoints, set_aside_newer
+from flare.data.token_cache.cache import TokenCache
 from flare.nope.load import load_causal_lm
+from flare.run.experiment import Experiment
+from flare.run.metrics_file import enter_stage, record_status
 from tests.processes import train
 
 
@@ -214,7 +214,7 @@ def test_plausible_mistakes_end_in_one_line(train_flags: list[str], base: Path, 
 
 
 def test_warm_up_on_the_command_line_replaces_that_of_the_file() -> None:
-    from flare.config import resolve
+    from flare.config.parse import resolve
 
     options = resolve(["--warmup_steps", "10"]).options  # training_config.json sets warmup_ratio
     assert (options.warmup_steps, options.warmup_ratio) == (10, 0)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flare.board import before
-from flare.evaluation.recovery import held_out_curve, recovery_of
-from flare.experiment import Experiment
-from flare.metrics_file import recorded_stages
-from flare.nope.canary_file import read_canary
-from flare.options import Options
+from flare.config.options import Options
+from flare.evaluation.report.recovery import held_out_curve, recovery_of
+from flare.nope.canary.file import read_canary
+from flare.run.experiment import Experiment
+from flare.run.metrics_file import recorded_stages
+from flare.train.tensorboard import before
 from tests.processes import REPO, script_environment, torchrun, train
 
 

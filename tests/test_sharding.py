@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from flare.checkpoint.tensor_files import files_for, write_pickled
 from flare.data.order import equal_rounds
-from flare.distributed import World
-from flare.nope.canary import check_canary
-from flare.nope.canary_file import TRUE_MODEL
+from flare.distributed.process_group import World
+from flare.nope.canary.file import TRUE_MODEL
+from flare.nope.canary.measure import check_canary
 from flare.nope.load import load_causal_lm
-from flare.tensor_files import files_for, write_pickled
 from tests.conftest import write_base
 from tests.processes import torchrun, train
 
@@ -65,7 +65,7 @@ def test_what_two_ranks_wrote_in_many_files_loads_whole_and_sharded(found: dict)
 
 
 def test_a_flag_of_the_device_turns_updates_of_shards_off(found: dict) -> None:
-    """So that sharded runs on cards need not wait for a step's numbers before its update: see flare/outcomes.py."""
+    """So that sharded runs on cards need not wait for a step's numbers before its update: step_results.py."""
     assert found["flagged updates"] == {"same": True, "seen": True}
 
 

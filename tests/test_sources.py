@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from flare.data import rows as rows_module
-from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
+from flare.data.sources import base as rows_module
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.open import open_source
 from flare.data.streaming.pieces import streamed_facts, streamed_identity
 from flare.errors import ConfigError, DataError
 from tests.conftest import write_corpus
@@ -128,7 +128,7 @@ def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
 def test_empty_files_among_others_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spark and others write one for lack of rows. Of a kind that has a header or a frame it is a cut-off download."""
     told: list[str] = []
-    monkeypatch.setattr("flare.data.files.log.warning", told.append)
+    monkeypatch.setattr("flare.data.sources.files.log.warning", told.append)
     (tmp_path / "a.txt").write_text("one")
     alone = open_source(SourceSpec(str(tmp_path)), tmp_path / "cache")
     for name in ("b.jsonl", "c.csv"):
@@ -162,7 +162,7 @@ def test_what_is_read_of_several_kinds_and_what_is_not_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr("flare.data.files.log.info", told.append)
+    monkeypatch.setattr("flare.data.sources.files.log.info", told.append)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
     read(tmp_path, tmp_path / "cache")
@@ -200,8 +200,8 @@ def test_data_that_is_there_by_name_only_is_an_error_and_not_left_out(
 
 def test_a_large_txt_is_told_to_be_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr("flare.data.files.log.warning", told.append)
-    monkeypatch.setattr("flare.data.files.LARGE_TXT_BYTES", 100)
+    monkeypatch.setattr("flare.data.sources.files.log.warning", told.append)
+    monkeypatch.setattr("flare.data.sources.files.LARGE_TXT_BYTES", 100)
     for name, size in (("small.txt", 100), ("large.txt", 101), ("large.csv", 101)):
         (tmp_path / name).write_text("text\n" + "x" * (size - 5))
     open_source(SourceSpec(str(tmp_path)), tmp_path / "cache").pieces()
@@ -248,7 +248,7 @@ def test_a_split_asked_of_a_plain_file_is_told_to_mean_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr("flare.data.sources.log.warning", told.append)
+    monkeypatch.setattr("flare.data.sources.open.log.warning", told.append)
     file = tmp_path / "x.txt"
     file.write_text("some text")
     open_source(SourceSpec(str(file)), tmp_path / "cache")

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from flare.config import resolve
-from flare.data.hub_sets import HubSource
+from flare.config.parse import resolve
 from flare.data.packing import PackedRows, split_documents
-from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.hub import HubSource
+from flare.data.sources.open import open_source
+from flare.data.streaming.held_out import StreamedCorpus, open_streamed, survey
 from flare.data.streaming.pieces import streamed_facts, streamed_pieces
 from flare.data.streaming.rows import StreamedRows, StreamSettings
-from flare.data.streaming.survey import StreamedCorpus, open_streamed, survey
-from flare.data.tokens import TokenSettings
-from flare.distributed import World
+from flare.data.token_cache.cache import TokenSettings
+from flare.distributed.process_group import World
 from flare.errors import ConfigError, DataError, EnvError
 from flare.nope.load import load_tokenizer
 from tests.conftest import write_corpus

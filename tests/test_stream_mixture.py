@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flare.data.mixture import Turns, seed_of
-from flare.data.rows import SourceSpec
+from flare.data.sources.base import SourceSpec
 from flare.data.streaming.mixture import MixedStreams, StreamedMixture, most_rows, open_streams
 from flare.data.streaming.rows import StreamSettings
-from flare.data.tokens import TokenSettings
+from flare.data.token_cache.cache import TokenSettings
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from tests.conftest import write_corpus

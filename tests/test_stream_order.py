@@ -11,20 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flare.data import encode
-from flare.data.encode import Encoder
-from flare.data.files import FileSource
-from flare.data.rows import Piece, Row
+from flare.data.sources.base import Piece, Row
+from flare.data.sources.files import FileSource
 from flare.data.streaming import pieces as pieces_module
 from flare.data.streaming.blocks import Block
+from flare.data.streaming.held_out import survey
 from flare.data.streaming.lanes import Lane
 from flare.data.streaming.messages import Job, Order
 from flare.data.streaming.pieces import streamed_pieces
-from flare.data.streaming.place import MAX_LANES, Cursor, Place, lane_pieces
+from flare.data.streaming.position import MAX_LANES, Cursor, Place, lane_pieces
 from flare.data.streaming.producer import Merge
-from flare.data.streaming.survey import survey
 from flare.data.streaming.worker import OpenPiece
-from flare.data.tokens import TokenSettings
+from flare.data.token_cache import encode
+from flare.data.token_cache.cache import TokenSettings
+from flare.data.token_cache.encode import Encoder
 from flare.errors import DataError
 
 SEQ_LEN = 7
@@ -191,7 +191,7 @@ def test_lanes_share_the_pieces_of_an_epoch() -> None:
 
 
 def test_held_out_documents_are_left_out_and_limits_kept(tmp_path: Path) -> None:
-    from flare.data.documents import text_hash
+    from flare.data.sources.documents import text_hash
 
     texts = [f"{n} {n} {n}" for n in range(100, 200)]
     below = sorted(map(text_hash, texts))[40]

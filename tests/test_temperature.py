@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flare.errors import CheckpointError, ConfigError
 from flare.hub import read_model_config
-from flare.nope.export import restore_rope
+from flare.nope.export.export import restore_rope
+from flare.nope.export.native import to_native
 from flare.nope.load import load_causal_lm
-from flare.nope.native import to_native
 from flare.nope.patch import patch_checkpoint, patch_qwen_rope
 from flare.nope.temperature import scaled
 from tests.conftest import write_base

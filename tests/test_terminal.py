@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flare import config
+from flare.config import parse
 from flare.evaluation import options as evaluation_options
-from flare.nope import flags
+from flare.nope import command_line
 from flare.terminal import columns, fold, has_colors, paint
 from tests.processes import REPO, script_environment
 from tests.pseudo_terminal import ESCAPE, lines_of, run_in_terminal
@@ -98,7 +98,9 @@ def test_help_is_plain_in_a_pipe_and_does_without_torch(name: str) -> None:
     assert ("argparse" in imported) == (name != "run_training.sh")
 
 
-@pytest.mark.parametrize("parser", [config.build_parser(), evaluation_options.build_parser(""), flags.build_parser()])
+@pytest.mark.parametrize(
+    "parser", [parse.build_parser(), evaluation_options.build_parser(""), command_line.build_parser()]
+)
 def test_every_flag_of_the_scripts_stands_in_a_group_with_a_word_on_it(parser) -> None:
     alone = [a.option_strings for group in parser._action_groups[:2] for a in group._group_actions]
     assert alone == [["-h", "--help"]]

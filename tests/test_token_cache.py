@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flare.data import rows
-from flare.data.build import Builder, Ledger, build_token_cache
-from flare.data.child import child_environment
-from flare.data.encode import end_of_text_id
-from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
-from flare.data.tokens import TokenCache, TokenSettings
+from flare.child_process import child_environment
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.open import open_source
+from flare.data.token_cache.build import Builder, Ledger, build_token_cache
+from flare.data.token_cache.cache import TokenCache, TokenSettings
+from flare.data.token_cache.encode import end_of_text_id
 from flare.errors import DataError, EnvError
 from flare.nope.load import load_tokenizer
 from tests.build_tokens import FileByFile
@@ -168,8 +167,8 @@ def test_bytes_do_not_depend_on_how_a_file_is_cut(
     one.write_bytes(b"".join(file.read_bytes() for file in sorted(folder.glob("*.jsonl"))))
     whole = contents(cache_of(one, base, tmp_path / "whole", max_bad_rows=0.5))
     for most_bytes, workers in ((1, 1), (700, 2)):
-        monkeypatch.setattr(rows, "LEAST_PIECE_BYTES", most_bytes)
-        monkeypatch.setattr(rows, "PIECE_BYTES", most_bytes)
+        monkeypatch.setattr(base, "LEAST_PIECE_BYTES", most_bytes)
+        monkeypatch.setattr(base, "PIECE_BYTES", most_bytes)
         assert len(open_source(SourceSpec(str(one)), tmp_path / f"c{most_bytes}").pieces()) > 5
         cut = cache_of(one, base, tmp_path / f"c{most_bytes}", max_bad_rows=0.5, num_workers=workers)
         assert contents(cut) == whole

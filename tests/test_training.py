@@ -10,24 +10,25 @@ import torch
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from benchmarks.bare_trainer import bare_trainer
-from flare import distributed
-from flare.data.build import build_token_cache
+from flare.config.options import Options
 from flare.data.order import RowOrder
 from flare.data.packing import PackedRows, split_documents
-from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
-from flare.data.tokens import TokenCache, TokenSettings
-from flare.distributed import World
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.open import open_source
+from flare.data.token_cache.build import build_token_cache
+from flare.data.token_cache.cache import TokenCache, TokenSettings
+from flare.data.training_rows import IGNORE_INDEX
+from flare.distributed import process_group
+from flare.distributed.process_group import World
 from flare.errors import FlareError
 from flare.hub import read_model_config
-from flare.loss import IGNORE_INDEX, _chunk_gradient, linear_cross_entropy_sum, score_tokens
-from flare.model import TrainingModel, checkpoint_layers, load_for_training
-from flare.nope.format import with_nope
+from flare.model.linear_cross_entropy import _chunk_gradient, linear_cross_entropy_sum, score_tokens
+from flare.model.training_model import TrainingModel, checkpoint_layers, load_for_training
+from flare.nope.config_json import with_nope
 from flare.nope.load import load_causal_lm, load_tokenizer
-from flare.optim import build_optimizer, build_schedule
-from flare.options import Options
-from flare.trainable import Trainable
-from flare.trainer import Trainer
+from flare.optim.optimizer import build_optimizer, build_schedule
+from flare.plan.trainable import Trainable
+from flare.train.trainer import Trainer
 from tests.conftest import write_base
 
 SEQ_LEN = 32
@@ -367,8 +368,8 @@ def test_ranks_wait_for_each_other_under_the_steps_clock_only(
         running.pop()
 
     waits: list[list[int]] = []
-    all_max = distributed.all_max
-    monkeypatch.setattr(distributed, "all_max", lambda values: waits.append(running.copy()) or all_max(values))
+    all_max = process_group.all_max
+    monkeypatch.setattr(process_group, "all_max", lambda values: waits.append(running.copy()) or all_max(values))
     one.step_watch = watch
     one.train()
     assert waits == [[1], [2]]

@@ -13,7 +13,7 @@ import numpy as np
 
 from flare.data.order import RowOrder
 from flare.data.packing import PackedRows
-from flare.data.train_rows import Batch, TrainRows
+from flare.data.training_rows import Batch, TrainRows
 from flare.errors import ConfigError
 
 MAX_BLOCK_ROWS = 10_000

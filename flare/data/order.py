@@ -6,8 +6,6 @@ position says all there is to know about progress, and neither the number of pro
 changes what is learned from.
 """
 
-import heapq
-
 import numpy as np
 
 
@@ -50,26 +48,6 @@ class RowOrder:
             pieces.append(self._rows[start:stop])
             first = epoch * self.num_rows + stop
         return np.concatenate(pieces)
-
-
-def shares(num_rows: int, weights: list[float]) -> list[int]:
-    """Rows for each rank so that the slowest is done as early as can be, at least one each, summing to ``num_rows``.
-
-    ``weights`` are speeds: n rows take a rank n / weight. Each next row goes where it is finished first (D'Hondt's
-    rule), which gives the least possible maximum; where proportional shares are whole numbers, they are the result.
-
-    Raises: ValueError for fewer rows than ranks.
-    """
-    if num_rows < len(weights):
-        raise ValueError(f"{num_rows} rows cannot be shared among {len(weights)} ranks")
-    counts = [1] * len(weights)
-    queue = [(2 / weight, rank) for rank, weight in enumerate(weights)]
-    heapq.heapify(queue)
-    for _ in range(num_rows - len(weights)):
-        _, rank = queue[0]
-        counts[rank] += 1
-        heapq.heapreplace(queue, ((counts[rank] + 1) / weights[rank], rank))
-    return counts
 
 
 def portion(rows: np.ndarray, counts: list[int], rank: int) -> np.ndarray:

@@ -8,10 +8,9 @@ and positions restart at each document, and no document's first token is a targe
 import numpy as np
 
 from flare.data.order import RowOrder
-from flare.data.tokens import TokenCache
-from flare.data.train_rows import Batch, TrainRows
+from flare.data.token_cache.cache import TokenCache
+from flare.data.training_rows import IGNORE_INDEX, Batch, TrainRows
 from flare.errors import DataError
-from flare.loss import IGNORE_INDEX
 
 SINGLE_DOCUMENT = (
     "the data holds a single document (or copies of one); two are needed to hold one out (a .txt is one document, "

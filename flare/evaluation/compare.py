@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass, replace
 
-from flare.evaluation.bootstrap import Difference, paired_difference
 from flare.evaluation.models import Milestone
-from flare.evaluation.perplexity import DatasetScore
-from flare.evaluation.rows import ComparisonRow, comparison_row
-from flare.evaluation.verdict import scored_datasets
+from flare.evaluation.report.bootstrap import Difference, paired_difference
+from flare.evaluation.report.comparison_rows import ComparisonRow, comparison_row
+from flare.evaluation.report.verdict import scored_datasets
+from flare.evaluation.scoring.perplexity import DatasetScore
 
 KEPT_METRICS = ("loss", "perplexity", "bits_per_byte", "token_accuracy", "lambada_accuracy", "lambada_perplexity")
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from flare.data.documents import BadRows, text_hash, usable_texts
-from flare.data.file_formats import kind_of
-from flare.data.files import is_glob
-from flare.data.hub_sets import HubSource
+from flare.data.cache_dir import default_cache_dir
 from flare.data.packing import split_documents
-from flare.data.rows import COLUMN_HINT, Row, Source, SourceSpec
-from flare.data.sources import open_source, path_of
-from flare.data.tokens import default_cache_dir
+from flare.data.sources.base import COLUMN_HINT, Row, Source, SourceSpec
+from flare.data.sources.documents import BadRows, text_hash, usable_texts
+from flare.data.sources.file_formats import kind_of
+from flare.data.sources.files import is_glob
+from flare.data.sources.hub import HubSource
+from flare.data.sources.open import open_source, path_of
 from flare.errors import ConfigError, DataError
-from flare.evaluation.lambada import split_last_word
+from flare.evaluation.scoring.lambada import split_last_word
 from flare.logs import log
 
 KNOWN = {

@@ -1,6 +1,6 @@
 """What an evaluation during training measures besides the loss: the length curve, and once what the base would have.
 
-Knows the model, not the trainer; ``flare.session`` puts the two together.
+Knows the model, not the trainer; ``flare.train.session`` puts the two together.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from torch import nn
 
 from flare.data.mixture import MixedRows
 from flare.data.packing import Batch, PackedRows
-from flare.distributed import World
+from flare.data.training_rows import IGNORE_INDEX
+from flare.distributed.fsdp import is_sharded
+from flare.distributed.process_group import World
 from flare.errors import ConfigError
-from flare.evaluation.batches import Engine
-from flare.evaluation.context import score_tails
-from flare.evaluation.scorer import evaluating
-from flare.loss import IGNORE_INDEX
-from flare.nope.canary import rope_everywhere
-from flare.prefetch import host_tensors, to_device
-from flare.sharding import is_sharded
+from flare.evaluation.scoring.batches import Engine
+from flare.evaluation.scoring.context import score_tails
+from flare.evaluation.scoring.scorer import evaluating
+from flare.model.inputs import host_tensors, to_device
+from flare.nope.canary.measure import rope_everywhere
 
 MAX_DOCUMENTS = 64
 """Long held-out documents that the curve is made of: an evaluation must stay short beside training."""
@@ -29,7 +29,7 @@ class TrainingScorer:
     """Scores with a model as it is trained: its precision, its kernels, its shards.
 
     Args:
-        training_model: ``flare.model.TrainingModel``, on ``device``.
+        training_model: ``flare.model.training_model.TrainingModel``, on ``device``.
     """
 
     def __init__(self, training_model: nn.Module, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
-from flare.files import write_json
+from flare.files import file_name, write_json
 
 DIRECTORY = "unfinished"
 
@@ -54,8 +54,3 @@ def texts_identity(texts: list[str]) -> str:
         data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
-
-
-def file_name(name: str) -> str:
-    """A name as (part of) a file's name."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in Path(name).name)

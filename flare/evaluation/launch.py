@@ -6,21 +6,16 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from flare.card_models import lacks_bf16
 from flare.errors import ConfigError, FlareError, print_error
 from flare.evaluation.options import EvaluationSettings
-from flare.gpus import Selection, select_environment
-from flare.handoff import CARDS_VARIABLE, DEVICE_VARIABLE, worker_hardware
-from flare.hosts import num_nodes
-from flare.launch import (
-    check_torch_sees_cuda,
-    choose_gpus,
-    hardware_of,
-    received,
-    run_agent,
-)
-from flare.run import Hardware
-from flare.worker_errors import end_with_launcher, first_failure, tell_launcher
+from flare.gpus.selection import Selection, select_environment
+from flare.gpus.specs import lacks_bf16
+from flare.launch.agent import received, run_agent
+from flare.launch.hardware import check_torch_sees_cuda, choose_gpus, hardware_of
+from flare.launch.nodes import num_nodes
+from flare.launch.worker_environment import CARDS_VARIABLE, DEVICE_VARIABLE, worker_hardware
+from flare.launch.worker_errors import end_with_launcher, first_failure, tell_launcher
+from flare.run.run import Hardware
 
 
 def start(script: Path, settings: EvaluationSettings, argv: list[str]) -> int:
@@ -73,8 +68,8 @@ def evaluate_here(settings: EvaluationSettings, device: str) -> int:
     """
     import torch
 
-    from flare.distributed import AMPERE
-    from flare.evaluation.batches import ALONE
+    from flare.distributed.process_group import AMPERE
+    from flare.evaluation.scoring.batches import ALONE
     from flare.evaluation.session import Evaluation
     from flare.logs import start_logging
 
@@ -90,18 +85,18 @@ def evaluate_here(settings: EvaluationSettings, device: str) -> int:
 
 def join(settings: EvaluationSettings) -> int:
     """Be one of torchrun's workers. Returns 0, or 3 after a failed data set; errors go to the launcher."""
-    from flare import distributed
+    from flare.distributed import process_group
     from flare.evaluation.session import Evaluation
     from flare.logs import start_logging
 
-    start_logging(distributed.rank_from_environment(), int(os.environ["WORLD_SIZE"]))
+    start_logging(process_group.rank_from_environment(), int(os.environ["WORLD_SIZE"]))
     end_with_launcher()
     try:
         hardware = worker_hardware(settings)
-        world = distributed.start(hardware.use_cuda, settings.ddp_timeout, hardware.gpus)
+        world = process_group.start(hardware.use_cuda, settings.ddp_timeout, hardware.gpus)
         old = any(lacks_bf16(gpu.name) for gpu in hardware.gpus)
         code = Evaluation(with_precision(settings, hardware.use_cuda, old), world, world.device).run()
-        distributed.stop()
+        process_group.stop()
         if code:
             tell_launcher("not everything could be evaluated; the report says what and why", code)
     except FlareError as error:

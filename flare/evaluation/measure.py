@@ -11,20 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from flare import distributed
-from flare.distributed import World
+from flare.distributed import process_group
+from flare.distributed.process_group import World
 from flare.errors import ConfigError, FlareError
-from flare.evaluation.batches import Engine, Progress
-from flare.evaluation.context import beyond_positions, score_context_lengths
 from flare.evaluation.datasets import DatasetRequest
 from flare.evaluation.finished import FinishedParts, model_identity, texts_identity
-from flare.evaluation.generation import generation_samples
-from flare.evaluation.harness import run_lm_eval
-from flare.evaluation.lambada import score_lambada
+from flare.evaluation.lm_eval_tasks import run_lm_eval
 from flare.evaluation.models import Milestone, loaded, probe
 from flare.evaluation.options import EvaluationSettings
-from flare.evaluation.passkey import DEPTHS, make_samples, score_passkey
-from flare.evaluation.perplexity import DatasetScore, score_documents
 from flare.evaluation.results import (
     add_dataset,
     add_failure,
@@ -33,7 +27,13 @@ from flare.evaluation.results import (
     new_results,
     printed_settings,
 )
-from flare.evaluation.scorer import TokenScorer
+from flare.evaluation.scoring.batches import Engine, Progress
+from flare.evaluation.scoring.context import beyond_positions, score_context_lengths
+from flare.evaluation.scoring.generation import generation_samples
+from flare.evaluation.scoring.lambada import score_lambada
+from flare.evaluation.scoring.passkey import DEPTHS, make_samples, score_passkey
+from flare.evaluation.scoring.perplexity import DatasetScore, score_documents
+from flare.evaluation.scoring.scorer import TokenScorer
 from flare.logs import log
 from flare.terminal import columns
 
@@ -205,7 +205,7 @@ class Measurement:
             self.save(self.results)
         if settings.generate_tokens:
             identity = {"tokens": settings.generate_tokens}
-            work = lambda: distributed.on_main(world, self._samples)  # noqa: E731
+            work = lambda: process_group.on_main(world, self._samples)  # noqa: E731
             self.results["samples"] = self._part("samples", "", identity, work)["rows"]
 
     def _samples(self) -> dict:
@@ -222,7 +222,7 @@ class Measurement:
         identity = self.identity | more | {"kind": kind, "texts": self.texts_identity.get(name)}
         title = f"{kind} {name}".strip()
         place = self.place
-        part = distributed.on_main(place.world, lambda: place.parts.read(title, identity))
+        part = process_group.on_main(place.world, lambda: place.parts.read(title, identity))
         if part is not None:
             log.info(f"{self.who.label}, {title}: finished before, taken from {place.parts.directory}")
             return part
@@ -230,7 +230,7 @@ class Measurement:
             part = work()
         except FlareError as error:
             raise PartFailed(str(error)) from error
-        distributed.on_main(place.world, lambda: place.parts.write(title, identity, part))
+        process_group.on_main(place.world, lambda: place.parts.write(title, identity, part))
         return part
 
     def _fail(self, name: str, error: FlareError | str) -> None:
@@ -269,4 +269,4 @@ class Measurement:
     def _throughput(self) -> None:
         add_throughput(self.results, list(self.scores.values()), self.device)
         peak = self.results["throughput"]["peak_memory_bytes"]
-        self.results["throughput"]["peak_memory_bytes"] = int(distributed.all_max([float(peak)])[0])
+        self.results["throughput"]["peak_memory_bytes"] = int(process_group.all_max([float(peak)])[0])

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from flare.distributed import raise_first, rank_from_environment
+from flare.distributed.process_group import raise_first, rank_from_environment
 from flare.errors import ConfigError, FlareError
-from flare.evaluation.fairness import Training, training_of
 from flare.evaluation.options import EvaluationSettings
-from flare.experiment import Experiment
+from flare.evaluation.report.fair_control import Training, training_of
 from flare.hub import read_model_config
 from flare.logs import log
-from flare.metrics_file import recorded_stages
-from flare.nope.canary import hold_to_canary
-from flare.nope.canary_file import CANARY_FILE, check_recorded_layers
-from flare.nope.format import nope_layers_of
+from flare.nope.canary.file import CANARY_FILE, check_recorded_layers
+from flare.nope.canary.measure import hold_to_canary
+from flare.nope.config_json import nope_layers_of
 from flare.nope.load import load_causal_lm, load_tokenizer
 from flare.nope.probe import input_device, probe_nope_layers
+from flare.run.experiment import Experiment
+from flare.run.metrics_file import recorded_stages
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

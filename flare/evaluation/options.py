@@ -4,10 +4,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from flare.command_line import OneLineParser
+from flare.argument_parser import OneLineParser
+from flare.config.validate import parse_lengths
 from flare.errors import ConfigError
-from flare.gpus import parse_gpu_ids
-from flare.option_values import parse_lengths
+from flare.gpus.selection import parse_gpu_ids
 
 DEFAULT_DATASETS = ("wikitext2", "c4", "lambada", "pg19")
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flare.data.encode import tokenizer_sha256
+from flare.data.token_cache.encode import tokenizer_sha256
 from flare.errors import FlareError
-from flare.evaluation.context import num_targets
-from flare.evaluation.corpus import resolve_prefix
 from flare.evaluation.options import EvaluationSettings
-from flare.evaluation.perplexity import DatasetScore
+from flare.evaluation.scoring.context import num_targets
+from flare.evaluation.scoring.perplexity import DatasetScore
+from flare.evaluation.scoring.token_sequences import resolve_prefix
 from flare.files import write_json
 
 SCHEMA_VERSION = 1

@@ -4,26 +4,27 @@ import time
 
 import torch
 
-from flare import distributed
-from flare.distributed import World
+from flare.distributed import process_group
+from flare.distributed.process_group import World
 from flare.errors import ConfigError, DataError, EnvError
 from flare.evaluation.compare import Measured, comparison, comparison_rows, milestone_records, reference_of
 from flare.evaluation.datasets import DatasetRequest, load_texts, parse_name
-from flare.evaluation.fairness import same_training
-from flare.evaluation.figures import Curves, draw_figures, training_length
 from flare.evaluation.finished import FinishedParts, texts_identity
-from flare.evaluation.harness import check_lm_eval
+from flare.evaluation.lm_eval_tasks import check_lm_eval
 from flare.evaluation.measure import Measurement, Place, Task
 from flare.evaluation.models import Milestone, experiment_of, milestones
 from flare.evaluation.options import EvaluationSettings
-from flare.evaluation.recovery import control_curve, recovery_of
-from flare.evaluation.report import report_verdict, write_report
+from flare.evaluation.report.fair_control import same_training
+from flare.evaluation.report.figures import Curves, draw_figures, training_length
+from flare.evaluation.report.recovery import control_curve, recovery_of
+from flare.evaluation.report.report import report_verdict, write_report
+from flare.evaluation.report.tensorboard import write_tensorboard
 from flare.evaluation.results import write_results
-from flare.evaluation.tensorboard import write_tensorboard
-from flare.experiment import check_writable, environment_lines
 from flare.hub import local_model_dir
 from flare.logs import log
-from flare.metrics_file import recorded_stages
+from flare.run.environment_info import environment_lines
+from flare.run.experiment import check_writable
+from flare.run.metrics_file import recorded_stages
 
 EXIT_DATA = DataError.exit_code
 
@@ -38,16 +39,18 @@ class Evaluation:
     def __init__(self, settings: EvaluationSettings, world: World, device: torch.device | None) -> None:
         self.settings, self.world = settings, world
         if settings.lm_eval_tasks:
-            distributed.on_main(world, lambda: check_lm_eval(settings.lm_eval_tasks))
-        distributed.on_main(world, lambda: check_writable("--output_dir", settings.output_dir))
+            process_group.on_main(world, lambda: check_lm_eval(settings.lm_eval_tasks))
+        process_group.on_main(world, lambda: check_writable("--output_dir", settings.output_dir))
         self.parts = FinishedParts(settings.output_dir)
         self.place = Place(world, device, self.parts)
         names = [settings.model_path, *settings.compare_to]
         # Rank 0 downloads, the others find it done.
-        distributed.on_main(world, lambda: [str(local_model_dir(n, settings.cache_dir)) for n in names])
+        process_group.on_main(world, lambda: [str(local_model_dir(n, settings.cache_dir)) for n in names])
         self.milestones = milestones([local_model_dir(n, settings.cache_dir) for n in names], names)
         self.results_file = settings.output_dir / "evaluation_results.json"
-        self.environment = distributed.on_main(world, _environment)  # asks git and nvidia-smi: once, not once a model
+        self.environment = process_group.on_main(
+            world, _environment
+        )  # asks git and nvidia-smi: once, not once a model
 
     def run(self) -> int:
         """Evaluate and report; 3 when a data set could not be had or scored, else 0."""
@@ -55,7 +58,7 @@ class Evaluation:
         model = self._measure(self.milestones[0], task, with_extras=True)
         results = model.results
         others = [self._measure_other(who, task, results) for who in self.milestones[1:]]
-        distributed.on_main(self.world, lambda: self._conclude(model, others, not task.failed))
+        process_group.on_main(self.world, lambda: self._conclude(model, others, not task.failed))
         return EXIT_DATA if task.failed else 0
 
     def _load_task(self) -> Task:
@@ -81,8 +84,8 @@ class Evaluation:
             texts.extend(load_texts(request, settings.max_samples_per_dataset, settings.data_mirror))
             return texts_identity(texts)
 
-        expected = distributed.on_main(self.world, read)
-        found = distributed.together(self.world, lambda: expected if self.world.is_main else read())
+        expected = process_group.on_main(self.world, read)
+        found = process_group.together(self.world, lambda: expected if self.world.is_main else read())
         if set(found) != {expected}:
             raise DataError(f"data set {request.name!r} is not the same on every process")
         return texts
@@ -105,7 +108,7 @@ class Evaluation:
         return measured
 
     def _save(self, results: dict) -> None:
-        distributed.on_main(self.world, lambda: write_results(results, self.results_file))
+        process_group.on_main(self.world, lambda: write_results(results, self.results_file))
 
     # -- comparison and report -----------------------------------------------------------------------
 

@@ -22,13 +22,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flare.errors import CheckpointError
+from flare.errors import CheckpointError, is_out_of_memory
 from flare.hub import read_model_config
 from flare.nope import modeling_nope
-from flare.nope.format import FAMILIES, is_export, nope_layers_of, refuse_foreign_code, says_which_layers, weight_files
+from flare.nope.config_json import (
+    FAMILIES,
+    is_export,
+    nope_layers_of,
+    refuse_foreign_code,
+    says_which_layers,
+    weight_files,
+)
 from flare.nope.layers import format_layers
 from flare.nope.probe import verify_nope
-from flare.phase import is_out_of_memory
 
 OWN_TYPES = {f"{family}_nope": name for family, name in FAMILIES.items()}
 

@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 from flare.errors import ConfigError
 from flare.hub import read_model_config
 from flare.nope import modeling_nope
-from flare.nope.format import FAMILIES, depth_of, family_of, nope_layers_of, with_nope, write_config
+from flare.nope.config_json import FAMILIES, depth_of, family_of, nope_layers_of, with_nope, write_config
 from flare.nope.layers import format_layers, parse_layers
 from flare.nope.probe import verify_nope
-from flare.nope.shards import Change, check_weights, transfer_weights
 from flare.nope.staging import copy_companions, new_directory
 from flare.nope.temperature import check_temperature, fold_temperature
-from flare.nope.tensors import query_tensors, tensor_names
+from flare.nope.tensor_names import query_tensors, tensor_names
+from flare.nope.weight_files import Change, check_weights, transfer_weights
 
 NOPE_CAUSAL_LM = {
     modeling_nope.Qwen2ForCausalLM: modeling_nope.Qwen2NopeForCausalLM,

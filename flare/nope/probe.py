@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from flare.errors import CheckpointError
-from flare.nope.format import nope_layers_of
+from flare.nope.config_json import nope_layers_of
 from flare.nope.layers import format_layers
 
 PROBE_TOKENS = 8

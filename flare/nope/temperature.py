@@ -10,7 +10,7 @@ import math
 import torch
 
 from flare.errors import CheckpointError, ConfigError
-from flare.nope.tensors import query_tensors
+from flare.nope.tensor_names import query_tensors
 
 
 def check_temperature(beta: float) -> float:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from flare.checkpoint import list_checkpoints
+from flare.checkpoint.directory import list_checkpoints
 
 STEPS = 8
 SAVE_EVERY = 2

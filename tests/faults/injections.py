@@ -56,7 +56,7 @@ def _halve_newest(root: Path) -> None:
 
 def die_at_step(step: int) -> None:
     """SIGKILL this process in the middle of a step: the backward pass is done, the update is not."""
-    from flare.trainer import Trainer
+    from flare.train.trainer import Trainer
 
     learning_rate = Trainer._learning_rate
 
@@ -87,7 +87,7 @@ def record_rows(path: str, then: list | None = None) -> None:
 
 def slow_save(seconds: float) -> None:
     """Each checkpoint takes this long."""
-    from flare.saving import Saver
+    from flare.train.saver import Saver
 
     checkpoint = Saver.checkpoint
 
@@ -101,7 +101,7 @@ def slow_save(seconds: float) -> None:
 
 def slow_evaluation(seconds: float) -> None:
     """Each evaluation takes this long, on all ranks."""
-    from flare import trainer
+    from flare.train import trainer
 
     evaluate_rows = trainer.evaluate_rows
 
@@ -128,9 +128,9 @@ def hang_in_step(step: int, rank: int = 0) -> None:
 
 def pause_in_save(step: int, marker: str, seconds: float) -> None:
     """The checkpoint of this step waits when its tensors are written and its manifest is not; ``marker`` says so."""
-    from flare import checkpoint
+    from flare.checkpoint import directory
 
-    commit = checkpoint._commit
+    commit = directory._commit
 
     def pausing(part: Path, *arguments: object) -> None:
         if part.name == f".tmp-checkpoint-{step}":
@@ -138,21 +138,21 @@ def pause_in_save(step: int, marker: str, seconds: float) -> None:
             time.sleep(seconds)
         commit(part, *arguments)
 
-    checkpoint._commit = pausing
+    directory._commit = pausing
 
 
 def die_in_save(step: int) -> None:
     """SIGKILL this process when the tensors of this step's checkpoint are written and its manifest is not."""
-    from flare import checkpoint
+    from flare.checkpoint import directory
 
-    commit = checkpoint._commit
+    commit = directory._commit
 
     def dying(part: Path, *arguments: object) -> None:
         if part.name == f".tmp-checkpoint-{step}":
             os.kill(os.getpid(), signal.SIGKILL)
         commit(part, *arguments)
 
-    checkpoint._commit = dying
+    directory._commit = dying
 
 
 def limit_memory(module: str, function: str, mib: int) -> None:
@@ -191,9 +191,9 @@ def set_umask(umask: int) -> None:
 
 def poison_gradients(step: int) -> None:
     """The gradients of one step (from 1) are infinite, as those of a broken kernel."""
-    from flare import distributed
+    from flare.distributed import ddp
 
-    clip, calls = distributed.clip_gradients, 0
+    clip, calls = ddp.clip_gradients, 0
 
     def poisoned(parameters: list, max_norm: float) -> object:
         nonlocal calls
@@ -202,4 +202,4 @@ def poison_gradients(step: int) -> None:
             parameters[0].grad.fill_(float("inf"))
         return clip(parameters, max_norm)
 
-    distributed.clip_gradients = poisoned
+    ddp.clip_gradients = poisoned

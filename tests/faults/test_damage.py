@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flare import checkpoint_cli
-from flare.checkpoint import Checkpoint
+from flare.checkpoint import __main__ as checkpoint_command
+from flare.checkpoint.directory import Checkpoint
 from flare.errors import CheckpointError
 from tests.faults.conftest import run_flags
 from tests.faults.harness import STEPS, complete_steps, digest, stage
@@ -80,7 +80,7 @@ def test_damage_is_found_and_named(run: Path, capsys: pytest.CaptureFixture, fil
     if (file, damage) == ("manifest.json", "a bit flipped"):  # may hit a field that says nothing about the files
         return
     with pytest.raises(CheckpointError, match="1 of 2 checkpoints are not whole"):
-        checkpoint_cli.main(["verify", str(run)])
+        checkpoint_command.main(["verify", str(run)])
     table = capsys.readouterr().out
     assert f"NOT WHOLE: {file}" in table
     assert "complete, every hash is right" in table
@@ -206,17 +206,17 @@ def assert_history_is_whole(run: Path) -> None:
 
 
 def test_list_and_verify_tell_what_is_there(run: Path, capsys: pytest.CaptureFixture) -> None:
-    assert checkpoint_cli.main(["list", str(run)]) == 0
+    assert checkpoint_command.main(["list", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [["checkpoint-2", "128"], ["checkpoint-4", "256"]]
     assert all(line.endswith("complete") for line in lines[1:])
-    assert checkpoint_cli.main(["verify", str(run / "checkpoints")]) == 0
-    assert checkpoint_cli.main(["verify", str(run / "checkpoints" / "checkpoint-4")]) == 0
+    assert checkpoint_command.main(["verify", str(run / "checkpoints")]) == 0
+    assert checkpoint_command.main(["verify", str(run / "checkpoints" / "checkpoint-4")]) == 0
     (run / "checkpoints" / "checkpoint-4" / "manifest.json").unlink()
-    assert checkpoint_cli.main(["list", str(run)]) == 0
+    assert checkpoint_command.main(["list", str(run)]) == 0
     assert "NOT WHOLE: manifest.json is missing" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="no checkpoint-N in"):
-        checkpoint_cli.main(["list", str(run / "logs")])
+        checkpoint_command.main(["list", str(run / "logs")])
 
 
 def test_a_manifest_that_is_changed_is_found(run: Path) -> None:

@@ -21,7 +21,7 @@ def test_a_hanging_process_is_ended_with_its_stacks(zygote: Zygote, flags: list[
     assert stage(run)["error"] in error
     stacks = (run / "logs" / "stacks-rank0.txt").read_text()
     assert "in hanging" in stacks
-    assert "flare/trainer.py" in stacks
+    assert "flare/train/trainer.py" in stacks
     assert "did not end within" in (run / "training.log").read_text()
     assert complete_steps(run) == [2, 4]
     again = zygote.run(*flags)
@@ -43,7 +43,7 @@ def assert_told_with_stacks(ended: Ended, run: Path, pids: dict[int, int]) -> No
     assert ended.returncode == 5
     assert stage(run)["error"] in ended.errors[0]
     for rank, pid in pids.items():
-        assert "flare/trainer.py" in (run / "logs" / f"stacks-rank{rank}.txt").read_text()
+        assert "flare/train/trainer.py" in (run / "logs" / f"stacks-rank{rank}.txt").read_text()
         assert not Path(f"/proc/{pid}").exists()
 
 

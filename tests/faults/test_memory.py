@@ -27,9 +27,9 @@ def large_flags(flags: list[str], large: Path) -> list[str]:
 
 
 PHASES = {
-    "loading the model": ("flare.session", "Session._build"),
-    "training": ("flare.trainer", "Trainer._step"),
-    "evaluating": ("flare.trainer", "Trainer._evaluate"),
+    "loading the model": ("flare.train.session", "Session._build"),
+    "training": ("flare.train.trainer", "Trainer._step"),
+    "evaluating": ("flare.train.trainer", "Trainer._evaluate"),
 }
 
 

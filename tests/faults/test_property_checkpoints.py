@@ -16,13 +16,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flare import checkpoint_cli
-from flare.checkpoint import Checkpoint, clean_leftovers, list_checkpoints, newest_complete, prune, write_checkpoint
-from flare.distributed import World
+from flare.checkpoint import __main__ as checkpoint_command
+from flare.checkpoint.directory import (
+    Checkpoint,
+    clean_leftovers,
+    list_checkpoints,
+    newest_complete,
+    prune,
+    write_checkpoint,
+)
+from flare.checkpoint.tensor_files import TensorReader
+from flare.distributed.process_group import World
 from flare.errors import CheckpointError
-from flare.experiment import Experiment
 from flare.files import write_json
-from flare.tensor_files import TensorReader
+from flare.run.experiment import Experiment
 
 STEPS = (2, 4)
 Files = dict[str, bytes]
@@ -234,7 +241,7 @@ def told(command: str, root: Path) -> tuple[int, str]:
     """(exit code, error) of ``python -m flare.checkpoint``; its table goes nowhere."""
     with redirect_stdout(StringIO()):
         try:
-            return checkpoint_cli.main([command, str(root)]), ""
+            return checkpoint_command.main([command, str(root)]), ""
         except CheckpointError as error:
             return error.exit_code, str(error)
 

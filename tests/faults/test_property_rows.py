@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flare.data import file_facts, files
-from flare.data.documents import BadRows, usable_texts
-from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
+from flare.data.sources import file_hashes, files
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.documents import BadRows, usable_texts
+from flare.data.sources.open import open_source
 from flare.errors import FlareError
 from tests.faults.changes import CHANGES, changed
 
@@ -40,7 +40,7 @@ def read(directory: Path, name: str, content: bytes, piece_bytes: int = 2**25) -
     file.write_bytes(content)
     bad = BadRows()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (file_facts, files):
+        for module in (file_hashes, files):
             patch.setattr(module, "piece_bytes", lambda size: piece_bytes)
         source = open_source(SourceSpec(str(file)), directory)
         source.memo_dir = None

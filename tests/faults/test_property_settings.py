@@ -11,13 +11,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from flare.config import resolve
+from flare.config.config_file import parse_jsonc
+from flare.config.options import FIELDS, SECTIONS
+from flare.config.parse import resolve
 from flare.errors import ConfigError, EnvError, FlareError
-from flare.gpus import GpuRequest, parse_gpu_ids, select_gpus
-from flare.jsonc import parse_jsonc
+from flare.gpus.nvidia_smi import Gpu, query_gpus
+from flare.gpus.selection import GpuRequest, parse_gpu_ids, select_gpus
 from flare.nope.layers import format_layers, parse_layers
-from flare.nvidia_smi import Gpu, query_gpus
-from flare.options import FIELDS, SECTIONS
 from tests.fake_nvidia_smi import install_raw
 from tests.faults.changes import CHANGES, changed
 

@@ -14,7 +14,14 @@ import traceback
 from flare.logs import quiet_torchao
 from tests.faults import injections
 
-IMPORTED = ("flare.worker", "flare.launch", "flare.plan", "flare.plan_table", "flare.data.build", "tensorboard")
+IMPORTED = (
+    "flare.train.worker",
+    "flare.launch.launch",
+    "flare.plan.plan",
+    "flare.plan.table",
+    "flare.data.token_cache.build",
+    "tensorboard",
+)
 
 
 def main() -> None:

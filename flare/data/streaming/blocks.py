@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flare.data.streaming.place import Place
+from flare.data.streaming.position import Place
 
 
 @dataclass

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flare.data.documents import BadRows
+from flare.data.sources.documents import BadRows
 from flare.data.streaming.messages import Segment
-from flare.data.streaming.place import Cursor, Place, lane_pieces
+from flare.data.streaming.position import Cursor, Place, lane_pieces
 
 QUEUED_SEGMENTS = 2
 """Segments that a lane has ready at most, some 2 MB each."""

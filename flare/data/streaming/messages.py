@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flare.data.documents import BadRows
-from flare.data.rows import Piece
-from flare.data.streaming.place import Place
+from flare.data.sources.base import Piece
+from flare.data.sources.documents import BadRows
+from flare.data.streaming.position import Place
 
 WINDOW_BLOCKS = 3
 """Full blocks on disk at most, one that is being made among them: a step's rows may lie in three (the end of one, a

@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from flare.data.cache_dir import default_cache_dir
 from flare.data.mixture import MixedRows, Turns, block_counts, check_weights, seed_of
 from flare.data.packing import PackedRows
-from flare.data.rows import SourceSpec
-from flare.data.sources import open_source
+from flare.data.sources.base import SourceSpec
+from flare.data.sources.open import open_source
+from flare.data.streaming.held_out import StreamedCorpus, open_streamed
 from flare.data.streaming.rows import KEPT_STEPS, StreamedRows, StreamSettings
-from flare.data.streaming.survey import StreamedCorpus, open_streamed
-from flare.data.tokens import TokenSettings, default_cache_dir
-from flare.data.train_rows import Batch, TrainRows
-from flare.distributed import World
+from flare.data.token_cache.cache import TokenSettings
+from flare.data.training_rows import Batch, TrainRows
+from flare.distributed.process_group import World
 from flare.errors import ConfigError, FlareError
 
 

@@ -7,10 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from flare.data.file_formats import LineRange, WholeFile, holds_lines, kind_of
-from flare.data.files import MAX_LISTED_FILES, FileSource, row_groups
-from flare.data.hub_sets import HubSource
-from flare.data.rows import PIECE_BYTES, Piece, Row, Source, gather, reading_data
+from flare.data.sources.base import PIECE_BYTES, Piece, Row, Source, gather, reading_data
+from flare.data.sources.file_formats import LineRange, WholeFile, holds_lines, kind_of
+from flare.data.sources.files import MAX_LISTED_FILES, FileSource, row_groups
+from flare.data.sources.hub import HubSource
 
 ENOUGH_PIECES = 128
 """A small corpus is cut into so many pieces, so that the lanes have something to take turns with."""

@@ -11,14 +11,14 @@ import sys
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
-from flare.data.build import check_bad_rows, too_many_bad
-from flare.data.child import Child, ignore_stop_signals
-from flare.data.documents import BadRows
-from flare.data.rows import OTHER_CACHE_DIR
+from flare.child_process import Child, ignore_stop_signals
+from flare.data.sources.base import OTHER_CACHE_DIR
+from flare.data.sources.documents import BadRows
 from flare.data.streaming.blocks import BlockWriter
 from flare.data.streaming.lanes import Item, Lane
 from flare.data.streaming.messages import WINDOW_BLOCKS, Order, Segment
-from flare.data.streaming.place import Cursor, Place
+from flare.data.streaming.position import Cursor, Place
+from flare.data.token_cache.build import check_bad_rows, too_many_bad
 from flare.errors import DataError, EnvError, FlareError
 
 MOST_BLOCKS = 8

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from flare import distributed
 from flare.data.order import permutation
 from flare.data.packing import PackedRows
+from flare.data.streaming.block_store import Making, Waiting, Window
 from flare.data.streaming.blocks import Block
+from flare.data.streaming.held_out import StreamedCorpus
 from flare.data.streaming.messages import WINDOW_BLOCKS, Job, Order
-from flare.data.streaming.place import Place
-from flare.data.streaming.survey import StreamedCorpus
-from flare.data.streaming.window import Making, Waiting, Window
-from flare.data.train_rows import Batch, TrainRows
-from flare.distributed import World
+from flare.data.streaming.position import Place
+from flare.data.training_rows import Batch, TrainRows
+from flare.distributed import process_group
+from flare.distributed.process_group import World
 
 KEPT_STEPS = 4
 """Steps behind the one that is read whose rows stay: a rank reads one step ahead, and a card's host may be two steps
@@ -78,7 +78,7 @@ class StreamedRows(TrainRows):
         window = Window(self.settings.cache_dir) if world.local_rank == 0 else None
         if window:
             self.source = Making(self._order(place, window, step_rows), window)
-        windows = distributed.gather_objects(window and str(window.directory))
+        windows = process_group.gather_objects(window and str(window.directory))
         if not window:
             self.source = Waiting(Path(windows[world.rank - world.local_rank]))
 

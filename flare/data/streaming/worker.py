@@ -13,13 +13,12 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from flare.data.child import ignore_stop_signals
-from flare.data.documents import BadRows, text_hash, usable_texts
-from flare.data.encode import Encoder, batches
-from flare.data.rows import Row, read_rows
+from flare.child_process import end_with_parent, ignore_stop_signals
+from flare.data.sources.base import Row, read_rows
+from flare.data.sources.documents import BadRows, text_hash, usable_texts
 from flare.data.streaming.messages import Job, Segment
+from flare.data.token_cache.encode import Encoder, batches
 from flare.errors import FlareError
-from flare.parent import end_with_parent
 
 NICENESS = 10
 """Training's own processes go first where there are fewer cores than work."""

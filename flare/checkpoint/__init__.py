@@ -1,0 +1,1 @@
+"""Checkpoints on disk. ``python -m flare.checkpoint`` lists and verifies them."""

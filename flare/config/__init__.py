@@ -1,0 +1,1 @@
+"""Options: declared once, parsed from the command line and JSON files, validated together."""

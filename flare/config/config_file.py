@@ -1,0 +1,171 @@
+"""A config file: one configuration, or named ones that ``--config FILE#NAME`` chooses from."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flare.config.options import FIELDS, SECTIONS
+from flare.config.validate import checked, other_tools_name
+from flare.errors import ConfigError, first_line, nearest, one_line
+
+
+@dataclass
+class ConfigFile:
+    """What a config file says, checked."""
+
+    name: str  # as errors and sources call it: FILE or FILE#NAME, without directories
+    values: dict[str, Any] = field(default_factory=dict)
+    by_stage: dict[str, dict[str, Any]] = field(default_factory=dict)  # of its "stages" blocks: "1", "2"
+
+
+def read_config_file(typed: str, problems: list[str]) -> ConfigFile:
+    """The configuration that ``--config FILE`` or ``--config FILE#NAME`` names; mistakes go to ``problems``."""
+    path, wanted = split_name(typed)
+    file = ConfigFile(path.name if wanted is None else f"{path.name}#{wanted}")
+    try:
+        content = choose_block(read_jsonc(path), typed, wanted)
+    except ConfigError as error:
+        problems.append(str(error))
+        return file
+    if not isinstance(content, dict):
+        problems.append(f"{file.name} must hold an object {{...}}, got {type(content).__name__}")
+        return file
+    stages = content.pop("stages", {})
+    file.values = checked_block(content, file.name, problems)
+    if not isinstance(stages, dict):
+        problems.append(f'stages in {file.name} must be an object {{"1": {{...}}, "2": {{...}}}}')
+        return file
+    for stage, block in stages.items():
+        if stage not in ("1", "2"):
+            problems.append(f'unknown key "{one_line(stage)}" in {file.name} under stages; stages are "1" and "2"')
+            continue
+        file.by_stage[stage] = checked_block(block, f"{file.name}: stages.{stage}", problems)
+        if "stage" in file.by_stage[stage]:
+            problems.append(f"stage in {file.name}: stages.{stage} says it again; leave it out there")
+    return file
+
+
+def split_name(typed: str) -> tuple[Path, str | None]:
+    """(path, block's name or None) of ``FILE#NAME``; a file whose own name holds a # is taken as it is."""
+    path, separator, name = typed.rpartition("#")
+    if not separator or is_there(Path(typed)):
+        return Path(typed), None
+    return Path(path), name
+
+
+def choose_block(content: Any, typed: str, wanted: str | None) -> Any:
+    """The block of this name, or the whole file when none is wanted.
+
+    Raises: ConfigError that lists the names when a file of blocks is not asked for one that it has.
+    """
+    blocks = content if isinstance(content, dict) and _holds_blocks(content) else {}
+    names = ", ".join(map(one_line, blocks))
+    path = typed if wanted is None else typed.removesuffix(f"#{wanted}")
+    if wanted is None:
+        if blocks:
+            raise ConfigError(f"--config {typed} holds several configurations; choose one with #NAME: {names}")
+        return content
+    if not blocks:
+        raise ConfigError(f"--config {typed}: {path} holds one configuration without a name; leave #{wanted} out")
+    if wanted not in blocks:
+        what = f"has no {wanted!r}{nearest(wanted, blocks)}" if wanted else "needs a name"
+        raise ConfigError(f"--config {path}#NAME {what}; names: {names}")
+    return blocks[wanted]
+
+
+def _holds_blocks(content: dict[str, Any]) -> bool:
+    """Whether all keys are names of configurations: none is an option or a section, all hold objects."""
+    known = {*FIELDS, *SECTIONS, "stages"}
+    return bool(content) and all(isinstance(v, dict) and k not in known for k, v in content.items())
+
+
+def checked_block(block: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    """Flatten one object of the file: options may lie in their section or beside the sections."""
+    if not isinstance(block, dict):
+        problems.append(f"{where} must be an object {{...}}")
+        return {}
+    flat: dict[str, Any] = {}
+    paths: dict[str, str] = {}
+    for key, value in block.items():
+        if key in SECTIONS and not isinstance(value, dict):
+            problems.append(f'"{key}" in {where} must be an object {{...}}')
+            continue
+        inside = value.items() if key in SECTIONS else [(key, value)]
+        for name, item in inside:
+            path = f"{key}.{name}" if key in SECTIONS else name
+            if name not in FIELDS:
+                meant = other_tools_name(name) or nearest(name, FIELDS)
+                problems.append(f'unknown key "{one_line(path)}" in {where}{meant}')
+            elif key in SECTIONS and FIELDS[name].metadata["section"] != key:
+                section = FIELDS[name].metadata["section"]
+                problems.append(f'"{path}" in {where}: {name} belongs under "{section}"')
+            elif name in flat:
+                problems.append(f'"{name}" is given twice in {where} ({paths[name]} and {path})')
+            else:
+                flat[name], paths[name] = item, path
+    return checked(flat, lambda n: f"{where}: {paths[n]}", problems)
+
+
+COMMENT_OR_STRING = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
+
+
+def read_jsonc(path: Path) -> Any:
+    """The value in ``path``. Comments are blanked, not cut, so that positions in errors stay true.
+
+    Raises: ConfigError for a file that is missing, a directory, empty, not UTF-8 or not JSON.
+    """
+    shown = one_line(str(path))
+    if not is_there(path):
+        raise ConfigError(f"config not found: {shown} (looked in {Path.cwd()})")
+    if path.is_dir():
+        raise ConfigError(f"config is a directory: {shown}; give a .json file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # an editor's byte order mark is no mistake of the user
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {shown}: {error.strerror}") from error
+    if not text.strip():
+        raise ConfigError(f"{shown} is empty; write at least {{}}")
+    return parse_jsonc(text, path.name)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or directory of this name, which may be no possible one."""
+    try:
+        return path.exists()
+    except OSError:  # far too long
+        return False
+
+
+def parse_jsonc(text: str, name: str) -> Any:
+    """The value of ``text``; ``name`` is what errors call it."""
+    plain = COMMENT_OR_STRING.sub(lambda m: m[0] if m[0][0] == '"' else " " * len(m[0]), text)
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                lines = [str(i) for i, line in enumerate(plain.splitlines(), 1) if f'"{key}"' in line]
+                where = f" (line{'s' * (len(lines) > 1)} {' and '.join(lines)})" if lines else ""
+                raise ConfigError(f'{name}: key "{one_line(key)}" appears twice{where}')
+        return dict(pairs)
+
+    def no_constant(word: str) -> None:
+        raise ConfigError(f"{name}: {word} is not JSON; give a number")
+
+    try:
+        return json.loads(plain, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name} line {error.lineno} column {error.colno}: {_reason(plain, error)}") from error
+    except (ValueError, RecursionError) as error:  # numbers or nesting beyond all measure
+        raise ConfigError(f"{name} cannot be read: {first_line(error)}") from error
+
+
+def _reason(text: str, error: json.JSONDecodeError) -> str:
+    before = text[: error.pos].rstrip()
+    comma_last = before.endswith(",") or text[error.pos : error.pos + 1] == ","
+    closes = re.match(r"[,\s]*[}\]]", text[error.pos :])
+    return "trailing comma is not JSON" if comma_last and closes else error.msg

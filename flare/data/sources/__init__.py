@@ -1,0 +1,1 @@
+"""Where documents come from: files, folders, hub data sets, the embedded corpus."""

@@ -1,0 +1,245 @@
+"""The one module that knows about processes. Every helper is right at world size 1, so no caller asks.
+
+Ranks come from torchrun's environment. CPU runs use gloo, CUDA runs nccl.
+"""
+
+import functools
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from flare.distributed.preflight import LIMIT_SEC, check_fabric, meet
+from flare.errors import ConfigError, EnvError, FlareError, first_line, is_out_of_memory, while_phase
+from flare.gpus.nvidia_smi import Gpu
+from flare.gpus.selection import check_card
+
+T = TypeVar("T")
+
+LOST_PEER = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+"""Of the errors of gloo and of NCCL."""
+AMPERE = (8, 0)
+"""The first compute capability that has bf16."""
+WAIT_HOURS = 12
+"""How long ranks wait for what rank 0 does alone: a large checkpoint on a slow disk takes long, and is no hang."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    store: dist.Store | None = None  # of several ranks: what they tell each other outside collectives
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def rank_from_environment() -> int:
+    """This process's rank as torchrun tells it; 0 for a single process."""
+    return int(os.environ.get("RANK", 0))
+
+
+def start(
+    use_cuda: bool,
+    timeout_sec: int,
+    planned: Sequence[Gpu] = (),
+    fabric_limit_sec: float = LIMIT_SEC,
+    needs_bf16: bool = False,
+) -> World:
+    """Bind this process to its card and join the process group (none for a single process).
+
+    Args:
+        timeout_sec: of the run's collectives.
+        planned: the cards of the plan, in the order of local ranks; nothing is compared when empty.
+        fabric_limit_sec: of the trial all-reduce.
+        needs_bf16: the run computes in it.
+
+    Raises: EnvError for another card than planned, one without bf16 where it is needed, or processes
+        that do not reach each other.
+    """
+    rank, local_rank = rank_from_environment(), int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        bind_card(local_rank, planned, needs_bf16)
+    store = None
+    if size > 1:
+        store, rank, size = meet(timeout_sec)
+        check_fabric(store, rank, size, device, fabric_limit_sec)
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            store=dist.PrefixStore("run", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_sec),
+            device_id=device if use_cuda else None,
+        )
+    return World(rank, local_rank, size, device, store)
+
+
+def bind_card(local_rank: int, planned: Sequence[Gpu], needs_bf16: bool = False) -> None:
+    """Use the card of this local rank, if it is the one of the plan. Nothing is allocated on it before.
+
+    Raises: EnvError when there is no such card, or another one, or one that lacks the bf16 that the run needs.
+    """
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise EnvError(
+            f"local rank {local_rank} has no card: torch sees {count} "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}); see nvidia-smi and dmesg"
+        )
+    torch.cuda.set_device(local_rank)
+    if planned:
+        card = torch.cuda.get_device_properties(local_rank)
+        check_card(planned[local_rank], card.name, str(card.uuid))
+    if needs_bf16 and (capability := torch.cuda.get_device_capability(local_rank)) < AMPERE:
+        raise EnvError(
+            f"{torch.cuda.get_device_name(local_rank)} has no bf16 (compute capability {capability[0]}."
+            f"{capability[1]}, below {AMPERE[0]}.{AMPERE[1]}); use --precision fp16"
+        )
+
+
+def check_agreement(world: World, settings: dict[str, object]) -> None:
+    """Every rank of the run has the same settings. A collective: all ranks raise, or none.
+
+    Raises: ConfigError naming the first setting that differs, with two ranks and their hosts.
+    """
+    everyone = gather_objects((socket.gethostname(), settings))
+    host, first = everyone[0]
+    for rank, (other_host, other) in enumerate(everyone):
+        for name, value in first.items():
+            if other[name] != value:
+                raise ConfigError(
+                    f"ranks differ in {name}: {value!r} on rank 0 ({host}), {other[name]!r} on rank {rank} "
+                    f"({other_host}); give every host the same command, with the value spelled out"
+                )
+
+
+def stop() -> None:
+    """Leave the process group, when all ranks have come to the end."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        _waiting_group.cache_clear()
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End a worker that has closed its files, without the interpreter's own shutdown.
+
+    A thread of gloo's may still have a reduced tensor to drop, for which it needs the interpreter; one that is
+    shutting down ends the thread in a way that C++ answers with SIGABRT (seen with FSDP2 on two busy cores).
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _device() -> torch.device:
+    backend = dist.get_backend() if dist.is_initialized() else "gloo"
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+
+
+def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, summed over ranks. On a card it is only queued: no host sync."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_max(values: list[float]) -> list[float]:
+    """Maxima over ranks, in float64."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_objects(item: object) -> list:
+    """Every rank's (small, picklable) object, on every rank, by rank."""
+    if not dist.is_initialized():
+        return [item]
+    items: list = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item, group=_waiting_group())
+    return items
+
+
+def scatter_objects(items: list | None) -> object:
+    """This rank's item of rank 0's list, which has a (picklable) one for each rank; the others give None."""
+    if not dist.is_initialized():
+        return items[0]
+    received: list = [None]
+    dist.scatter_object_list(received, items, src=0, group=_waiting_group())
+    return received[0]
+
+
+@functools.cache
+def _waiting_group() -> dist.ProcessGroup:
+    """A gloo group in which ranks may wait for hours while rank 0 saves: ``--ddp_timeout`` is for training."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=WAIT_HOURS))
+
+
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Do something on rank 0 only; its (small, picklable) result or its error reaches every rank.
+
+    A collective: every rank calls it. So all ranks go on together or fail together.
+    """
+    return together(world, lambda: work() if world.is_main else None)[0]
+
+
+def together(world: World, work: Callable[[], T]) -> list[T]:
+    """Do something on every rank; everyone's (small, picklable) result, by rank. A collective.
+
+    Raises: on every rank the same error, that of the first rank that failed.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except FlareError as error:
+        failure = error
+    except Exception as error:  # whatever it is: the others must not wait for a rank that is gone
+        if is_out_of_memory(error):
+            failure = FlareError(f"rank {world.rank} ran out of memory{while_phase()} ({first_line(error)})")
+        elif isinstance(error, OSError):
+            failure = EnvError(str(error))
+        else:
+            failure = FlareError(f"rank {world.rank}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+    results, failures = zip(*gather_objects((result, failure)), strict=True)
+    _raise_first_of(failures)
+    return list(results)
+
+
+def raise_first(failure: Exception | None) -> None:
+    """Raise on every rank what failed on the first rank that failed, if any did. A collective."""
+    _raise_first_of(gather_objects(failure))
+
+
+def _raise_first_of(failures: Sequence[Exception | None]) -> None:
+    for failure in failures:
+        if failure is not None:
+            raise failure

@@ -1,0 +1,1 @@
+"""What an evaluation says: comparison, verdict, Markdown report, plots, TensorBoard."""

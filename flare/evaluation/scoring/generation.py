@@ -1,0 +1,106 @@
+"""What a model writes: greedy and seeded samples of fixed prompts, and how much it repeats itself."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from flare.evaluation.scoring.scorer import evaluating
+from flare.nope.probe import input_device
+
+PROMPTS = (
+    "The most important thing about a good tool is",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
+    "In the year 1905, a clerk at the patent office in Bern",
+    "The list of primes below thirty is: 2, 3, 5,",
+)
+GREEDY = {"do_sample": False}
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
+NGRAM = 4
+
+
+def generation_samples(model: nn.Module, tokenizer, new_tokens: int, seed: int = 0) -> list[dict]:
+    """Each prompt continued twice: by the first choice always, and by chance with a seed.
+
+    Returns: ``{"prompt", "greedy", "greedy_repetition", "sampled", "sampled_repetition"}`` per prompt; the
+    repetition rate is of the new tokens.
+    """
+    rows = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, verbose=False)["input_ids"]
+        row = {"prompt": prompt}
+        for name, settings in (("greedy", GREEDY), ("sampled", SAMPLED)):
+            torch.manual_seed(seed)
+            (new_ids,) = generate(model, tokenizer, [ids], settings | {"max_new_tokens": new_tokens})
+            row[name] = tokenizer.decode(new_ids, skip_special_tokens=True)
+            row[f"{name}_repetition"] = repetition_rate(new_ids)
+        rows.append(row)
+    return rows
+
+
+def repetition_rate(ids: list[int], n: int = NGRAM) -> float:
+    """Share of the n-grams of tokens that have stood before: 0 nothing, near 1 a loop.
+
+    Source: Welleck et al. 2019 (arXiv 1908.04319), seq-rep-4.
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def greedy_texts(
+    model: nn.Module, tokenizer, prompts: list[list[int]], settings: dict, enough: list[str] | None = None
+) -> list[str]:
+    """The texts that follow the prompts; a text ends early once it contains its entry of ``enough``."""
+    stop = _Contains(tokenizer, max(map(len, prompts)), enough) if enough else None
+    return [
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in generate(model, tokenizer, prompts, settings, stop)
+    ]
+
+
+def generate(
+    model: nn.Module, tokenizer, prompts: list[list[int]], settings: dict, stop: StoppingCriteria | None = None
+) -> list[list[int]]:
+    """New tokens of each prompt, up to the end-of-text token. Prompts are padded on the left.
+
+    The model's own generation_config (an instruct model's repetition penalty, temperature) plays no part.
+    """
+    end = tokenizer.eos_token_id
+    longest = max(map(len, prompts))
+    device = input_device(model)
+    pad = end if end is not None else 0
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    with evaluating(model), _own_settings_aside(model):
+        output = model.generate(
+            input_ids,
+            attention_mask=mask,
+            generation_config=GenerationConfig(**settings, eos_token_id=end, pad_token_id=pad),
+            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+        )
+    new = output[:, longest:].tolist()
+    return [ids[: ids.index(end)] if end in ids else ids for ids in new]
+
+
+class _Contains(StoppingCriteria):
+    """A row is done once its text contains what was waited for: more tokens could not take it away."""
+
+    def __init__(self, tokenizer, prompt_length: int, enough: list[str]) -> None:
+        self.tokenizer, self.prompt_length, self.enough = tokenizer, prompt_length, enough
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :])
+        done = [wanted in text for wanted, text in zip(self.enough, texts, strict=True)]
+        return torch.tensor(done, device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _own_settings_aside(model: nn.Module) -> Iterator[None]:
+    """``generate`` fills what its configuration leaves open from the model's."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,1 @@
+"""Starts worker processes through torchrun's agent, on one node or several."""

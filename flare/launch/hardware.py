@@ -1,0 +1,69 @@
+"""The GPUs and the number of processes of a run, chosen before torch is imported."""
+
+import os
+import shutil
+from dataclasses import replace
+
+from flare.config.options import Options
+from flare.errors import ConfigError, EnvError
+from flare.gpus.nvidia_smi import query_gpus
+from flare.gpus.selection import GpuRequest, Selection, Skipped, select_gpus
+from flare.launch.nodes import num_nodes
+from flare.plan.capacity import MIB, usable_bytes
+from flare.run.run import Hardware, Run
+
+
+def choose_gpus(options: Options) -> Selection | None:
+    """The cards that the options ask for, or None for a CPU run.
+
+    Raises: ConfigError / EnvError of ``flare.gpus``.
+    """
+    if options.gpu_type == "cpu":
+        return None
+    asked = options.gpu_ids is not None or options.gpu_type is not None
+    if not asked and shutil.which("nvidia-smi") is None:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpu_type = None if options.gpu_ids is not None else options.gpu_type or "auto"
+    request = GpuRequest(gpu_type, options.gpu_ids, options.allow_busy_gpus)
+    return select_gpus(request, query_gpus(visible=visible), visible)
+
+
+def leave_out_small_cards(run: Run, selection: Selection) -> Selection:
+    """When the user named no cards: those that can hold the run, if some can and some cannot."""
+    if run.options.gpu_ids is not None or run.options.gpu_type is not None:
+        return selection
+    need = run.plan().memory.peak_bytes
+    small = [g for g in selection.gpus if g.memory_total_mib and usable_bytes(g.memory_total_mib * MIB) < need]
+    if not small or len(small) == len(selection.gpus):
+        return selection
+    skipped = [Skipped(g, f"too small: {need / 2**30:.1f} GiB needed; --gpu_ids takes it all the same") for g in small]
+    rest = [gpu for gpu in selection.gpus if gpu not in small]
+    return replace(selection, gpus=rest, skipped=[*selection.skipped, *skipped])
+
+
+def hardware_of(options: Options, selection: Selection | None) -> Hardware:
+    """Cards and number of processes of this run.
+
+    Raises: ConfigError for more processes than cards.
+    """
+    cards = len(selection.gpus) if selection else 0
+    local = options.nproc_per_node or cards or 1
+    if selection and local > cards:
+        raise ConfigError(f"--nproc_per_node {local}: {local} processes but {cards} cards; lower --nproc_per_node")
+    gpus = tuple(selection.gpus[:local]) if selection else ()
+    return Hardware(bool(gpus), local * num_nodes(), gpus, num_nodes())
+
+
+def check_torch_sees_cuda() -> None:
+    """A torch that cannot use the driver is one clear line, never a silent fall to the CPU.
+
+    Raises: EnvError.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EnvError(
+            f"nvidia-smi lists cards, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them; "
+            "install a torch build for your driver (see README, Environment), or --gpu_type cpu"
+        )

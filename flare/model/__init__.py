@@ -1,0 +1,1 @@
+"""The model as it is trained: weights, attention kernels, memory-efficient layers, checkpointing, compilation."""

@@ -1,0 +1,1 @@
+"""Recorded log-probabilities that tell which model a directory or a server holds."""

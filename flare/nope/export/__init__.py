@@ -1,0 +1,1 @@
+"""Models in architectures that stock runtimes know, and back to RoPE everywhere."""

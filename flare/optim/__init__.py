@@ -1,0 +1,1 @@
+"""Optimizers, the learning-rate schedule, and fp16's loss scale."""

@@ -1,0 +1,47 @@
+"""Memory that a run may use, on its cards or on the CPU, and how sizes are written. No torch."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from flare.plan.inputs import PlanInputs
+
+MIB, GIB = 2**20, 2**30
+
+RESERVE_FRACTION, RESERVE_BYTES = 0.06, int(0.7 * GIB)
+"""Kept free of a card's memory: fragmentation of the allocator (the share), CUDA context and libraries'
+workspaces (the bytes). An estimate until measured on a card. On the CPU, per process: Python and torch."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that one process may use, on cards of one kind or on the CPU."""
+
+    label: str
+    total_bytes: int
+    usable_bytes: int
+
+
+def usable_bytes(total_bytes: int) -> int:
+    """What a run may take of a card's (or a CPU process's) memory."""
+    return max(0, int(total_bytes * (1 - RESERVE_FRACTION)) - RESERVE_BYTES)
+
+
+def rooms(inputs: PlanInputs) -> tuple[Room, ...]:
+    """One entry for each kind of card whose memory is known, or one for the CPU."""
+    if inputs.gpus:
+        kinds = Counter(inputs.gpus).items()
+        known = [(f"{n} x {name}", mib * MIB) for (name, mib), n in kinds if mib is not None]
+        return tuple(Room(label, total, usable_bytes(total)) for label, total in known)
+    if inputs.available_ram_bytes is None:
+        return ()
+    processes = inputs.processes_per_host or inputs.world_size
+    share = inputs.available_ram_bytes // processes
+    return (Room(f"CPU, {count_processes(processes)}", share, usable_bytes(share)),)
+
+
+def count_processes(count: int) -> str:
+    return f"{count} process{'' if count == 1 else 'es'}"
+
+
+def in_gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.2f} GiB"

@@ -1,0 +1,97 @@
+"""The plan of a run, told before anything is loaded: parameters, FLOPs, memory, disk, and whether it fits.
+
+Pure functions over ``PlanInputs``; no torch. The peak of a process is in memory.py, what would fit in
+suggest.py, the table that people read in plan_table.py.
+"""
+
+from dataclasses import dataclass
+
+from flare.errors import ConfigError, EnvError
+from flare.plan.capacity import GIB, Room, in_gib, rooms
+from flare.plan.flops import TokenFlops, token_flops
+from flare.plan.inputs import PlanInputs
+from flare.plan.memory import Memory, memory, moments_bytes
+from flare.plan.model_shape import FP32_BYTES
+from flare.plan.suggest import suggest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers."""
+
+    inputs: PlanInputs
+    trainable_params: int
+    frozen_params: int
+    tokens_per_step: int  # of an optimizer step, all processes together
+    flops: TokenFlops
+    memory: Memory
+    rooms: tuple[Room, ...]  # where the memory is known
+    checkpoint_bytes: int
+    final_model_bytes: int
+    disk_bytes: int  # at the fullest moment
+
+    @property
+    def tight_rooms(self) -> list[Room]:
+        """Those that cannot hold the peak."""
+        return [room for room in self.rooms if room.usable_bytes < self.memory.peak_bytes]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every card holds its share; None when no card's memory is known."""
+        return not self.tight_rooms if self.rooms else None
+
+
+def make_plan(inputs: PlanInputs) -> Plan:
+    """All numbers of a run. Nothing is read, loaded or refused here: see ``check_fits``."""
+    trainable, shape = inputs.what_trains, inputs.shape
+    params = trainable.params(shape)
+    frozen = shape.total_params - params
+    checkpoint = inputs.frozen_bytes * frozen + FP32_BYTES * params + moments_bytes(inputs)
+    final_model = inputs.frozen_bytes * shape.total_params
+    return Plan(
+        inputs=inputs,
+        trainable_params=params,
+        frozen_params=frozen,
+        tokens_per_step=inputs.global_batch_size * inputs.seq_len,
+        flops=token_flops(
+            shape, trainable, inputs.seq_len, inputs.gradient_checkpointing, inputs.attn_implementation == "eager"
+        ),
+        memory=memory(inputs),
+        rooms=rooms(inputs),
+        checkpoint_bytes=checkpoint,
+        final_model_bytes=final_model,
+        disk_bytes=checkpoint * checkpoints_on_disk(inputs) + final_model,
+    )
+
+
+def checkpoints_on_disk(inputs: PlanInputs) -> int:
+    """Checkpoints at the fullest moment: the new one is whole before the oldest goes."""
+    if inputs.save_total_limit is None:
+        return inputs.num_saves or 1
+    most = inputs.save_total_limit + 1 + inputs.keeps_best
+    return most if inputs.num_saves is None else min(most, inputs.num_saves)
+
+
+def check_fits(plan: Plan) -> None:
+    """Refuse, before anything is loaded, what a known card or the disk cannot hold.
+
+    Raises:
+        ConfigError: too little memory; with the numbers and the flag values that would fit.
+        EnvError: not even one checkpoint fits on the disk.
+    """
+    inputs, need = plan.inputs, plan.memory
+    tight = plan.tight_rooms
+    if tight:
+        room = min(tight, key=lambda r: r.usable_bytes)
+        visible = [(name, size) for name, size in need.parts() if size >= 0.01 * GIB]
+        parts = ", ".join(f"{name} {in_gib(size)}" for name, size in visible)
+        raise ConfigError(
+            f"stage {inputs.stage} of {inputs.shape.name or 'this model'} does not fit on {room.label}: "
+            f"needs {in_gib(need.peak_bytes)} of {in_gib(room.total_bytes)} ({in_gib(room.usable_bytes)} usable) "
+            f"per {'card' if inputs.gpus else 'process'}: {parts}; {suggest(inputs)}"
+        )
+    if inputs.free_disk_bytes is not None and inputs.free_disk_bytes < plan.checkpoint_bytes:
+        raise EnvError(
+            f"a checkpoint takes {in_gib(plan.checkpoint_bytes)}, and the output directory has "
+            f"{in_gib(inputs.free_disk_bytes)} free; free some space or choose another --base_output_dir"
+        )

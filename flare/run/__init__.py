@@ -1,0 +1,1 @@
+"""One run as a value, resolved from options, model and hardware; the experiment directory."""

@@ -1,0 +1,66 @@
+"""training_metrics.json: how each stage stands. Standard library only, for the launcher needs it without torch."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from flare.files import write_json
+from flare.run.experiment import Experiment, stage_one_sibling
+
+SCHEMA_VERSION = 1
+
+
+def record_status(experiment: Experiment, stage: int, status: str, **facts: object) -> None:
+    """Write how a stage stands (running, stopped, finished, failed) into training_metrics.json, if it has a place."""
+    if not experiment.root.is_dir():  # removed by the user, who must not find it again
+        return
+    content = _content(experiment)
+    block = content.setdefault("stages", {}).setdefault(str(stage), {})
+    if status != "failed":
+        block.pop("error", None)
+    block |= {"status": status, "updated": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts}
+    write_json(experiment.metrics_file, content)
+
+
+def enter_stage(experiment: Experiment, stage: int) -> None:
+    """Write that the directory now belongs to this stage. Only under the lock, when the hand-over is done: a
+    start that dies before must not make stage 1's results look like stage 2's."""
+    write_json(experiment.metrics_file, _content(experiment) | {"current_stage": stage})
+
+
+def recorded_stages(experiment: Experiment) -> dict[str, dict]:
+    """The stages that a model of this experiment went through, "1" and "2", each as ``record_status`` wrote it.
+
+    Stage 1 may be an experiment of its own, NAME_stage1 beside NAME_stage2, if stage 2 says that it started there.
+    """
+    stages = experiment.read_metrics().get("stages", {})
+    sibling = stage_one_sibling(experiment)
+    if "1" in stages or sibling is None or sibling.root.name not in Path(_start_of(stages)).parts:
+        return stages
+    first = sibling.read_metrics().get("stages", {})
+    return {"1": first["1"], **stages} if "1" in first else stages
+
+
+def _start_of(stages: dict[str, dict]) -> str:
+    return str(stages.get("2", {}).get("starts_from", ""))
+
+
+def last_rate(experiment: Experiment, stage: int) -> tuple[int, float | None]:
+    """(steps that this stage has done, tokens/s over the last of them that were logged; None before any was)."""
+    history = experiment.read_metrics().get("stages", {}).get(str(stage), {}).get("history", [])
+    rates = [record["tokens_per_sec"] for record in history if record.get("tokens_per_sec")]
+    return max((record["step"] for record in history), default=0), rates[-1] if rates else None
+
+
+def trained_tokens(block: dict) -> int:
+    """Tokens that a stage's block tells of."""
+    return max((record["tokens"] for record in block.get("history", [])), default=0)
+
+
+def base_loss(records: Iterable[dict]) -> float | None:
+    """The base's held-out loss, as the first evaluation of the first stage measured it."""
+    return next((record["rope_eval_loss"] for record in records if "rope_eval_loss" in record), None)
+
+
+def _content(experiment: Experiment) -> dict:
+    return experiment.read_metrics() or {"schema_version": SCHEMA_VERSION, "experiment": experiment.root.name}

@@ -1,0 +1,255 @@
+"""Settle what a run is, from options and files alone, before a weight or a document is loaded.
+
+The launcher and every worker call ``settle`` and come to the same ``Run``. Nothing is written here.
+"""
+
+import functools
+import itertools
+from copy import deepcopy
+from pathlib import Path
+
+from flare.config.options import SELECTIVE, Options
+from flare.config.parse import Resolved
+from flare.errors import CheckpointError, ConfigError, EnvError
+from flare.gpus.specs import lacks_bf16
+from flare.hub import local_model_dir, read_hub_config, read_model_config
+from flare.nope.canary.file import check_recorded_layers
+from flare.nope.config_json import nope_layers_of, refuse_foreign_code, theta_of, weight_files, with_nope
+from flare.nope.layers import format_layers, parse_layers
+from flare.plan.balance import parse_weights
+from flare.plan.model_shape import ModelShape, known_shape
+from flare.plan.optimizer_state import BLOCKS, EIGHT_BIT, block_size
+from flare.plan.trainable import Trainable
+from flare.run.batch import default_micro_batch, global_batch_size, micro_batch_choices
+from flare.run.experiment import Experiment, check_is_directory, check_output_dir, stage_one_result
+from flare.run.metrics_file import last_rate
+from flare.run.optional_packages import check_compiler, check_torchao
+from flare.run.run import Hardware, Run, choose_attention
+
+
+def settle(resolved: Resolved, hardware: Hardware) -> Run:
+    """Resolve model, layers, stage hand-over and batch arithmetic.
+
+    Raises: FlareError kinds for everything that can be told without loading; nothing has been changed then.
+    """
+    options = resolved.options
+    check_output_dir(options.base_output_dir)
+    check_is_directory(options.experiment_dir)
+    _check_resume(options.resume)
+    parse_weights(options.balance, hardware.world_size)
+    experiment = Experiment(options.experiment_dir)
+    _check_stage_order(experiment, options)
+    name, reason = choose_start(resolved, experiment)
+    init_from, raw = open_model(name, options)
+    where = str(init_from or name)
+    _check_overwrite(experiment, options, init_from)
+    nope_layers = choose_nope_layers(resolved, raw, where)
+    if nope_layers_of(raw):
+        resolved = keep_theta(resolved, raw, where)
+        options = resolved.options
+    config = with_nope(raw, nope_layers, options.rope_theta, where)
+    _check_length(options, config)
+    depth = int(config["num_hidden_layers"])
+    precision, precision_reason = choose_precision(options.precision, hardware)
+    run = Run(
+        resolved=resolved,
+        hardware=hardware,
+        experiment=experiment,
+        init_from=init_from,
+        init_reason=reason,
+        config=config,
+        nope_layers=tuple(nope_layers),
+        trainable=Trainable.parse(options.train_layers, options.stage, nope_layers, depth),
+        precision=precision,
+        precision_reason=precision_reason,
+        last_rate=(0, None) if options.overwrite_output_dir else last_rate(experiment, options.stage),
+        global_batch_size=global_batch_size(options, hardware.world_size, experiment.batch_to_continue()),
+    )
+    choose_attention(options.attn_implementation, hardware.use_cuda, run.precision)
+    if options.compile:
+        check_compiler(hardware.use_cuda)
+    if options.optim == EIGHT_BIT:
+        _check_8bit(run)
+    return settle_layout(run)
+
+
+def _check_8bit(run: Run) -> None:
+    """Raises: EnvError without what it needs; ConfigError where no moment would be in 8 bits."""
+    check_torchao(run.hardware.use_cuda)
+    if not any(map(block_size, run.trainable.tensors(ModelShape.from_config(run.config)))):
+        raise ConfigError(
+            f"--optim {EIGHT_BIT} would hold no moment in 8 bits: no matrix that trains has rows of a multiple of "
+            f"{min(BLOCKS)} numbers; use --optim adamw_torch_fused"
+        )
+
+
+def _check_resume(resume: str) -> None:
+    """``--resume PATH``: that there is such a checkpoint. Whether it is whole is seen when it is opened."""
+    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
+        raise CheckpointError(f"--resume {resume} is no complete checkpoint (no manifest.json)")
+
+
+def settle_layout(run: Run) -> Run:
+    """Turn ``auto`` of micro-batch, gradient checkpointing and ddp or fsdp into what the plan finds to fit.
+
+    Rows of a step are the same whatever fits: a smaller micro-batch means more accumulation. A smaller micro-batch
+    is tried before checkpointing, selective before that of everything, which costs a second forward pass of the layers
+    that train, and all before sharding, which sends every weight to every rank three times a micro-batch.
+    What is given is kept; what does not fit in the end is refused later, with numbers (``check_fits``).
+    """
+    options, processes = run.options, run.hardware.world_size
+    sizes = micro_batch_choices(options, run.global_batch_size, processes)
+    asked = options.gradient_checkpointing
+    switches = (False, SELECTIVE, True) if asked == "auto" else (asked,)
+    layouts = (options.parallel,) if options.parallel != "auto" else ("ddp", "fsdp")[: 2 if processes > 1 else 1]
+    if run.with_layout(sizes[-1], switches[0], layouts[0]).plan().fits is None:  # no card tells its memory
+        sizes = [size for size in sizes if size <= default_micro_batch(options)] or sizes  # the guide's size
+    tried = run
+    for parallel, checkpointing, size in itertools.product(layouts, switches, sizes):
+        tried = run.with_layout(size, checkpointing, parallel)
+        if tried.plan().fits is not False:
+            return tried
+    return tried
+
+
+def _check_overwrite(experiment: Experiment, options: Options, init_from: Path | None) -> None:
+    """``--overwrite_output_dir`` must not delete what the run starts from."""
+    if not options.overwrite_output_dir:
+        return
+    doomed = [path.resolve() for path in experiment.overwritten_by(options.stage)]
+    starts = [init_from] if init_from else []
+    if options.resume not in ("auto", "never"):
+        starts.append(Path(options.resume))
+    for start in starts:
+        if any(path == start.resolve() or path in start.resolve().parents for path in doomed):
+            raise ConfigError(
+                f"--overwrite_output_dir would delete {start}, which the run starts from; choose another "
+                "--experiment_name"
+            )
+
+
+def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
+    """(directory, config.json) of the model to start from; a dry run is content with the configuration.
+
+    Raises: ConfigError, CheckpointError or EnvError when there is no such model or it lacks weights.
+    """
+    if options.dry_run and not Path(name).is_dir():
+        return None, deepcopy(hub_model_config(name, options.cache_dir))
+    directory = local_model_dir(name, options.cache_dir)
+    raw = read_model_config(directory)
+    refuse_foreign_code(raw, str(directory))
+    ModelShape.from_config(raw, str(directory))  # refuses another family, and sizes that are missing
+    weight_files(directory)
+    check_recorded_layers(directory, nope_layers_of(raw))
+    return directory, raw
+
+
+@functools.cache  # a plan opens its model twice, and a hub that is out of reach takes half a minute to tell
+def hub_model_config(name: str, cache_dir: str | None) -> dict:
+    """config.json of a hub model without its weights; for known Qwen models also without the hub."""
+    try:
+        return read_hub_config(name, cache_dir)
+    except EnvError:
+        if name.removeprefix("Qwen/").startswith("Qwen") and (shape := known_shape(name)):
+            return shape.to_config()
+        raise
+
+
+def _check_stage_order(experiment: Experiment, options: Options) -> None:
+    handed_over = experiment.recorded_stage() == 2 or experiment.stage1.exists()
+    if handed_over and options.stage == 1 and not options.overwrite_output_dir:
+        raise ConfigError(
+            f"experiment {experiment.root.name!r} is in stage 2 already; choose another --experiment_name "
+            "for a new stage 1, or --overwrite_output_dir"
+        )
+
+
+def choose_start(resolved: Resolved, experiment: Experiment) -> tuple[str, str]:
+    """Name or directory of the weights that a stage starts from, and the sentence that says why.
+
+    The order of stage 2 is the contract's (section 3).
+    """
+    options = resolved.options
+    name = options.model_name_or_path
+    if options.stage == 2 and not resolved.given_for_stage("model_name_or_path"):
+        result = stage_one_result(experiment)
+        if result is not None:
+            # The experiment's own result has moved when this is read: Experiment.hand_over.
+            place = experiment.stage1 / "final_model" if result == experiment.final_model else result
+            return str(result), f"stage 2 starts from the result of stage 1: {place}"
+        reason = f"warning: no stage 1 result for {experiment.root.name!r}; stage 2 starts from the base model {name}"
+    else:
+        reason = f"stage {options.stage} starts from {name}"
+    return name, reason
+
+
+def choose_nope_layers(resolved: Resolved, raw: dict, where: str) -> list[int]:
+    """NoPE layers of the run: those that the starting model has, else those that the options name.
+
+    Raises: ConfigError when the command line contradicts a model that has NoPE layers already.
+    """
+    options = resolved.options
+    existing = nope_layers_of(raw)
+    depth = int(raw["num_hidden_layers"])
+    if not existing:
+        return parse_layers(options.no_rope_layers, depth)
+    if resolved.given("no_rope_layers"):
+        asked = parse_layers(options.no_rope_layers, depth)
+        if asked != existing:
+            raise ConfigError(
+                f"--no_rope_layers {format_layers(asked)} contradicts {where}, whose NoPE layers are "
+                f"{format_layers(existing)}; leave the flag out"
+            )
+    return existing
+
+
+def keep_theta(resolved: Resolved, raw: dict, where: str) -> Resolved:
+    """The options with the RoPE base of a starting model that has NoPE layers: it was trained with that.
+
+    Raises: ConfigError when the command line says another one.
+    """
+    theta, asked = theta_of(raw, where), resolved.options.rope_theta
+    if resolved.given("rope_theta") and asked != theta:
+        raise ConfigError(
+            f"--rope_theta {asked:g} contradicts {where}, whose rope_theta is {theta:g}; leave the flag out"
+        )
+    return resolved.settled(rope_theta=theta)
+
+
+def _check_length(options: Options, config: dict) -> None:
+    limit = config.get("max_position_embeddings")
+    if limit and options.max_seq_length > limit:
+        raise ConfigError(f"--max_seq_length {options.max_seq_length} is above the model's {limit} positions")
+
+
+def choose_precision(asked: str, hardware: Hardware) -> tuple[str, str]:
+    """(precision, why): ``auto`` is bf16 on cards, fp16 if one of them is older than Ampere, and fp32 on the CPU.
+
+    Raises: ConfigError for bf16 on cards that have none.
+    """
+    old = next((f"GPU {gpu.index} ({gpu.name})" for gpu in hardware.gpus if lacks_bf16(gpu.name)), None)
+    if asked == "bf16" and old:
+        raise ConfigError(f"--precision bf16: {old} is older than Ampere and has no bf16; use --precision fp16")
+    if asked != "auto":
+        return asked, "as asked"
+    if not hardware.use_cuda:
+        return "fp32", "auto on the CPU"
+    if old:
+        return "fp16", f"auto: {old} is older than Ampere and has no bf16"
+    return "bf16", "auto on cards from Ampere on"
+
+
+def check_identity(now: dict, then: dict, where: str, reasons: dict[str, str | None] | None = None) -> None:
+    """Refuse to resume what is not the same run.
+
+    Args:
+        reasons: what a value of ``now`` that differs is to be explained by, where there is more to say.
+    Raises: CheckpointError listing every difference.
+    """
+    explained = reasons or {}
+    differences = [f"{k}: {explained.get(k) or f'{then.get(k)} -> {now[k]}'}" for k in now if then.get(k) != now[k]]
+    if differences:
+        raise CheckpointError(
+            f"{where} belongs to another run ({'; '.join(differences)}); use the same settings, another "
+            "--experiment_name, or --overwrite_output_dir to start anew"
+        )

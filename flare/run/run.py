@@ -1,0 +1,198 @@
+"""What a run is, settled before a weight or a document is loaded: one value that launcher and workers share.
+
+How it comes about is in ``flare.run.resolve``. No torch.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from flare.config.options import Options
+from flare.config.parse import Resolved
+from flare.cpu import read_available_ram
+from flare.errors import ConfigError
+from flare.gpus.nvidia_smi import Gpu
+from flare.nope.config_json import theta_of, weight_files
+from flare.plan.inputs import PlanInputs
+from flare.plan.model_shape import ModelShape
+from flare.plan.plan import Plan, make_plan
+from flare.plan.trainable import Trainable
+from flare.run.experiment import Experiment, existing_parent
+
+FINGERPRINT_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the run computes on: cards (as the launcher chose them) or the CPU; and how many processes in all."""
+
+    use_cuda: bool
+    world_size: int
+    gpus: tuple[Gpu, ...] = ()
+    nodes: int = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about a run that is settled before it starts."""
+
+    resolved: Resolved
+    hardware: Hardware
+    experiment: Experiment
+    init_from: Path | None  # None only in a dry run whose model has not been downloaded
+    init_reason: str
+    config: dict
+    nope_layers: tuple[int, ...]
+    trainable: Trainable
+    precision: str
+    global_batch_size: int
+    precision_reason: str = "as asked"
+    last_rate: tuple[int, float | None] = (0, None)  # of this stage so far: ``metrics_file.last_rate``
+
+    @property
+    def options(self) -> Options:
+        return self.resolved.options
+
+    @property
+    def depth(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows that a process works on at once: ``--per_device_train_batch_size``, ``auto`` settled."""
+        return int(self.options.per_device_train_batch_size)
+
+    @property
+    def gradient_checkpointing(self) -> bool | str:
+        """``--gradient_checkpointing``, ``auto`` settled: True, False or selective."""
+        asked = self.options.gradient_checkpointing
+        return False if asked == "auto" else asked
+
+    @property
+    def parallel(self) -> str:
+        """``--parallel``, ``auto`` settled: ddp or fsdp. A single process has nobody to share with."""
+        return "fsdp" if self.options.parallel == "fsdp" and self.hardware.world_size > 1 else "ddp"
+
+    def with_layout(self, micro: int, checkpointing: bool | str, parallel: str) -> "Run":
+        """The same run, its rows of a step too, with this micro-batch, gradient checkpointing, ddp or fsdp."""
+        resolved = self.resolved.settled(
+            per_device_train_batch_size=micro,
+            gradient_checkpointing=checkpointing,
+            parallel=parallel,
+            global_batch_size=self.global_batch_size,
+        )
+        return replace(self, resolved=resolved)
+
+    def common_settings(self) -> dict[str, object]:
+        """What every rank must have the same, on whichever host it was started."""
+        names = ("per_device_train_batch_size", "gradient_checkpointing", "parallel", "max_steps", "num_train_epochs")
+        names += ("resume", "balance", "compile")
+        return (
+            {"experiment": str(self.experiment.root.absolute()), "global batch size": self.global_batch_size}
+            | {f"--{name}": getattr(self.options, name) for name in names}
+            | self.identity()
+        )
+
+    def identity(self) -> dict:
+        """What must be the same when a run is resumed; the data's part is added by the caller."""
+        options = self.options
+        return {
+            "stage": options.stage,
+            "model": model_fingerprint(self.init_from),
+            "nope_layers": list(self.nope_layers),
+            "rope_theta": theta_of(self.config, "model"),
+            "train_layers": str(self.trainable),
+            "max_seq_length": options.max_seq_length,
+            "packing": options.packing,
+            "seed": options.seed,
+            "validation_split_percentage": options.validation_split_percentage,
+            "precision": self.precision,
+            "streaming_buffer_rows": options.streaming_buffer_rows if options.streaming else None,
+        }
+
+    def plan(self) -> Plan:
+        """What the run needs, from its configuration alone."""
+        options, hardware = self.options, self.hardware
+        micro = self.micro_batch_size
+        steps_done, tokens_per_sec = self.last_rate
+        return make_plan(
+            PlanInputs(
+                shape=ModelShape.from_config(self.config, self.model_name),
+                stage=options.stage,
+                nope_layers=self.nope_layers,
+                trainable=self.trainable,
+                precision=self.precision,
+                precision_reason=self.precision_reason,
+                world_size=hardware.world_size,
+                parallel=self.parallel,
+                per_device_batch=micro,
+                accumulation=-(-self.global_batch_size // (micro * hardware.world_size)),
+                seq_len=options.max_seq_length,
+                gradient_checkpointing=self.gradient_checkpointing,
+                gpus=tuple((gpu.name, gpu.memory_total_mib) for gpu in hardware.gpus),
+                optimizer=options.optim,
+                balance=options.balance,
+                attn_implementation=self.attention,
+                document_mask=options.packing == "document" and self.attention == "sdpa",
+                save_total_limit=options.save_total_limit,
+                keeps_best=options.early_stopping_patience is not None,
+                num_saves=-(-options.max_steps // options.save_steps) if options.max_steps else None,
+                steps_left=max(options.max_steps - steps_done, 0) if options.max_steps else None,
+                tokens_per_sec=tokens_per_sec,
+                free_disk_bytes=shutil.disk_usage(existing_parent(self.experiment.root)).free,
+                available_ram_bytes=None if hardware.use_cuda else read_available_ram(),
+                processes_per_host=hardware.world_size // hardware.nodes,
+            )
+        )
+
+    @property
+    def attention(self) -> str:
+        """``--attn_implementation``, ``auto`` settled."""
+        return choose_attention(self.options.attn_implementation, self.hardware.use_cuda, self.precision)
+
+    @property
+    def model_name(self) -> str:
+        """The model as people call it: what they typed, or where it lies."""
+        return str(self.init_from or self.options.model_name_or_path)
+
+    def settings(self) -> dict:
+        """All options as plain JSON values."""
+        return asdict(self.options)
+
+
+def choose_attention(asked: str, use_cuda: bool, precision: str) -> str:
+    """``auto`` is torch's flash kernel for packed rows where it runs, on cards in bf16; SDPA elsewhere.
+
+    Raises: ConfigError for a kernel that does not run here.
+    """
+    has_flash = use_cuda and precision == "bf16"
+    if asked == "auto":
+        return "varlen" if has_flash else "sdpa"
+    if asked in ("varlen", "flash_attention_2") and not has_flash:
+        raise ConfigError(f"--attn_implementation {asked} runs on cards in bf16 only; use --attn_implementation sdpa")
+    if asked == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "--attn_implementation flash_attention_2 needs the flash-attn package, which is not installed: "
+            "pip install flash-attn --no-build-isolation; or use varlen, which torch brings along"
+        )
+    return asked
+
+
+def model_fingerprint(directory: Path) -> str:
+    """Identity of a model on disk: sizes, and the first and last 64 KiB, of its weight files.
+
+    A safetensors file begins with the names, shapes and places of all tensors. Hashing 60 GB at each start
+    would take a minute, and a resumed run takes its weights from the checkpoint anyway.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(directory):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES), os.SEEK_SET)
+            digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,180 @@
+"""The data of a run: from its options to training rows and held-out rows, before any process group."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from flare.config.options import Options
+from flare.config.parse import Resolved
+from flare.data.cache_dir import default_cache_dir
+from flare.data.corpus import Corpus, open_corpus, split_specs
+from flare.data.mixture import MixedRows
+from flare.data.packing import PackedRows
+from flare.data.sources.base import SourceSpec
+from flare.data.streaming.held_out import StreamedCorpus
+from flare.data.streaming.mixture import MixedStreams, StreamedMixture, open_streams, streamed_rows
+from flare.data.streaming.rows import KEPT_STEPS, StreamedRows, StreamSettings
+from flare.data.token_cache.cache import TokenSettings
+from flare.data.training_rows import TrainRows
+from flare.errors import ConfigError, DataError
+from flare.hub import TOKENIZER_FILES, local_model_dir, read_model_config
+from flare.logs import start_logging
+from flare.nope.load import load_tokenizer
+from flare.plan.model_shape import ModelShape
+from flare.run.experiment import Experiment
+from flare.run.resolve import choose_start
+from flare.run.run import Run
+
+AnyCorpus = Corpus | StreamedCorpus | StreamedMixture
+
+BLOCK_ROWS = 2**20
+"""Rows asked at once whether they have targets: usually the first block says yes."""
+
+
+def prepare_data(run: Run) -> AnyCorpus:
+    """The tokenised data of this run; built when missing, by one process while the others wait on its lock.
+    With ``--streaming`` the corpus after a look at its first rows, in its place.
+
+    Call before the process group starts: a long build would run into its timeout.
+    """
+    return tokenised_corpus(run.options, run.init_from, run.config)
+
+
+def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> AnyCorpus:
+    """The data that the options name, as tokens of a model; with ``--streaming`` not tokenised yet.
+
+    Raises: ConfigError for a tokenizer that does not belong to the model's ``config``.
+    """
+    spec = SourceSpec(
+        options.dataset_name,
+        options.text_column,
+        options.dataset_config,
+        options.dataset_split,
+        options.cache_dir,
+        options.streaming,
+        options.dataset_revision,
+    )
+    tokenizer = load_tokenizer(model_dir)
+    rows = int(config["vocab_size"])
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"the tokenizer of {model_dir} has {len(tokenizer)} ids but the embedding {rows} rows; they do not "
+            "belong together"
+        )
+    settings = TokenSettings(options.dataset_size, options.max_bad_rows, options.preprocessing_num_workers)
+    specs, weights = split_specs(spec), options.dataset_weights
+    if options.streaming:
+        return open_streams(specs, weights, tokenizer, settings, options.validation_split_percentage)
+    return open_corpus(specs, weights, tokenizer, default_cache_dir(options.cache_dir), settings)
+
+
+def packed_rows(run: Run, corpus: AnyCorpus) -> tuple[TrainRows, PackedRows | MixedRows]:
+    """(training rows, held-out rows).
+
+    Raises: DataError when the data gives fewer tokens than one step.
+    """
+    options = run.options
+    if not isinstance(corpus, Corpus):
+        return rows_of_stream(run, corpus)
+    train_rows, eval_rows = corpus.rows(options.validation_split_percentage, options.max_seq_length, options.packing)
+    if len(train_rows) < run.global_batch_size:
+        raise DataError(
+            f"the data gives {train_rows.num_tokens:,} training tokens, one step needs "
+            f"{run.global_batch_size * options.max_seq_length + 1:,}; lower --max_seq_length or the batch size"
+        )
+    check_can_train(train_rows)
+    check_can_evaluate(eval_rows, options.max_eval_samples)
+    return train_rows, eval_rows
+
+
+def rows_of_stream(
+    run: Run, corpus: StreamedCorpus | StreamedMixture
+) -> tuple[StreamedRows | MixedStreams, PackedRows | MixedRows]:
+    """(training rows, held-out rows) of a corpus that is not tokenised beforehand.
+
+    Raises: ConfigError for fewer rows shuffled together than some steps have.
+    """
+    options = run.options
+    least = (KEPT_STEPS + 1) * run.global_batch_size
+    if options.streaming_buffer_rows < least:
+        raise ConfigError(
+            f"--streaming_buffer_rows {options.streaming_buffer_rows} must be at least {least}, the rows of "
+            f"{KEPT_STEPS + 1} steps"
+        )
+    settings = StreamSettings(
+        seq_len=options.max_seq_length,
+        packing=options.packing,
+        seed=options.seed,
+        block_rows=options.streaming_buffer_rows,
+        cache_dir=default_cache_dir(options.cache_dir),
+        num_workers=options.preprocessing_num_workers or spare_cores(),
+    )
+    train_rows, eval_rows = streamed_rows(corpus, settings)
+    check_can_evaluate(eval_rows, options.max_eval_samples)
+    return train_rows, eval_rows
+
+
+def spare_cores() -> int:
+    """Cores of this host that its training processes leave over, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) - int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def check_can_train(train_rows: TrainRows) -> None:
+    """Raises: DataError when there is no row, or none has a target. Some that have none are passed over."""
+    if len(train_rows) == 0:
+        raise DataError(
+            f"the data gives {train_rows.num_tokens:,} training tokens, not one row; lower --max_seq_length"
+        )
+    blocks = (np.arange(i, min(i + BLOCK_ROWS, len(train_rows))) for i in range(0, len(train_rows), BLOCK_ROWS))
+    if not any(train_rows.num_targets(rows) for rows in blocks):
+        raise DataError("the training documents are single tokens: nothing can be learned; give longer documents")
+
+
+def check_can_evaluate(eval_rows: PackedRows, max_rows: int | None) -> None:
+    """Raises: DataError when the held-out documents, as far as they are used, have no target."""
+    if eval_rows.num_targets(np.arange(len(eval_rows))[:max_rows]) == 0:
+        raise DataError("the held-out documents are single tokens: nothing can be evaluated; give longer documents")
+
+
+def max_steps(run: Run, train_rows: TrainRows, global_batch_size: int) -> int:
+    """Steps of the run: ``--max_steps``, or what ``--num_train_epochs`` comes to."""
+    options = run.options
+    if options.num_train_epochs is not None:
+        return math.ceil(options.num_train_epochs * len(train_rows) / global_batch_size)
+    return options.max_steps
+
+
+def prepare_only(resolved: Resolved) -> list[str]:
+    """Make the token cache unless it is there; returns what it holds, line by line.
+
+    Of a hub model only the tokenizer is downloaded.
+
+    Raises: DataError where training would refuse the data, as far as that does not depend on the batch.
+    """
+    options = resolved.options
+    start_logging()
+    name, _reason = choose_start(resolved, Experiment(options.experiment_dir))
+    directory = local_model_dir(name, options.cache_dir, TOKENIZER_FILES)
+    config = read_model_config(directory)
+    ModelShape.from_config(config, str(directory))  # refuses another family
+    corpus = tokenised_corpus(options, directory, config)
+    train, held_out = corpus.rows(options.validation_split_percentage, options.max_seq_length, options.packing)
+    check_can_train(train)
+    check_can_evaluate(held_out, options.max_eval_samples)
+    meta, caches = corpus.meta, [data.cache for data in corpus.sets]
+    documents, tokens = (sum(cache.meta[key] for cache in caches) for key in ("num_documents", "num_tokens"))
+    return [
+        f"data: {options.dataset_name}, tokenizer of {name}",
+        f"documents: {documents:,} ({held_out.num_documents:,} of them held out)",
+        f"tokens: {tokens:,} (documents end with {meta['end_of_text']}, {meta['end_of_text_id']})",
+        f"rows to train on: {len(train):,} of {options.max_seq_length} tokens",
+        f"bytes: {sum(size_of(cache.directory) for cache in caches):,}",
+        *(f"path: {cache.directory}" for cache in caches),
+    ]
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of the files in a directory."""
+    return sum(file.stat().st_size for file in directory.iterdir())

@@ -1,0 +1,76 @@
+"""How fast each rank is, measured in a few forward and backward passes before the first step.
+
+Each rank works on rows of its own card alone: nothing is reduced, so no rank waits for another while the clock
+runs. No weight changes; the gradients are thrown away.
+"""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from flare.cpu import processor_name
+from flare.distributed import process_group
+from flare.distributed.process_group import World
+from flare.logs import log
+from flare.plan import balance
+from flare.plan.balance import Balance
+
+WARM_UP_PASSES, TIMED_PASSES = 1, 3
+
+
+def settle_balance(option: str, num_rows: int, world: World, record: dict | None, work: Callable[[], int]) -> Balance:
+    """Rows of each rank for a run with ``--balance option``. A collective: all ranks decide alike.
+
+    Args:
+        record: the balance of the checkpoint that is resumed, if any.
+        work: one forward and backward pass of a micro-batch; returns its rows.
+    """
+    weights = balance.parse_weights(option, world.size)
+    if weights:
+        return balance.by_hand(num_rows, weights)
+    if option == "equal" or world.size == 1:
+        return balance.equal(num_rows, world.size)
+    cards = process_group.gather_objects(_card(world.device))
+    if option == "auto" and len(set(cards)) == 1:
+        return balance.equal(num_rows, world.size, f"equal: all ranks have {cards[0]}")
+    known = balance.from_record(record, num_rows, cards)
+    if known:
+        return known
+    log.info("unlike cards, or --balance measure: measuring each rank")
+    seconds = process_group.gather_objects(seconds_per_row(work, world.device))
+    return balance.by_speed(num_rows, cards, seconds)
+
+
+def multiply_as_a_layer(config: dict, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    """The matrix products of one MLP, forward, on random numbers: what tells cards apart where a pass cannot."""
+    hidden = torch.randn(tokens, config["hidden_size"], device=device, dtype=dtype)
+    weight = torch.randn(config["hidden_size"], config["intermediate_size"], device=device, dtype=dtype)
+    for _ in range(3):
+        hidden = (hidden @ weight) @ weight.T
+
+
+def seconds_per_row(work: Callable[[], int], device: torch.device) -> float:
+    """Median over ``TIMED_PASSES`` of what one row takes in ``work``, after a warm-up."""
+    timed = []
+    for number in range(WARM_UP_PASSES + TIMED_PASSES):
+        _wait_for(device)
+        t0 = time.perf_counter()
+        rows = work()
+        _wait_for(device)
+        if number >= WARM_UP_PASSES:
+            timed.append((time.perf_counter() - t0) / rows)
+    return median(timed)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _card(device: torch.device) -> str:
+    """What must be the same for ranks to count as alike: the card's name, or processor and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,139 @@
+"""One worker's life: data, process group, experiment directory, then the stage's session, and how it ends.
+
+``run_worker`` is the same for one process and for many; what only rank 0 may do goes through
+``process_group.on_main``.
+"""
+
+import contextlib
+import sys
+from dataclasses import replace
+
+from flare.checkpoint import directory as ckpt
+from flare.config.parse import REPO
+from flare.distributed import peer_failure, process_group
+from flare.distributed.process_group import World
+from flare.errors import ConfigError, FlareError, during, first_line, is_out_of_memory, while_phase
+from flare.launch.worker_errors import end_with_launcher, tell_launcher
+from flare.logs import FILES_ONLY, log, start_logging
+from flare.plan.capacity import in_gib
+from flare.plan.plan import Plan
+from flare.plan.suggest import suggest
+from flare.run.metrics_file import enter_stage, record_status
+from flare.run.resolved_config import write_resolved_config
+from flare.run.run import Run
+from flare.train.prepare_data import packed_rows, prepare_data
+from flare.train.session import Session, device_name
+
+
+def run_worker(run: Run) -> int:
+    """Train one stage on this rank. Returns 0; errors are raised, or told to the launcher that started us."""
+    use_cuda = run.hardware.use_cuda
+    rank = process_group.rank_from_environment()
+    start_logging(rank, run.hardware.world_size)
+    end_with_launcher()
+    world = None
+    try:
+        corpus, *rows = _prepared(run)
+        world = process_group.start(
+            use_cuda, run.options.ddp_timeout, run.hardware.gpus, needs_bf16=run.precision == "bf16"
+        )
+        peer_failure.listen(world)
+        process_group.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
+        run = open_experiment(run, world)
+        try:
+            Session(run, world, corpus, *rows).train()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _last_words(run, world, error) from error
+        finally:
+            rows[0].close()
+            run.experiment.unlock()
+        process_group.stop()
+    except FlareError as error:
+        if world:
+            peer_failure.call(world)
+        log.error(f"error: {error}", extra=FILES_ONLY)
+        if tell_launcher(str(error), error.exit_code):
+            return error.exit_code
+        raise
+    except Exception as error:
+        if world and (
+            peer_failure.heard(world) or process_group.is_lost_peer(error)
+        ):  # told by who called, or the launcher
+            log.error(f"another rank is gone: {first_line(error)}", extra=FILES_ONLY)
+            return FlareError.exit_code
+        if world:
+            peer_failure.call(world)
+        raise
+    return 0
+
+
+def _prepared(run: Run) -> tuple:
+    """(corpus, training rows, held-out rows)."""
+    try:
+        with during("preparing the data"):
+            corpus = prepare_data(run)
+            return corpus, *packed_rows(run, corpus)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FlareError(f"out of memory{while_phase()} ({first_line(error)})") from error
+
+
+def _last_words(run: Run, world: World, error: Exception) -> FlareError:
+    """What to say of memory that was short; on rank 0 it is how the stage ended, too."""
+    message = out_of_memory(run.plan(), world.rank, device_name(world.device), error)
+    if world.is_main:
+        with contextlib.suppress(OSError):
+            record_status(run.experiment, run.options.stage, "failed", error=message)
+    return FlareError(message)
+
+
+def open_experiment(run: Run, world: World) -> Run:
+    """Lock and prepare the experiment directory on rank 0; all ranks fail together if that fails."""
+    experiment = run.experiment
+    process_group.on_main(world, lambda: _prepare_directory(run))
+    start_logging(world.rank, world.size, experiment.training_log, experiment.logs)
+    if not run.init_from.exists():  # stage 1's result has just moved to stage1/
+        run = replace(run, init_from=experiment.stage1 / "final_model")
+    if world.is_main:
+        try:
+            write_resolved_config(run)
+        except OSError as error:  # a log, worth less than the run
+            log.warning(f"cannot write logs/resolved_config: {error}")
+    return run
+
+
+def _prepare_directory(run: Run) -> None:
+    experiment, options = run.experiment, run.options
+    experiment.lock()
+    if options.overwrite_output_dir:
+        experiment.clear(options.stage)
+    if options.stage == 2:
+        experiment.hand_over()
+    experiment.create()
+    enter_stage(experiment, options.stage)
+    experiment.record_command([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *run.resolved.argv])
+    experiment.record_environment()
+    ckpt.clean_leftovers(experiment.checkpoints)
+    if options.resume == "never" and ckpt.list_checkpoints(experiment.checkpoints):
+        raise ConfigError(
+            f"experiment {experiment.root.name!r} has checkpoints and --resume is never; use --resume auto, "
+            "another --experiment_name, or --overwrite_output_dir"
+        )
+
+
+NEEDS_LESS = 0.8
+"""Of the planned peak: what a proposal after running out of memory may need. The plan was too low by some part."""
+
+
+def out_of_memory(plan: Plan, rank: int, device: str, error: Exception) -> str:
+    """What a rank ran out of, what the plan had said, and flags that need clearly less, the batch unchanged."""
+    need = plan.memory.peak_bytes
+    reason = first_line(error.__cause__ or error).split(". GPU")[0].rstrip(".")
+    return (
+        f"rank {rank} ({device}) ran out of memory{while_phase()} ({reason}); the plan is {in_gib(need)} at "
+        f"the peak ({plan.memory.peak_phase}); nothing is lost but the steps since the last checkpoint; "
+        f"{suggest(plan.inputs, int(NEEDS_LESS * need))}"
+    )
