@@ -6,7 +6,10 @@
 set -euo pipefail
 . "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/env.sh"
 
-FAST=(architecture config documents gpus layers mixture order plan report sources)
+FAST=(
+  test_architecture test_documents config/test_config data/test_mixture data/test_order data/test_sources
+  evaluation/test_report gpus/test_gpus nope/test_layers plan/test_plan
+)
 
 words=() fast=
 for word in "$@"; do
@@ -19,7 +22,7 @@ cd "$FLARE_HOME"
 if [ -n "$fast" ]; then
   "$PYTHON" -m ruff check --quiet .
   "$PYTHON" -m ruff format --check --quiet . || flare_fail 1 "run: $PYTHON -m ruff format ."
-  for name in "${FAST[@]}"; do set -- "$@" "tests/test_$name.py"; done
-  set -- "$@" --deselect tests/test_plan.py::test_peak_memory
+  for name in "${FAST[@]}"; do set -- "$@" "tests/$name.py"; done
+  set -- "$@" --deselect tests/plan/test_plan.py::test_peak_memory
 fi
 exec "$PYTHON" -m pytest -n "${FLARE_TEST_PROCESSES:-2}" --dist worksteal "$@"

@@ -1,7 +1,7 @@
 """Activations of one micro-batch: the bytes that autograd saves, and those that are alive for a moment.
 
 Pure functions of a model's shape and of what trains; no torch. memory.py makes the peak of a training step
-of them. The derivations are written out in docs/memory.md; tests/test_plan.py holds them to what torch saves.
+of them. The derivations are written out in docs/memory.md; tests/plan/test_plan.py holds them to what torch saves.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Sizes of Qwen2 and Qwen3 decoders and their counts of parameters, from a config.json or a known name.
 
 Standard library only. What one token costs is in flops.py, what autograd saves in activations.py;
-tests/test_plan.py holds the counts to transformers' own models.
+tests/plan/test_plan.py holds the counts to transformers' own models.
 """
 
 from dataclasses import dataclass, replace

@@ -69,7 +69,7 @@ def entry(names: list[str]) -> st.SearchStrategy:
 NAMES = [name for name in FIELDS if name != "stage"]
 RIGHT = st.lists(entry(NAMES), max_size=6).map(dict)
 REPLACING = {"max_steps", "num_train_epochs", "warmup_steps", "warmup_ratio", "gpu_ids", "gpu_type"}
-"""The higher rank's decides about the other one, too: tests/test_config.py."""
+"""The higher rank's decides about the other one, too: tests/config/test_config.py."""
 
 
 def one_error(error: FlareError) -> bool:

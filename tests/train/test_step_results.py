@@ -1,0 +1,113 @@
+"""Numbers that the host reads a step late, as on a card: here on the CPU, whose fused AdamW obeys the same flag."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flare.data.token_cache.cache import TokenCache
+from flare.errors import FlareError
+from flare.files import write_json
+from flare.plan.trainable import Trainable
+from flare.train.metrics import Throughput, perplexity
+from flare.train.step_results import Outcomes
+from flare.train.trainer import Trainer
+from tests.processes import torchrun
+from tests.train.test_training import cache, load, trainer  # noqa: F401 (a fixture)
+
+
+def lagging(base: Path, cache: TokenCache, tmp_path: Path, **changes: object) -> Trainer:  # noqa: F811
+    runner = trainer(load(base, [1, 3], Trainable(True)), cache, tmp_path, **changes)
+    runner.outcomes = Outcomes(torch.device("cpu"), lag=1)
+    return runner
+
+
+def poison(runner: Trainer, step: int) -> None:
+    """Make the loss of one step (0-based) infinite, and its gradients with it."""
+    forward = runner.module.forward
+
+    def poisoned(**batch: torch.Tensor) -> torch.Tensor:
+        return forward(**batch) * (float("inf") if runner.progress.step == step else 1.0)
+
+    runner.module.forward = poisoned
+
+
+def weights(runner: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in runner.parts.model.trainable_parameters()}
+
+
+def test_a_lag_changes_no_loss_and_no_weight(base: Path, cache: TokenCache, tmp_path: Path) -> None:  # noqa: F811
+    late, prompt = lagging(base, cache, tmp_path), trainer(load(base, [1, 3], Trainable(True)), cache, tmp_path)
+    outcomes = []
+    for _ in range(4):
+        known = late._step()
+        assert known == (outcomes[-1] if outcomes else None)  # the step before
+        outcomes.append(prompt._step())
+    late._read_outcomes()
+    assert late.window == outcomes
+    for name, weight in weights(prompt).items():
+        assert torch.equal(weight, weights(late)[name]), name
+
+
+def test_what_is_not_finite_never_reaches_the_weights_though_the_host_learns_it_later(
+    base: Path,
+    cache: TokenCache,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Step 3 is poisoned: it and step 4, which was queued before the host knew, leave the weights of step 2."""
+    runner = lagging(base, cache, tmp_path)
+    poison(runner, step=2)
+    for _ in range(2):
+        runner._step()
+    before = weights(runner)
+    runner._step()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(runner).items())
+    with pytest.raises(FlareError, match=r"step 3: loss inf .*weights were not updated"):
+        runner._step()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(runner).items())
+    assert (runner.progress.step, runner.progress.rows) == (2, 8)  # what a status file then says is true
+
+
+def test_nothing_is_saved_before_its_step_is_known_to_be_good(
+    base: Path,
+    cache: TokenCache,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    runner = lagging(base, cache, tmp_path, save_steps=1)
+    poison(runner, step=2)
+    saved: list[int] = []
+    runner.save = lambda progress: saved.append(progress.step)
+    with pytest.raises(FlareError, match="step 3"):
+        runner.train()
+    assert saved == [1, 2]
+
+
+def test_two_ranks_that_read_late_stop_at_the_same_step(
+    base: Path, corpus: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """Rank 1 alone is asked to stop, in its third step; the vote is read a step later, on both."""
+    out = tmp_path / "stops.json"
+    torchrun(2, "tests.train.late_stop", base, corpus, cache_dir, out)
+    assert json.loads(out.read_text()) == [["stopped", 4, [4]]] * 2
+
+
+def test_the_perplexity_of_a_run_that_went_astray_can_be_recorded(tmp_path: Path) -> None:
+    """JSON has no infinity: the checkpoint could not be written, nor how the run ended."""
+    write_json(tmp_path / "record.json", {"perplexity": perplexity(1e6)})
+    assert json.loads((tmp_path / "record.json").read_text())["perplexity"] > 1e307
+    assert perplexity(0.0) == 1.0
+
+
+def test_throughput_leaves_out_what_happens_while_its_clock_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.0, 20.0, 23.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    meter = Throughput()
+    for tokens in (60, 40):
+        meter.start()
+        meter.add(tokens)
+        meter.stop()
+    meter.stop()  # stands already
+    assert meter.take() == 100 / 5
+    assert meter.take() == 0.0
