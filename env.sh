@@ -27,8 +27,8 @@ flare_find_python() {
 
 # The newest torch wheel wants CUDA 13, which needs driver 580; servers with an older one are common. A build for any
 # CUDA 12 runs on every driver for CUDA 12, of 525 or newer. Source: NVIDIA, CUDA Compatibility, minor versions.
-# Only the builds for CUDA 12.6 still hold kernels for cards before Turing (V100, P100): pytorch/pytorch#172352.
-# Prints the wheel indexes to try, best first, when the default wheel does not fit this machine's driver and cards.
+# Only the builds for CUDA 12.6 still hold kernels for GPUs before Turing (V100, P100): pytorch/pytorch#172352.
+# Prints the wheel indexes to try, best first, when the default wheel does not fit this machine's driver and GPUs.
 flare_torch_indexes() {
   command -v nvidia-smi >/dev/null 2>&1 || return 0
   local cuda
@@ -36,7 +36,7 @@ flare_torch_indexes() {
   [ -n "$cuda" ] || return 0
   set -- $cuda
   local version=$(($1 * 100 + $2))
-  if flare_has_old_card; then
+  if flare_has_old_gpu; then
     echo "https://download.pytorch.org/whl/cu126"
     return 0
   fi
@@ -47,7 +47,7 @@ flare_torch_indexes() {
   echo "https://download.pytorch.org/whl/cu126"
 }
 
-flare_has_old_card() {
+flare_has_old_gpu() {
   timeout 10 nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
     awk -F. '/^[0-9]+\.[0-9]+/ { if ($1 * 10 + $2 < 75) old = 1 } END { exit !old }'
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a stage on the cards that you name, or run the demo. See --help.
+# Train a stage on the GPUs that you name, or run the demo. See --help.
 set -euo pipefail
 . "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/env.sh"
 
@@ -10,9 +10,9 @@ usage: ./run_training.sh STAGE GPU [NAME] [IDS] [--FLAG VALUE ...]
 
   STAGE  1 (train the NoPE layers only) or 2 (train everything)
   GPU    words of a model name that nvidia-smi prints (A800, A40, h200),
-         auto (all free cards), manual (IDS needed) or cpu
+         auto (all free GPUs), manual (IDS needed) or cpu
   NAME   name of the experiment; default stage<STAGE>_<date>_<time>
-  IDS    nvidia-smi's card numbers for manual: "0,1,2,3"
+  IDS    nvidia-smi's GPU numbers for manual: "0,1,2,3"
   --FLAG any flag of train_qwen_multi_gpu.py; its --help lists them in groups
 
   --dry_run anywhere prints the plan and the command and starts nothing.
@@ -57,11 +57,11 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
   shift
 fi
 if [ "$gpu" = manual ]; then
-  [ $# -gt 0 ] && [ "${1#--}" = "$1" ] || flare_fail 2 'GPU "manual" needs the card numbers, for example "0,1,2,3"'
+  [ $# -gt 0 ] && [ "${1#--}" = "$1" ] || flare_fail 2 'GPU "manual" needs the GPU numbers, for example "0,1,2,3"'
   flags+=(--gpu_ids "$1")
   shift
 else
-  [ $# -eq 0 ] || [ "${1#-}" != "$1" ] || flare_fail 2 "'$1' is no flag; card numbers are for GPU \"manual\" only"
+  [ $# -eq 0 ] || [ "${1#-}" != "$1" ] || flare_fail 2 "'$1' is no flag; GPU numbers are for GPU \"manual\" only"
   flags+=(--gpu_type "$gpu")
 fi
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train one stage of a Qwen model with NoPE layers on one or many GPUs.
 
-Started plainly it chooses the cards and starts its own workers; under torchrun it joins.
+Started plainly it chooses the GPUs and starts its own workers; under torchrun it joins.
 """
 
 import os
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(resolved: Resolved) -> int:
-    """Make the data that a run starts from and say what it is. No card is looked at."""
+    """Make the data that a run starts from and say what it is. No GPU is looked at."""
     from flare.train.prepare_data import prepare_only
 
     print("\n".join(prepare_only(resolved)))
@@ -43,7 +43,7 @@ def prepare(resolved: Resolved) -> int:
 def start(resolved: Resolved) -> int:
     """Choose the hardware, settle the run, then train here or start workers."""
     from flare.launch import launch
-    from flare.launch.hardware import choose_gpus, hardware_of, leave_out_small_cards
+    from flare.launch.hardware import choose_gpus, hardware_of, leave_out_small_gpus
     from flare.launch.nodes import check_hosts
     from flare.plan.plan import check_fits
     from flare.run.resolve import settle
@@ -52,7 +52,7 @@ def start(resolved: Resolved) -> int:
     selection = choose_gpus(resolved.options)
     run = settle(resolved, hardware_of(resolved.options, selection))
     if selection:
-        selection = leave_out_small_cards(run, selection)
+        selection = leave_out_small_gpus(run, selection)
         run = settle(resolved, hardware_of(resolved.options, selection))
     hardware = run.hardware
     for line in selection.describe() if selection else ():

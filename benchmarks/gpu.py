@@ -1,4 +1,4 @@
-"""Training on one CUDA card with random weights in true shapes: tokens/s, MFU, peak memory against the plan.
+"""Training on one CUDA GPU with random weights in true shapes: tokens/s, MFU, peak memory against the plan.
 
     python -m benchmarks.gpu [--only 3B]
 
@@ -29,7 +29,7 @@ MAX_BATCH_SIZE = 4
 """More rows at a time win nothing once a micro-batch holds 16,384 tokens, and steps would take longer."""
 STEPS, WARMUP_STEPS = 8, 3
 BUDGET_SEC, CASE_LIMIT_SEC = 500.0, 150.0
-"""No case is begun after the first; one that takes longer than the second is ended. A lent card is lent for ten
+"""No case is begun after the first; one that takes longer than the second is ended. A lent GPU is lent for ten
 minutes."""
 
 
@@ -71,7 +71,7 @@ CASES = [
 class Place:
     """What the cases run on."""
 
-    card: str
+    gpu: str
     memory_mib: int
     device: str = "cuda"
     precision: str = "bf16"
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    place, rows, t0 = rehearsal() if args.rehearse else card(), [], time.monotonic()
+    place, rows, t0 = rehearsal() if args.rehearse else gpu(), [], time.monotonic()
     for case in CASES:
         if args.only not in str(case):
             continue
@@ -102,15 +102,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def card() -> Place:
-    """The first card.
+def gpu() -> Place:
+    """The first GPU.
 
     Raises: EnvError without one.
     """
     import torch
 
     if not torch.cuda.is_available():
-        raise EnvError("this benchmark needs a CUDA card, and torch sees none; see nvidia-smi")
+        raise EnvError("this benchmark needs a CUDA GPU, and torch sees none; see nvidia-smi")
     properties = torch.cuda.get_device_properties(0)
     return Place(properties.name, properties.total_memory >> 20)
 
@@ -127,11 +127,11 @@ def rehearsal() -> Place:
 
 
 def planned(case: Case, place: Place) -> Plan | None:
-    """The plan of this case with the largest batch that fits the card; None when not one row does."""
+    """The plan of this case with the largest batch that fits the GPU; None when not one row does."""
     shape = place.shape_of(case.model)
     inputs = PlanInputs(
         shape, case.stage, tuple(auto_band(shape.num_hidden_layers)), seq_len=place.seq_len, precision=place.precision,
-        gradient_checkpointing=case.gradient_checkpointing, gpus=((place.card, place.memory_mib),),
+        gradient_checkpointing=case.gradient_checkpointing, gpus=((place.gpu, place.memory_mib),),
         document_mask=False,
     )  # fmt: skip
     fitting = largest_micro_batch(inputs, rooms(inputs)[0].usable_bytes)
@@ -149,7 +149,7 @@ def run(case: Case, place: Place) -> dict:
         return {"case": str(case), "error": "the plan says that one row does not fit"}
     while True:
         try:
-            row = numbers(case, plan, measure(workload(case, plan, place), CASE_LIMIT_SEC), peak_tflops(place.card))
+            row = numbers(case, plan, measure(workload(case, plan, place), CASE_LIMIT_SEC), peak_tflops(place.gpu))
             return row | ({"out_of_memory_at_rows": too_many} if too_many else {})
         except RuntimeError as error:
             batch = plan.inputs.per_device_batch

@@ -17,14 +17,14 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "nu
 
 
 def machine() -> dict:
-    """Processor, cores, memory and the first card, as far as they can be read."""
+    """Processor, cores, memory and the first GPU, as far as they can be read."""
     facts = {"cpu": processor_name(), "cores": os.cpu_count(), "memory_gib": round(_memory_bytes() / 2**30, 1)}
     if "torch" in sys.modules:
         import torch
 
         if torch.cuda.is_available():
-            card = torch.cuda.get_device_properties(0)
-            facts |= {"gpu": card.name, "gpu_memory_gib": round(card.total_memory / 2**30, 1)}
+            gpu = torch.cuda.get_device_properties(0)
+            facts |= {"gpu": gpu.name, "gpu_memory_gib": round(gpu.total_memory / 2**30, 1)}
     return facts
 
 

@@ -1,8 +1,8 @@
-"""How a step scales to many cards, on paper: ``python -m benchmarks.scaling_paper`` prints docs/scaling.md's tables.
+"""How a step scales to many GPUs, on paper: ``python -m benchmarks.scaling_paper`` prints docs/scaling.md's tables.
 
-Nothing here is measured. Collectives are rings: of S bytes among N cards, an all-gather or a reduce-scatter takes
-(N - 1) / N x S / bandwidth, an all-reduce both. The slowest link decides: that between cards of a host, or all
-network cards of a host together, over which as many rings run side by side. Each collective also waits log2(N) times
+Nothing here is measured. Collectives are rings: of S bytes among N GPUs, an all-gather or a reduce-scatter takes
+(N - 1) / N x S / bandwidth, an all-reduce both. The slowest link decides: that between GPUs of a host, or all
+network GPUs of a host together, over which as many rings run side by side. Each collective also waits log2(N) times
 the latency of a message.
 
 DDP reduces fp32 gradients once a step, behind the backward pass of the last micro-batch. FSDP2 gathers bf16 weights
@@ -27,20 +27,20 @@ LATENCY_SEC = 20e-6
 
 @dataclass(frozen=True)
 class Cluster:
-    """Cards and their links, each way, as their makers state them, in bytes per second."""
+    """GPUs and their links, each way, as their makers state them, in bytes per second."""
 
     name: str
-    cards_per_host: int
+    gpus_per_host: int
     peak_flops: float
-    inside: float  # between two cards of a host
-    network: float  # of a host, all its network cards together
+    inside: float  # between two GPUs of a host
+    network: float  # of a host, all its network GPUs together
 
-    def collective_sec(self, size_bytes: float, cards: int) -> float:
+    def collective_sec(self, size_bytes: float, gpus: int) -> float:
         """An all-gather or a reduce-scatter of this many bytes in all."""
-        if cards == 1:
+        if gpus == 1:
             return 0.0
-        bandwidth = self.inside if cards <= self.cards_per_host else min(self.inside, self.network)
-        return (cards - 1) / cards * size_bytes / bandwidth + math.log2(cards) * LATENCY_SEC
+        bandwidth = self.inside if gpus <= self.gpus_per_host else min(self.inside, self.network)
+        return (gpus - 1) / gpus * size_bytes / bandwidth + math.log2(gpus) * LATENCY_SEC
 
 
 CLUSTERS = (
@@ -52,7 +52,7 @@ CLUSTERS = (
 
 @dataclass(frozen=True)
 class Step:
-    """What a card does in an optimizer step."""
+    """What a GPU does in an optimizer step."""
 
     shape: ModelShape
     trainable: Trainable
@@ -68,29 +68,29 @@ class Step:
         rate = cluster.peak_flops * MFU
         return forward * tokens / rate, (flops.executed - forward) * tokens / rate
 
-    def ddp_sec(self, cluster: Cluster, cards: int) -> float:
+    def ddp_sec(self, cluster: Cluster, gpus: int) -> float:
         forward, backward = self.compute_sec(cluster)
-        reduce = 2 * cluster.collective_sec(FP32_BYTES * self.trainable.params(self.shape), cards)
+        reduce = 2 * cluster.collective_sec(FP32_BYTES * self.trainable.params(self.shape), gpus)
         return (self.micro_batches - 1) * (forward + backward) + forward + max(backward, reduce)
 
-    def fsdp_sec(self, cluster: Cluster, cards: int) -> float:
+    def fsdp_sec(self, cluster: Cluster, gpus: int) -> float:
         forward, backward = self.compute_sec(cluster)
-        gather, reduce = self.layer_sec(cluster, cards)
+        gather, reduce = self.layer_sec(cluster, gpus)
         layers = self.shape.num_hidden_layers
         first = gather  # nothing to hide behind
         return self.micro_batches * (first + max(forward, layers * gather) + max(backward, layers * (gather + reduce)))
 
-    def layer_sec(self, cluster: Cluster, cards: int) -> tuple[float, float]:
+    def layer_sec(self, cluster: Cluster, gpus: int) -> tuple[float, float]:
         """(gather, reduce) seconds of a layer, embedding and head shared out among the layers."""
         layers = self.shape.num_hidden_layers
-        gather = cluster.collective_sec(HALF_BYTES * self.shape.total_params / layers, cards)
-        return gather, cluster.collective_sec(FP32_BYTES * self.trainable.params(self.shape) / layers, cards)
+        gather = cluster.collective_sec(HALF_BYTES * self.shape.total_params / layers, gpus)
+        return gather, cluster.collective_sec(FP32_BYTES * self.trainable.params(self.shape) / layers, gpus)
 
 
 def table(cluster: Cluster) -> Iterator[str]:
-    """Markdown: share of the time that is arithmetic, by model, layout and number of cards (weak scaling)."""
-    counts = [n for n in (4, 8, 16, 64, 256, 1024) if n >= cluster.cards_per_host]
-    yield f"| {cluster.name} | rows x micro-batches a card | {' | '.join(map(str, counts))} |"
+    """Markdown: share of the time that is arithmetic, by model, layout and number of GPUs (weak scaling)."""
+    counts = [n for n in (4, 8, 16, 64, 256, 1024) if n >= cluster.gpus_per_host]
+    yield f"| {cluster.name} | rows x micro-batches a GPU | {' | '.join(map(str, counts))} |"
     yield f"|---|---|{'---|' * len(counts)}"
     for name, rows, micro_batches in itertools.product(("Qwen2.5-3B", "Qwen2.5-7B"), (2,), (1, 8)):
         step = Step(known_shape(f"Qwen/{name}"), Trainable.of("all"), rows, micro_batches)

@@ -9,7 +9,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --output=%x-%j.log
-# --ntasks-per-node=1: Flare starts a process for each card itself.
+# --ntasks-per-node=1: Flare starts a process for each GPU itself.
 # --signal=USR1@300: five minutes before the end every host's launcher gets SIGUSR1; the run writes a checkpoint and
 # exits 0.
 set -euo pipefail

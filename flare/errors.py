@@ -157,7 +157,7 @@ def while_phase() -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short, of this host or of a card; also of an error that was raised from such a one."""
+    """Whether memory was short, of this host or of a GPU; also of an error that was raised from such a one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM:

@@ -87,7 +87,7 @@ def disk_error(what: str, error: BaseException) -> EnvError | None:
 def cached_repositories(kind: str, cache_dir: str | None = None) -> list[str]:
     """Names of the repositories of a kind (model or dataset) in the hub's caches, ``cache_dir`` and the usual one.
 
-    Those of which only the card lies there are left out; whether the others are complete is not checked.
+    Those of which only the GPU lies there are left out; whether the others are complete is not checked.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -52,7 +52,7 @@ class _LogFileHandler(logging.FileHandler):
 
 
 def quiet_torchao() -> None:
-    """Let torchao, which transformers imports when it is there, not tell of kernels for other cards."""
+    """Let torchao, which transformers imports when it is there, not tell of kernels for other GPUs."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

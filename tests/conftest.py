@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     slow = pytest.mark.skip(reason="slow: ./run_tests.sh --slow")
     faults = pytest.mark.skip(reason="the rest of the fault matrix: ./run_tests.sh --faults")
-    no_gpu = pytest.mark.skip(reason="needs a CUDA card")
+    no_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(slow)

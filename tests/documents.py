@@ -141,7 +141,7 @@ class Sandbox:
         return re.sub(r"(?<= )N\b", "1", text.replace(".venv/bin/", ""))  # --seed N
 
     def environment(self, server: str, **more: str) -> dict[str, str]:
-        """Our recorders and the cards of ``server`` (a key of fake_nvidia_smi.SERVERS) first on PATH."""
+        """Our recorders and the GPUs of ``server`` (a key of fake_nvidia_smi.SERVERS) first on PATH."""
         fake = install(self.root / "smi" / server, server)
         path = os.pathsep.join([str(self.root / "bin"), fake.environment()["PATH"]])
         return script_environment(PATH=path, PYTHON="python", HF_HOME=str(self.root / "hf")) | more

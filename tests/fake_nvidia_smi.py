@@ -1,4 +1,4 @@
-"""A real executable ``nvidia-smi`` that shows the cards of a server that we don't have, or misbehaves.
+"""A real executable ``nvidia-smi`` that shows the GPUs of a server that we don't have, or misbehaves.
 
 ``install(directory, mode)`` writes it; tests put ``directory`` first on PATH and run the real subprocess.
 It answers ``--query-gpu=FIELDS --format=csv[,noheader][,nounits]``, ``-L`` and a bare call (the header with
@@ -19,8 +19,8 @@ DRIVER, CUDA = "570.124.06", "12.8"
 
 
 @dataclass(frozen=True)
-class Card:
-    """One card as nvidia-smi tells it; memory in MiB, or a text such as "[N/A]"."""
+class FakeGpu:
+    """One GPU as nvidia-smi tells it; memory in MiB, or a text such as "[N/A]"."""
 
     name: str
     total: int | str
@@ -28,29 +28,29 @@ class Card:
     mig_profiles: tuple[str, ...] = ()
 
 
-A800, A40 = Card("NVIDIA A800 80GB PCIe", 81920), Card("NVIDIA A40", 46068)
-H200 = Card("NVIDIA H200", 143771)
+A800, A40 = FakeGpu("NVIDIA A800 80GB PCIe", 81920), FakeGpu("NVIDIA A40", 46068)
+H200 = FakeGpu("NVIDIA H200", 143771)
 
-SERVERS: dict[str, list[Card]] = {
+SERVERS: dict[str, list[FakeGpu]] = {
     "guide": [A800] * 4 + [A40] * 4,
     "guide_busy": [
-        *[Card(A800.name, A800.total, 61234), A800, A800, A800],
-        *[A40, Card(A40.name, A40.total, 1500), A40, A40],  # 3 % of the card, and over 1 GiB
+        *[FakeGpu(A800.name, A800.total, 61234), A800, A800, A800],
+        *[A40, FakeGpu(A40.name, A40.total, 1500), A40, A40],  # 3 % of the GPU, and over 1 GiB
     ],
     "h200": [H200],
-    "one_24_gib": [Card("NVIDIA GeForce RTX 4090", 24564)],
+    "one_24_gib": [FakeGpu("NVIDIA GeForce RTX 4090", 24564)],
     "node": [A800] * 4,
-    "v100": [Card("Tesla V100-SXM2-32GB", 32768)] * 4,
-    "old_and_new": [A40, Card("Quadro RTX 6000", 24576)],
-    "mixed": [A40, Card("NVIDIA RTX A4000", 16376), Card("NVIDIA RTX A400", 4094), A800],
+    "v100": [FakeGpu("Tesla V100-SXM2-32GB", 32768)] * 4,
+    "old_and_new": [A40, FakeGpu("Quadro RTX 6000", 24576)],
+    "mixed": [A40, FakeGpu("NVIDIA RTX A4000", 16376), FakeGpu("NVIDIA RTX A400", 4094), A800],
     "mig": [
-        Card("NVIDIA H200", 143771, 87, ("1g.18gb", "1g.18gb", "3g.71gb")),
-        Card("NVIDIA H200", 143771, 4),
+        FakeGpu("NVIDIA H200", 143771, 87, ("1g.18gb", "1g.18gb", "3g.71gb")),
+        FakeGpu("NVIDIA H200", 143771, 4),
     ],
     "not_available": [
-        Card("NVIDIA GB10", "[N/A]", "[N/A]"),
-        Card("NVIDIA A40", 46068, "[Insufficient Permissions]"),
-        Card("NVIDIA A40", 46068, "[Not Supported]"),
+        FakeGpu("NVIDIA GB10", "[N/A]", "[N/A]"),
+        FakeGpu("NVIDIA A40", 46068, "[Insufficient Permissions]"),
+        FakeGpu("NVIDIA A40", 46068, "[Not Supported]"),
     ],
 }
 
@@ -59,7 +59,7 @@ NO_DRIVER = (
     b"Make sure that the latest NVIDIA driver is installed and running.\n\n"
 )
 MISBEHAVIOURS: dict[str, tuple[bytes, int]] = {
-    "rubbish": (b"Segmentation fault? 42, 17\nno cards, sorry\n", 0),
+    "rubbish": (b"Segmentation fault? 42, 17\nno GPUs, sorry\n", 0),
     "empty": (b"", 0),
     "gbk": ("找不到任何显卡,请联系管理员\n".encode("gbk"), 0),
     "gbk_name": (
@@ -94,8 +94,8 @@ class FakeNvidiaSmi:
         return {**env, "PATH": f"{self.directory}{os.pathsep}{env['PATH']}", **changes}
 
 
-def card_uuid(index: int) -> str:
-    """UUID of a fake card; "GPU-0000000N" is enough to name it."""
+def gpu_uuid(index: int) -> str:
+    """UUID of a fake GPU; "GPU-0000000N" is enough to name it."""
     return f"GPU-{index:08x}-aaaa-bbbb-cccc-{index:012x}"
 
 
@@ -138,28 +138,28 @@ def _write(directory: Path, body: str) -> FakeNvidiaSmi:
     return FakeNvidiaSmi(directory, directory / "calls.log")
 
 
-def _describe(cards: list[Card]) -> dict:
-    """What answer.py needs: the query fields of every card (with their units) and the -L listing."""
+def _describe(gpus: list[FakeGpu]) -> dict:
+    """What answer.py needs: the query fields of every GPU (with their units) and the -L listing."""
     fields, listing = [], []
-    for i, card in enumerate(cards):
-        known = isinstance(card.total, int) and isinstance(card.used, int)
+    for i, gpu in enumerate(gpus):
+        known = isinstance(gpu.total, int) and isinstance(gpu.used, int)
         fields.append(
             {
                 "index": [str(i), ""],
-                "name": [card.name, ""],
-                "uuid": [card_uuid(i), ""],
-                "memory.total": [str(card.total), "MiB"],
-                "memory.used": [str(card.used), "MiB"],
-                "memory.free": [str(card.total - card.used) if known else "[N/A]", "MiB"],
+                "name": [gpu.name, ""],
+                "uuid": [gpu_uuid(i), ""],
+                "memory.total": [str(gpu.total), "MiB"],
+                "memory.used": [str(gpu.used), "MiB"],
+                "memory.free": [str(gpu.total - gpu.used) if known else "[N/A]", "MiB"],
                 "utilization.gpu": ["0", "%"],
                 "driver_version": [DRIVER, ""],
                 "pci.bus_id": [f"00000000:{0x10 + i:02X}:00.0", ""],
-                "count": [str(len(cards)), ""],
+                "count": [str(len(gpus)), ""],
             }
         )
-        listing.append(f"GPU {i}: {card.name} (UUID: {card_uuid(i)})")
+        listing.append(f"GPU {i}: {gpu.name} (UUID: {gpu_uuid(i)})")
         listing += [
-            f"  MIG {profile:<12}Device  {j}: (UUID: {mig_uuid(i, j)})" for j, profile in enumerate(card.mig_profiles)
+            f"  MIG {profile:<12}Device  {j}: (UUID: {mig_uuid(i, j)})" for j, profile in enumerate(gpu.mig_profiles)
         ]
     header = f"| NVIDIA-SMI {DRIVER}     Driver Version: {DRIVER}     CUDA Version: {CUDA}     |"
     return {"fields": fields, "listing": listing, "header": header}
@@ -183,8 +183,8 @@ elif sorted(arguments) == ["--format", "--query-gpu"]:
             sys.exit(2)
     if "noheader" not in wishes:
         print(", ".join(names))
-    for card in server["fields"]:
-        cells = [card[name] for name in names]
+    for GPU in server["fields"]:
+        cells = [GPU[name] for name in names]
         unit = "nounits" not in wishes
         print(", ".join(f"{v} {u}" if unit and u and v.isdigit() else v for v, u in cells))
 else:

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the same work on both sides, and plans that fit the cards they name."""
+"""The benchmarks measure what they say: the same work on both sides, and plans that fit the GPUs they name."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_both_trainers_do_the_same_updates(stage: int) -> None:
     assert ours == pytest.approx(theirs, rel=3e-3)
 
 
-def test_every_gpu_case_fits_the_cards_of_the_project() -> None:
+def test_every_gpu_case_fits_the_gpus_of_the_project() -> None:
     for name, memory_mib in (("NVIDIA H200", 143771), ("NVIDIA H100 80GB HBM3", 81559)):
         for case in gpu.CASES:
             plan = gpu.planned(case, gpu.Place(name, memory_mib))
@@ -83,11 +83,11 @@ def test_the_error_of_a_workload_is_the_line_that_names_it() -> None:
 
 
 def test_the_paper_model_of_scaling_counts_bytes_as_rings_do() -> None:
-    """Hand-worked: 8 bytes among 4 cards of a host at 2 bytes a second: three quarters pass a link, in 3 s."""
+    """Hand-worked: 8 bytes among 4 GPUs of a host at 2 bytes a second: three quarters pass a link, in 3 s."""
     cluster = scaling_paper.Cluster("hand", 4, 1.0, 2.0, 1.0)
     assert cluster.collective_sec(8, 1) == 0
     assert cluster.collective_sec(8, 4) == pytest.approx(3 + 2 * scaling_paper.LATENCY_SEC)
     assert cluster.collective_sec(8, 8) == pytest.approx(7 + 3 * scaling_paper.LATENCY_SEC)  # the network is slower
     step = scaling_paper.Step(known_shape("Qwen/Qwen2.5-3B"), Trainable.of("all"), 2, 8)
-    for cards in (8, 1024):  # more accumulation hides DDP's one reduction, not FSDP2's many
-        assert step.ddp_sec(scaling_paper.CLUSTERS[2], cards) < step.fsdp_sec(scaling_paper.CLUSTERS[2], cards)
+    for gpus in (8, 1024):  # more accumulation hides DDP's one reduction, not FSDP2's many
+        assert step.ddp_sec(scaling_paper.CLUSTERS[2], gpus) < step.fsdp_sec(scaling_paper.CLUSTERS[2], gpus)

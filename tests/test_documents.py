@@ -46,7 +46,7 @@ def planner(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 class Planner:
-    """Runs what a command called as far as it goes without a card, a network and hours."""
+    """Runs what a command called as far as it goes without a GPU, a network and hours."""
 
     def __init__(self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
         self.sandbox, self.monkeypatch, self.capsys = sandbox, monkeypatch, capsys
@@ -168,7 +168,7 @@ def test_the_two_commands_and_the_guides_lines_are_there() -> None:
 
 # -- examples -----------------------------------------------------------------------------------------------------
 
-SERVERS = {"one_24gb_card.json": "one_24_gib", "two_nodes.json": "node"}
+SERVERS = {"one_24gb_gpu.json": "one_24_gib", "two_nodes.json": "node"}
 TWO_NODES = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node-a"}
 
 
@@ -193,7 +193,7 @@ def test_every_configuration_plans_on_the_machine_that_it_is_for(
     if file == "demo.json":
         pytest.skip("the demo's own test runs it")
     flags = ["--experiment_name", "x", "--config", configuration, "--stage", str(stage)]
-    if "gpu_examples" not in file:  # those name their cards
+    if "gpu_examples" not in file:  # those name their GPUs
         flags += ["--gpu_type", "auto" if file in SERVERS else "A800"]
     environment = TWO_NODES if file == "two_nodes.json" else {}
     (out,) = planner.try_command(

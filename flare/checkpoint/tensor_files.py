@@ -104,7 +104,7 @@ def _save_pickled(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def _gathered(
     tensors: dict[str, torch.Tensor], file: TensorFile, world: World, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """The file's tensors, whole, in its owner's memory; one at a time on a card. A collective for sharded ones."""
+    """The file's tensors, whole, in its owner's memory; one at a time on a GPU. A collective for sharded ones."""
     held = {}
     for name in file.tensors:
         tensor = whole(tensors[name]) if is_sharded(tensors[name]) or file.owner == world.rank else None

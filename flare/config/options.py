@@ -57,7 +57,7 @@ class Options:
     base_output_dir: str = run_option("where experiments live (environment: FLARE_OUTPUT_DIR)", "/work/xiaoyonggao")
     dry_run: bool = run_option("print the plan and the command, start nothing", False, kind="bool")
     prepare_only: bool = run_option(
-        "make the token cache that a run with these options starts from, on a machine with or without cards, and end",
+        "make the token cache that a run with these options starts from, on a machine with or without GPUs, and end",
         False,
         kind="bool",
     )
@@ -73,31 +73,31 @@ class Options:
 
     # -- hardware -----------------------------------------------------------------------------------
     gpu_type: str | None = hardware_option(
-        "cards by words of their model name (A800, A40), auto: all free ones, cpu: none; "
-        "default auto where there are cards, else cpu",
+        "GPUs by words of their model name (A800, A40), auto: all free ones, cpu: none; "
+        "default auto where there are GPUs, else cpu",
         None,
     )
     gpu_ids: list[int] | None = hardware_option(
-        "cards by nvidia-smi's index: 0 1 2 3 or 0,1,2,3 or 0-3", None, kind="ids", many=True
+        "GPUs by nvidia-smi's index: 0 1 2 3 or 0,1,2,3 or 0-3", None, kind="ids", many=True
     )
-    allow_busy_gpus: bool = hardware_option("take cards that another process uses, too", False, kind="bool")
+    allow_busy_gpus: bool = hardware_option("take GPUs that another process uses, too", False, kind="bool")
     nproc_per_node: int | None = hardware_option(
-        "worker processes; default one per card, 1 on cpu", None, kind="int", low=1
+        "worker processes; default one per GPU, 1 on cpu", None, kind="int", low=1
     )
     precision: str = hardware_option(
-        "auto: bf16 on cards (fp16 if one is older than Ampere), fp32 on the CPU. bf16, fp16: frozen weights in it, "
+        "auto: bf16 on GPUs (fp16 if one is older than Ampere), fp32 on the CPU. bf16, fp16: frozen weights in it, "
         "trainable ones as fp32 masters; fp16 with dynamic loss scaling",
         "auto",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     parallel: str = hardware_option(
-        "ddp: the whole model on every card; fsdp: weights, gradients and optimizer state divided among the cards "
+        "ddp: the whole model on every GPU; fsdp: weights, gradients and optimizer state divided among the GPUs "
         "(FSDP2); auto: ddp where the plan says that it fits",
         "auto",
         choices=("auto", "ddp", "fsdp"),
     )
     attn_implementation: str = hardware_option(
-        "attention code; auto: varlen (torch's flash kernel, told document bounds) on cards in bf16, else sdpa; "
+        "attention code; auto: varlen (torch's flash kernel, told document bounds) on GPUs in bf16, else sdpa; "
         "flash_attention_2 needs the flash-attn package",
         "auto",
         choices=("auto", "sdpa", "eager", "varlen", "flash_attention_2"),
@@ -108,8 +108,8 @@ class Options:
         kind="bool",
     )
     balance: str = hardware_option(
-        "rows of a step for each process; auto: equal on like cards, by speed (measured at the start) on unlike ones; "
-        "measure: measure like cards, too; equal; or weights by rank (3,1). Batch and order stay the same",
+        "rows of a step for each process; auto: equal on like GPUs, by speed (measured at the start) on unlike ones; "
+        "measure: measure like GPUs, too; equal; or weights by rank (3,1). Batch and order stay the same",
         "auto",
     )
     ddp_timeout: int = hardware_option(
@@ -206,7 +206,7 @@ class Options:
         "peak learning rate; default 1e-4 in stage 1, 3e-5 in stage 2", None, kind="float", above=0, high=0.1
     )
     per_device_train_batch_size: int | str = optimisation_option(
-        "rows a process works on at once; auto: as many as fit the smallest card; the rows of a step stay those of "
+        "rows a process works on at once; auto: as many as fit the smallest GPU; the rows of a step stay those of "
         "--global_batch_size or of the default, the rest is accumulated; default 3 in stage 1, 2 in stage 2",
         None,
         kind="count",

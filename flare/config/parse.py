@@ -200,7 +200,7 @@ def _old_names(typed: dict[str, Any], warnings: list[str], problems: list[str]) 
 
 def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tuple[dict, dict]:
     """Values by rising precedence. Steps and epochs replace each other, and so do the two ways to give the warm-up and
-    the two to name cards: the higher rank wins. ``manual`` names none."""
+    the two to name GPUs: the higher rank wins. ``manual`` names none."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:
@@ -245,7 +245,7 @@ def _impossible(options: Options, sources: dict[str, str]) -> list[str]:
     if options.gpu_ids is not None and options.gpu_type not in (None, "manual"):
         problems.append("--gpu_ids and --gpu_type are both given; give one")
     if options.gpu_type == "manual" and options.gpu_ids is None:
-        problems.append('GPU "manual" needs the card numbers: --gpu_ids 0 1 2 3')
+        problems.append('GPU "manual" needs the GPU numbers: --gpu_ids 0 1 2 3')
     if options.early_stopping_patience and options.eval_steps is None:
         problems.append("--early_stopping_patience needs evaluations; give --eval_steps")
     if not options.early_stopping_patience and sources.get("early_stopping_threshold") == "command line":

@@ -81,7 +81,7 @@ def _plain_value(value: Any, kind: str, rules: Any, from_text: bool) -> Any:
         return parse_lengths(value)
     if kind == "weights" and value is not None:
         return _weights(value)
-    if kind in AUTO_KINDS:  # auto is settled when model and cards are known (flare.run.resolve)
+    if kind in AUTO_KINDS:  # auto is settled when model and GPUs are known (flare.run.resolve)
         if value in WORDS[kind]:
             return value
         kind = AUTO_KINDS[kind]

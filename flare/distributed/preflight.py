@@ -1,6 +1,6 @@
 """Do the processes of a run reach each other? A small all-reduce with a time limit of its own, before all else.
 
-Without it a broken path between cards or hosts shows as a hang until ``--ddp_timeout``, half an hour later.
+Without it a broken path between GPUs or hosts shows as a hang until ``--ddp_timeout``, half an hour later.
 """
 
 import atexit

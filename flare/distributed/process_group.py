@@ -19,7 +19,7 @@ import torch.distributed as dist
 from flare.distributed.preflight import LIMIT_SEC, check_fabric, meet
 from flare.errors import ConfigError, EnvError, FlareError, first_line, is_out_of_memory, while_phase
 from flare.gpus.nvidia_smi import Gpu
-from flare.gpus.selection import check_card
+from flare.gpus.selection import check_gpu
 
 T = TypeVar("T")
 
@@ -58,22 +58,22 @@ def start(
     fabric_limit_sec: float = LIMIT_SEC,
     needs_bf16: bool = False,
 ) -> World:
-    """Bind this process to its card and join the process group (none for a single process).
+    """Bind this process to its GPU and join the process group (none for a single process).
 
     Args:
         timeout_sec: of the run's collectives.
-        planned: the cards of the plan, in the order of local ranks; nothing is compared when empty.
+        planned: the GPUs of the plan, in the order of local ranks; nothing is compared when empty.
         fabric_limit_sec: of the trial all-reduce.
         needs_bf16: the run computes in it.
 
-    Raises: EnvError for another card than planned, one without bf16 where it is needed, or processes
+    Raises: EnvError for another GPU than planned, one without bf16 where it is needed, or processes
         that do not reach each other.
     """
     rank, local_rank = rank_from_environment(), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
-        bind_card(local_rank, planned, needs_bf16)
+        bind_gpu(local_rank, planned, needs_bf16)
     store = None
     if size > 1:
         store, rank, size = meet(timeout_sec)
@@ -89,21 +89,21 @@ def start(
     return World(rank, local_rank, size, device, store)
 
 
-def bind_card(local_rank: int, planned: Sequence[Gpu], needs_bf16: bool = False) -> None:
-    """Use the card of this local rank, if it is the one of the plan. Nothing is allocated on it before.
+def bind_gpu(local_rank: int, planned: Sequence[Gpu], needs_bf16: bool = False) -> None:
+    """Use the GPU of this local rank, if it is the one of the plan. Nothing is allocated on it before.
 
-    Raises: EnvError when there is no such card, or another one, or one that lacks the bf16 that the run needs.
+    Raises: EnvError when there is no such GPU, or another one, or one that lacks the bf16 that the run needs.
     """
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise EnvError(
-            f"local rank {local_rank} has no card: torch sees {count} "
+            f"local rank {local_rank} has no GPU: torch sees {count} "
             f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}); see nvidia-smi and dmesg"
         )
     torch.cuda.set_device(local_rank)
     if planned:
-        card = torch.cuda.get_device_properties(local_rank)
-        check_card(planned[local_rank], card.name, str(card.uuid))
+        gpu = torch.cuda.get_device_properties(local_rank)
+        check_gpu(planned[local_rank], gpu.name, str(gpu.uuid))
     if needs_bf16 and (capability := torch.cuda.get_device_capability(local_rank)) < AMPERE:
         raise EnvError(
             f"{torch.cuda.get_device_name(local_rank)} has no bf16 (compute capability {capability[0]}."
@@ -153,7 +153,7 @@ def _device() -> torch.device:
 
 
 def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor, summed over ranks. On a card it is only queued: no host sync."""
+    """The same tensor, summed over ranks. On a GPU it is only queued: no host sync."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor

@@ -33,7 +33,7 @@ COLLECTIVE_SHARE = 0.9
 WAITING = (
     "torch/distributed", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "torch/cuda/streams.py",
 )  # fmt: skip
-"""Places in torch where a rank waits for others. The reduction of gradients is inside the backward pass; on a card
+"""Places in torch where a rank waits for others. The reduction of gradients is inside the backward pass; on a GPU
 all of that is only queued, and the wait for another rank is the wait for an event behind it."""
 
 

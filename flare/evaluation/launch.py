@@ -1,4 +1,4 @@
-"""Where an evaluation runs: on the cards that training's rules choose, one process each, or where --device says."""
+"""Where an evaluation runs: on the GPUs that training's rules choose, one process each, or where --device says."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from flare.gpus.specs import lacks_bf16
 from flare.launch.agent import received, run_agent
 from flare.launch.hardware import check_torch_sees_cuda, choose_gpus, hardware_of
 from flare.launch.nodes import num_nodes
-from flare.launch.worker_environment import CARDS_VARIABLE, DEVICE_VARIABLE, worker_hardware
+from flare.launch.worker_environment import DEVICE_VARIABLE, GPUS_VARIABLE, worker_hardware
 from flare.launch.worker_errors import end_with_launcher, first_failure, tell_launcher
 from flare.run.run import Hardware
 
 
 def start(script: Path, settings: EvaluationSettings, argv: list[str]) -> int:
-    """Choose cards and processes, then evaluate here or in workers. Returns the exit code.
+    """Choose GPUs and processes, then evaluate here or in workers. Returns the exit code.
 
     Raises: ConfigError / EnvError of the choice.
     """
@@ -40,7 +40,7 @@ def start(script: Path, settings: EvaluationSettings, argv: list[str]) -> int:
 def _export_environment(hardware: Hardware, selection: Selection | None) -> None:
     """Tell workers, and torch in this process, what to compute on."""
     os.environ[DEVICE_VARIABLE] = "cuda" if hardware.use_cuda else "cpu"
-    os.environ[CARDS_VARIABLE] = json.dumps([asdict(gpu) for gpu in hardware.gpus])
+    os.environ[GPUS_VARIABLE] = json.dumps([asdict(gpu) for gpu in hardware.gpus])
     if selection:
         os.environ.update(select_environment(selection))
 
@@ -73,14 +73,14 @@ def evaluate_here(settings: EvaluationSettings, device: str) -> int:
     from flare.evaluation.session import Evaluation
     from flare.logs import start_logging
 
-    on_card = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: torch {torch.__version__} sees no card; give --device cpu")
+        raise ConfigError(f"--device {device}: torch {torch.__version__} sees no GPU; give --device cpu")
     start_logging()
     place = None if device == "auto" else torch.device(device)
-    cards = range(torch.cuda.device_count() if on_card else 0)
-    old = any(torch.cuda.get_device_capability(card) < AMPERE for card in cards)
-    return Evaluation(with_precision(settings, on_card, old), ALONE, place).run()
+    gpus = range(torch.cuda.device_count() if on_gpu else 0)
+    old = any(torch.cuda.get_device_capability(gpu) < AMPERE for gpu in gpus)
+    return Evaluation(with_precision(settings, on_gpu, old), ALONE, place).run()
 
 
 def join(settings: EvaluationSettings) -> int:
@@ -106,9 +106,9 @@ def join(settings: EvaluationSettings) -> int:
     return code
 
 
-def with_precision(settings: EvaluationSettings, on_card: bool, old: bool) -> EvaluationSettings:
-    """``--precision auto`` settled. ``old``: a card is older than Ampere and has no bf16."""
+def with_precision(settings: EvaluationSettings, on_gpu: bool, old: bool) -> EvaluationSettings:
+    """``--precision auto`` settled. ``old``: a GPU is older than Ampere and has no bf16."""
     if settings.precision != "auto":
         return settings
-    on_cards = "fp16" if old else "bf16"
-    return replace(settings, precision=on_cards if on_card else "fp32")
+    on_gpus = "fp16" if old else "bf16"
+    return replace(settings, precision=on_gpus if on_gpu else "fp32")

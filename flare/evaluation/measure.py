@@ -58,7 +58,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an evaluation runs: ranks, this rank's device (None: over all cards), and the parts on disk."""
+    """Where an evaluation runs: ranks, this rank's device (None: over all GPUs), and the parts on disk."""
 
     world: World
     device: torch.device | None

@@ -108,7 +108,7 @@ def loaded(directory: Path, settings: EvaluationSettings, device: torch.device |
     """(model, tokenizer, device of its inputs); freed afterwards, so that compared models never lie side by side.
 
     Args:
-        device: None spreads the model over all cards and the CPU (accelerate's device_map).
+        device: None spreads the model over all GPUs and the CPU (accelerate's device_map).
     """
     check_recorded_layers(directory, nope_layers_of(read_model_config(directory)))
     hold_stored_model_to_canary(directory)

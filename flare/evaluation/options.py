@@ -105,7 +105,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of the weights [cards bf16, old ones fp16]",
+        help="of the weights [GPUs bf16, old ones fp16]",
     )
     add("--attn_implementation", choices=("sdpa", "eager"), default="sdpa", help="attention code [sdpa]")
     add("--seed", type=int, default=0, metavar="N", help="of passkeys, samples and bootstrap [0]")
@@ -142,11 +142,11 @@ def _add_more(group: argparse._ArgumentGroup) -> None:
 
 def _add_hardware(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--device", metavar="NAME", help="one process on cpu, cuda or cuda:1; auto: one model over all cards")
-    add("--gpu_type", metavar="NAME", help="a process on each free card of this type (A800), auto, or cpu")
-    add("--gpu_ids", nargs="+", metavar="ID", help="a process on each of these cards, as nvidia-smi counts")
-    add("--allow_busy_gpus", action="store_true", help="also cards that another process holds")
-    add("--nproc_per_node", type=positive, metavar="N", help="processes [one a card; 1 on the CPU]")
+    add("--device", metavar="NAME", help="one process on cpu, cuda or cuda:1; auto: one model over all GPUs")
+    add("--gpu_type", metavar="NAME", help="a process on each free GPU of this type (A800), auto, or cpu")
+    add("--gpu_ids", nargs="+", metavar="ID", help="a process on each of these GPUs, as nvidia-smi counts")
+    add("--allow_busy_gpus", action="store_true", help="also GPUs that another process holds")
+    add("--nproc_per_node", type=positive, metavar="N", help="processes [one a GPU; 1 on the CPU]")
 
 
 def positive(text: str) -> int:
@@ -192,11 +192,11 @@ def _lengths(words: list[str]) -> tuple[int, ...]:
 
 
 def _check_device(args: argparse.Namespace) -> None:
-    """``--device`` says where one process computes; the other flags choose cards for several."""
+    """``--device`` says where one process computes; the other flags choose GPUs for several."""
     if args.device is None:
         return
     if args.gpu_type is not None or args.gpu_ids is not None:
-        raise ConfigError(f"--device {args.device} and --gpu_type/--gpu_ids both choose cards; give one of them")
+        raise ConfigError(f"--device {args.device} and --gpu_type/--gpu_ids both choose GPUs; give one of them")
     if args.nproc_per_node not in (None, 1) and args.device != "cpu":
         raise ConfigError(f"--device {args.device} is for one process; for several give --gpu_ids, --gpu_type or cpu")
 

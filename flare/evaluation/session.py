@@ -33,7 +33,7 @@ class Evaluation:
     """Runs an evaluation and writes its files as they become true. Every rank has one; rank 0 writes.
 
     Args:
-        device: this rank's, or None to spread the model over all cards.
+        device: this rank's, or None to spread the model over all GPUs.
     """
 
     def __init__(self, settings: EvaluationSettings, world: World, device: torch.device | None) -> None:

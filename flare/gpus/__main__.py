@@ -1,4 +1,4 @@
-"""``python -m flare.gpus``: the cards as a table, and what a choice would take. Starts nothing.
+"""``python -m flare.gpus``: the GPUs as a table, and what a choice would take. Starts nothing.
 
 The choice itself is in selection.py; this file only reads the command line and lays out text.
 """
@@ -15,7 +15,7 @@ from flare.gpus.nvidia_smi import Gpu, query_gpus
 from flare.gpus.selection import (
     GpuRequest,
     gib,
-    list_cards,
+    list_gpus,
     parse_gpu_ids,
     select_environment,
     select_gpus,
@@ -34,24 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(
         "python -m flare.gpus",
         "[--gpu_type NAME | --gpu_ids ID ...] [flags]",
-        "The cards as a table, and what a choice would take. Starts nothing.",
+        "The GPUs as a table, and what a choice would take. Starts nothing.",
         EXAMPLES,
     )
     group = parser.add_argument_group("the choice, as a run would make it")
     which = group.add_mutually_exclusive_group()
-    words = 'words of the model name, as "A40" or "A800 80GB"; auto: every card'
+    words = 'words of the model name, as "A40" or "A800 80GB"; auto: every GPU'
     which.add_argument("--gpu_type", metavar="NAME", help=words)
     which.add_argument("--gpu_ids", nargs="+", metavar="ID", help="nvidia-smi's indices: 0 1, 0,1 or 0-3")
-    group.add_argument("--allow_busy_gpus", action="store_true", help="take cards that are in use as well")
+    group.add_argument("--allow_busy_gpus", action="store_true", help="take GPUs that are in use as well")
     args = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a card's name never stops the table, whatever the locale
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a GPU's name never stops the table, whatever the locale
         sys.stdout.reconfigure(errors="replace")
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         gpu_ids = None if args.gpu_ids is None else parse_gpu_ids(args.gpu_ids)
     except ConfigError as error:
-        raise with_cards_found(error) from None
+        raise with_gpus_found(error) from None
     gpus = query_gpus(visible=visible)
     allowed, _ = visible_gpus(gpus, visible)
     hidden = [gpu for gpu in gpus if gpu not in allowed]
@@ -66,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def with_cards_found(error: ConfigError) -> ConfigError:
-    """The same error with the cards of this machine at its end, when nvidia-smi can tell them.
+def with_gpus_found(error: ConfigError) -> ConfigError:
+    """The same error with the GPUs of this machine at its end, when nvidia-smi can tell them.
 
-    For requests that are wrong in themselves and fail before any card is looked at.
+    For requests that are wrong in themselves and fail before any GPU is looked at.
     """
     with suppress(EnvError):
-        return ConfigError(f"{error}; cards found: {list_cards(query_gpus())}")
+        return ConfigError(f"{error}; GPUs found: {list_gpus(query_gpus())}")
     return error
 
 
@@ -80,7 +80,7 @@ def format_table(gpus: Sequence[Gpu], chosen: Collection[Gpu], hidden: Collectio
     """Aligned text: index, name, memory, free, state (free, busy, hidden, chosen; "chosen, busy").
 
     Args:
-        hidden: the cards outside CUDA_VISIBLE_DEVICES.
+        hidden: the GPUs outside CUDA_VISIBLE_DEVICES.
     """
     rows = [("GPU", "name", "memory", "free", "state")]
     for gpu in gpus:

@@ -1,7 +1,7 @@
-"""Asking nvidia-smi which cards this machine has. Standard library only.
+"""Asking nvidia-smi which GPUs this machine has. Standard library only.
 
-One ``nvidia-smi`` query gives the cards, a second one the MIG devices when they matter. Whatever nvidia-smi
-does (hang, fail, print rubbish), the caller gets cards or an EnvError of one line. Which of the cards a run
+One ``nvidia-smi`` query gives the GPUs, a second one the MIG devices when they matter. Whatever nvidia-smi
+does (hang, fail, print rubbish), the caller gets GPUs or an EnvError of one line. Which of the GPUs a run
 takes is gpus.py's.
 """
 
@@ -20,19 +20,19 @@ TIMEOUT_SEC = 10.0
 """How long nvidia-smi may take (contract, section 2)."""
 
 BUSY_FRACTION, BUSY_MIB = 0.10, 1024
-"""More memory in use than this share of the card, or than this much, whichever is less: it is busy."""
+"""More memory in use than this share of the GPU, or than this much, whichever is less: it is busy."""
 
 QUERY = "index,name,uuid,memory.total,memory.used,driver_version"
 
 INFOROM_WARNING = 14
-"""nvidia-smi's exit code when a card's infoROM is corrupted: the list is good. Source: its man page."""
+"""nvidia-smi's exit code when a GPU's infoROM is corrupted: the list is good. Source: its man page."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card, or one MIG device of a card."""
+    """A GPU, or one MIG device of a GPU."""
 
-    index: int  # nvidia-smi's; of a MIG device: its card's
+    index: int  # nvidia-smi's; of a MIG device: its GPU's
     name: str
     uuid: str
     memory_total_mib: int | None  # None: nvidia-smi does not say ([N/A]); of a MIG device: its profile's size
@@ -49,25 +49,25 @@ class Gpu:
 
     @property
     def is_busy(self) -> bool:
-        """Another process holds it. Unknown use counts as free: else such a card could never be taken."""
+        """Another process holds it. Unknown use counts as free: else such a GPU could never be taken."""
         limit_mib = min(BUSY_FRACTION * (self.memory_total_mib or float("inf")), BUSY_MIB)
         return (self.memory_used_mib or 0) > limit_mib
 
 
 def query_gpus(timeout_sec: float = TIMEOUT_SEC, visible: str | None = None) -> list[Gpu]:
-    """The cards of this machine, from one nvidia-smi call.
+    """The GPUs of this machine, from one nvidia-smi call.
 
     Args:
         timeout_sec: for everything; nvidia-smi and what it started are killed after that.
         visible: CUDA_VISIBLE_DEVICES, None when unset. Only when a ``MIG-`` entry is in it, a second call
-            (``nvidia-smi -L``) adds the MIG devices, behind the whole cards.
+            (``nvidia-smi -L``) adds the MIG devices, behind the whole GPUs.
 
     Raises:
-        EnvError: nvidia-smi is missing, hangs, fails, or prints something else than a list of cards.
+        EnvError: nvidia-smi is missing, hangs, fails, or prints something else than a list of GPUs.
     """
     t0 = time.monotonic()
     output = _ask_nvidia_smi([f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"], timeout_sec)
-    gpus = _parse_cards(output)
+    gpus = _parse_gpus(output)
     if visible and "MIG-" in visible:
         left_sec = max(0.1, timeout_sec - (time.monotonic() - t0))
         gpus += _parse_mig_devices(_ask_nvidia_smi(["-L"], left_sec), gpus)
@@ -93,7 +93,7 @@ def _ask_nvidia_smi(arguments: list[str], timeout_sec: float) -> str:
         _kill_group(process)
         raise EnvError(
             f"nvidia-smi hangs: no answer in {timeout_sec:.3g} s, killed it; "
-            "the driver or a card is stuck (see dmesg; a reboot is the usual cure)"
+            "the driver or a GPU is stuck (see dmesg; a reboot is the usual cure)"
         ) from None
     except BaseException:  # Ctrl-C does not reach another session by itself
         _kill_group(process)
@@ -118,44 +118,44 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         process.wait(timeout=1)
 
 
-def _parse_cards(output: str) -> list[Gpu]:
-    """The cards in the CSV of QUERY. Raises EnvError when a line is anything else: no card is guessed."""
+def _parse_gpus(output: str) -> list[Gpu]:
+    """The GPUs in the CSV of QUERY. Raises EnvError when a line is anything else: no GPU is guessed."""
     lines = [line for line in output.splitlines() if line.strip() and not line.startswith("WARNING:")]
     if not lines:
-        raise EnvError("nvidia-smi printed nothing, so it finds no card; see `nvidia-smi -L`")
+        raise EnvError("nvidia-smi printed nothing, so it finds no GPU; see `nvidia-smi -L`")
     gpus: list[Gpu] = []
     for line in lines:
         gpu = _parse_row(line)
         if gpu is None or any(gpu.index == other.index for other in gpus):
-            raise EnvError(f"nvidia-smi did not print a list of cards but: {one_line(line) or repr(line)}")
+            raise EnvError(f"nvidia-smi did not print a list of GPUs but: {one_line(line) or repr(line)}")
         gpus.append(gpu)
     return gpus
 
 
 def _parse_row(line: str) -> Gpu | None:
-    """The card of one CSV line, None when it is no such line. Commas may be in the name."""
+    """The GPU of one CSV line, None when it is no such line. Commas may be in the name."""
     parts = [one_line(part) for part in line.split(",")]
     if len(parts) < 6 or not re.fullmatch("[0-9]{1,4}", parts[0]):
         return None
     name, (uuid, total, used, driver) = ", ".join(parts[1:-4]), parts[-4:]
     if not (name and uuid and all(re.fullmatch(r"[0-9]{1,9}|\[.*\]|N/A", mib) for mib in (total, used))):
         return None
-    # "[N/A]", "[Not Supported]", "[Insufficient Permissions]", ...: a card that does not tell
+    # "[N/A]", "[Not Supported]", "[Insufficient Permissions]", ...: a GPU that does not tell
     total_mib, used_mib = (int(mib) if mib.isdecimal() else None for mib in (total, used))
     return Gpu(int(parts[0]), name, uuid, total_mib, used_mib, driver)
 
 
-def _parse_mig_devices(listing: str, cards: Sequence[Gpu]) -> list[Gpu]:
-    """MIG devices in the output of ``nvidia-smi -L``: indented lines below the line of their card."""
+def _parse_mig_devices(listing: str, gpus: Sequence[Gpu]) -> list[Gpu]:
+    """MIG devices in the output of ``nvidia-smi -L``: indented lines below the line of their GPU."""
     devices: list[Gpu] = []
-    card: Gpu | None = None
+    gpu: Gpu | None = None
     for line in listing.splitlines():
         if match := re.match(r"GPU ([0-9]{1,4}):", line):
-            card = next((c for c in cards if c.index == int(match[1])), None)
-        elif card and (match := re.match(r"\s+MIG (\S+)\s+Device\s+[0-9]+: \(UUID: (MIG-[^)\s]+)\)", line)):
+            gpu = next((c for c in gpus if c.index == int(match[1])), None)
+        elif gpu and (match := re.match(r"\s+MIG (\S+)\s+Device\s+[0-9]+: \(UUID: (MIG-[^)\s]+)\)", line)):
             profile, uuid = one_line(match[1]), one_line(match[2])
             size = re.search(r"([0-9]{1,4})gb", profile)  # "1g.18gb": nominal, a little above the real size
             total_mib = int(size[1]) * 1024 if size else None
-            name = f"{card.name} MIG {profile}"
-            devices.append(Gpu(card.index, name, uuid, total_mib, None, card.driver_version, mig=True))
+            name = f"{gpu.name} MIG {profile}"
+            devices.append(Gpu(gpu.index, name, uuid, total_mib, None, gpu.driver_version, mig=True))
     return devices

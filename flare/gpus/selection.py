@@ -1,17 +1,17 @@
-"""Which cards this machine has, and which of them a run takes. Standard library only.
+"""Which GPUs this machine has, and which of them a run takes. Standard library only.
 
-``query_gpus`` (nvidia_smi.py) finds the cards; ``select_gpus`` is a pure choice among them, by words of the
+``query_gpus`` (nvidia_smi.py) finds the GPUs; ``select_gpus`` is a pure choice among them, by words of the
 model's name, by nvidia-smi's index, or all. The shell launcher, the Python script and
 ``python -m flare.gpus`` (__main__.py) use this code, before torch is imported.
 
 A preset ``CUDA_VISIBLE_DEVICES`` (a scheduler's) is a limit. Understood in it, as CUDA does: indices, taken
 in nvidia-smi's (PCI) order; GPU UUIDs and unique beginnings of them; MIG device UUIDs (``MIG-<uuid>`` and
 the older ``MIG-GPU-<uuid>/<gi>/<ci>``). MIG devices are taken only when they are named there, and one at
-most: CUDA shows a process one MIG device. Without a MIG entry a card in MIG mode looks like a whole card
-here; ``check_card`` then stops the rank that got a slice of it.
+most: CUDA shows a process one MIG device. Without a MIG entry a GPU in MIG mode looks like a whole GPU
+here; ``check_gpu`` then stops the rank that got a slice of it.
 
 Left to others: starting workers (launch.py), what fits into the memory (plan.py), and asking torch for the
-card that a rank got (distributed.py, which hands it to ``check_card``).
+GPU that a rank got (distributed.py, which hands it to ``check_gpu``).
 """
 
 import re
@@ -25,16 +25,16 @@ from flare.gpus.specs import name_words
 
 @dataclass(frozen=True)
 class GpuRequest:
-    """What the user asked for; with nothing given, every free card."""
+    """What the user asked for; with nothing given, every free GPU."""
 
     gpu_type: str | None = None  # words of the model name, or "auto"; given with gpu_ids, those must match it
     gpu_ids: list[int] | None = None  # nvidia-smi's indices, taken in this order
-    allow_busy: bool = False  # take cards that another process holds
+    allow_busy: bool = False  # take GPUs that another process holds
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A card that was asked for and is not taken."""
+    """A GPU that was asked for and is not taken."""
 
     gpu: Gpu
     reason: str
@@ -42,7 +42,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Selection:
-    """The cards of a run, in the order of its local ranks."""
+    """The GPUs of a run, in the order of its local ranks."""
 
     gpus: list[Gpu]
     skipped: list[Skipped] = field(default_factory=list)
@@ -54,8 +54,8 @@ class Selection:
         return ",".join(gpu.uuid if gpu.mig else str(gpu.index) for gpu in self.gpus)
 
     def describe(self) -> list[str]:
-        """Lines for a log: the cards taken, the cards skipped and why, remarks."""
-        lines = [card_line(gpu) for gpu in self.gpus]
+        """Lines for a log: the GPUs taken, the GPUs skipped and why, remarks."""
+        lines = [gpu_line(gpu) for gpu in self.gpus]
         lines += [f"GPU {s.gpu.index} skipped: {s.gpu.name}, {s.reason}" for s in self.skipped]
         return lines + self.notes
 
@@ -64,34 +64,34 @@ class Selection:
 
 
 def select_gpus(request: GpuRequest, gpus: Sequence[Gpu], visible: str | None) -> Selection:
-    """The cards that ``request`` gets of ``gpus`` inside the limit ``visible``. Pure.
+    """The GPUs that ``request`` gets of ``gpus`` inside the limit ``visible``. Pure.
 
-    The order is that of ``gpu_ids``, else that of CUDA_VISIBLE_DEVICES, else nvidia-smi's. Busy cards are
+    The order is that of ``gpu_ids``, else that of CUDA_VISIBLE_DEVICES, else nvidia-smi's. Busy GPUs are
     skipped, explicitly named ones too, unless ``allow_busy``.
 
     Args:
-        visible: a preset CUDA_VISIBLE_DEVICES, None when unset; the empty string hides every card.
+        visible: a preset CUDA_VISIBLE_DEVICES, None when unset; the empty string hides every GPU.
 
     Raises:
-        ConfigError: the request cannot be met; names the problem and lists the cards.
+        ConfigError: the request cannot be met; names the problem and lists the GPUs.
     """
     allowed, notes = visible_gpus(gpus, visible)
-    found = f"cards found: {list_cards(gpu for gpu in gpus if not gpu.mig) or 'none'}"
+    found = f"GPUs found: {list_gpus(gpu for gpu in gpus if not gpu.mig) or 'none'}"
     if visible is not None:
-        found += f"; CUDA_VISIBLE_DEVICES={one_line(visible)!r} allows {list_cards(allowed) or 'none'}"
+        found += f"; CUDA_VISIBLE_DEVICES={one_line(visible)!r} allows {list_gpus(allowed) or 'none'}"
     if not allowed:
-        why = notes[0] if notes else "CUDA_VISIBLE_DEVICES hides every card" if gpus else "no card here"
+        why = notes[0] if notes else "CUDA_VISIBLE_DEVICES hides every GPU" if gpus else "no GPU here"
         raise ConfigError(f"no GPU to choose from: {why}; {found}")
     if request.gpu_ids is not None:
-        wanted = _cards_of_ids(request, gpus, allowed, found)
+        wanted = _gpus_of_ids(request, gpus, allowed, found)
     else:
-        wanted = _cards_of_type(request.gpu_type, allowed, found)
+        wanted = _gpus_of_type(request.gpu_type, allowed, found)
     busy = [] if request.allow_busy else [gpu for gpu in wanted if gpu.is_busy]
     skipped = [Skipped(gpu, f"{_busy_reason(gpu)}; --allow_busy_gpus takes it") for gpu in busy]
     chosen = [gpu for gpu in wanted if gpu not in busy]
     if not chosen:
         which = list_indices(g.index for g in wanted)
-        raise ConfigError(f"every GPU asked for ({which}) is busy; --allow_busy_gpus takes busy cards; {found}")
+        raise ConfigError(f"every GPU asked for ({which}) is busy; --allow_busy_gpus takes busy GPUs; {found}")
     if chosen[0].mig:  # source: CUDA C++ Programming Guide, CUDA_VISIBLE_DEVICES: one MIG instance
         skipped += [Skipped(g, "CUDA shows a process one MIG device, the first") for g in chosen[1:]]
         chosen = chosen[:1]
@@ -104,10 +104,10 @@ def select_gpus(request: GpuRequest, gpus: Sequence[Gpu], visible: str | None) -
 
 
 def visible_gpus(gpus: Sequence[Gpu], visible: str | None) -> tuple[list[Gpu], list[str]]:
-    """The cards that CUDA_VISIBLE_DEVICES leaves, in its order, and remarks on what it does.
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order, and remarks on what it does.
 
     As CUDA reads it: the first entry decides between indices, GPU and MIG UUIDs; reading stops at the first
-    entry that is no such card; a card named twice hides all. Compared with torch's reading in the tests.
+    entry that is no such GPU; a GPU named twice hides all. Compared with torch's reading in the tests.
     """
     if visible is None:
         return [gpu for gpu in gpus if not gpu.mig], []
@@ -119,15 +119,15 @@ def visible_gpus(gpus: Sequence[Gpu], visible: str | None) -> tuple[list[Gpu], l
         if gpu is None:
             if entry in ("", "-1"):  # the usual ways to say "no more"
                 return allowed, []
-            return allowed, [f"CUDA_VISIBLE_DEVICES is read up to {one_line(entry)!r}, which names no card here"]
+            return allowed, [f"CUDA_VISIBLE_DEVICES is read up to {one_line(entry)!r}, which names no GPU here"]
         if gpu in allowed:
-            return [], [f"CUDA_VISIBLE_DEVICES names GPU {gpu.index} twice, which hides every card"]
+            return [], [f"CUDA_VISIBLE_DEVICES names GPU {gpu.index} twice, which hides every GPU"]
         allowed.append(gpu)
     return allowed, []
 
 
 def _find_visible(entry: str, kind: str, gpus: Sequence[Gpu]) -> Gpu | None:
-    """The card that an entry of CUDA_VISIBLE_DEVICES names; ``kind`` is its prefix, "" for indices."""
+    """The GPU that an entry of CUDA_VISIBLE_DEVICES names; ``kind`` is its prefix, "" for indices."""
     if kind:
         named = [g for g in gpus if g.mig == (kind == "MIG-") and g.uuid.startswith(entry)]
         return named[0] if entry.startswith(kind) and len(named) == 1 else None
@@ -135,8 +135,8 @@ def _find_visible(entry: str, kind: str, gpus: Sequence[Gpu]) -> Gpu | None:
     return next((g for g in gpus if number and not g.mig and str(g.index) == number[1]), None)
 
 
-def _cards_of_ids(request: GpuRequest, gpus: Sequence[Gpu], allowed: Sequence[Gpu], found: str) -> list[Gpu]:
-    """The allowed cards with these indices, in this order, or the ConfigError that says what is wrong."""
+def _gpus_of_ids(request: GpuRequest, gpus: Sequence[Gpu], allowed: Sequence[Gpu], found: str) -> list[Gpu]:
+    """The allowed GPUs with these indices, in this order, or the ConfigError that says what is wrong."""
     ids = request.gpu_ids or []
     _check_ids(ids, f"--gpu_ids {','.join(map(str, ids))}", found)
     unknown = [i for i in ids if all(i != gpu.index for gpu in gpus)]
@@ -148,26 +148,26 @@ def _cards_of_ids(request: GpuRequest, gpus: Sequence[Gpu], allowed: Sequence[Gp
         raise ConfigError(f"GPU {list_indices(hidden)} is outside CUDA_VISIBLE_DEVICES; {found}")
     wanted = [gpu for i in ids for gpu in allowed if gpu.index == i]
     if request.gpu_type is not None:
-        right = _cards_of_type(request.gpu_type, allowed, found)
+        right = _gpus_of_type(request.gpu_type, allowed, found)
         wrong = list_indices(gpu.index for gpu in wanted if gpu not in right)
         if wrong:
             raise ConfigError(f"GPU {wrong} of --gpu_ids is no {request.gpu_type!r} (--gpu_type); {found}")
     return wanted
 
 
-def _cards_of_type(gpu_type: str | None, allowed: Sequence[Gpu], found: str) -> list[Gpu]:
-    """The allowed cards whose name has every word of ``gpu_type``; all for None and "auto"."""
+def _gpus_of_type(gpu_type: str | None, allowed: Sequence[Gpu], found: str) -> list[Gpu]:
+    """The allowed GPUs whose name has every word of ``gpu_type``; all for None and "auto"."""
     if gpu_type is None or gpu_type.strip().casefold() == "auto":
         return list(allowed)
     words = name_words(gpu_type)
     if not words:
         raise ConfigError(f"--gpu_type {one_line(gpu_type)!r} is no model name; give one or auto; {found}")
-    cards = [gpu for gpu in allowed if words <= name_words(gpu.name)]
-    if not cards:
+    gpus = [gpu for gpu in allowed if words <= name_words(gpu.name)]
+    if not gpus:
         known = {word.upper() for gpu in allowed for word in name_words(gpu.name)}
         hint = nearest(one_line(gpu_type).upper(), sorted(known))
-        raise ConfigError(f"no card is a {one_line(gpu_type)!r} (--gpu_type); {found}{hint}")
-    return cards
+        raise ConfigError(f"no GPU is a {one_line(gpu_type)!r} (--gpu_type); {found}{hint}")
+    return gpus
 
 
 def _busy_reason(gpu: Gpu) -> str:
@@ -205,7 +205,7 @@ def _check_ids(ids: Sequence[int], where: str, ending: str = "") -> None:
     ending = ending and f"; {ending}"
     if not ids:
         raise ConfigError(
-            f"{where.strip()} is empty; give numbers like 0,1 or leave it out for every free card{ending}"
+            f"{where.strip()} is empty; give numbers like 0,1 or leave it out for every free GPU{ending}"
         )
     seen: set[int] = set()
     for index in ids:
@@ -214,7 +214,7 @@ def _check_ids(ids: Sequence[int], where: str, ending: str = "") -> None:
         seen.add(index)
 
 
-def list_cards(gpus: Iterable[Gpu]) -> str:
+def list_gpus(gpus: Iterable[Gpu]) -> str:
     """ "0-3 NVIDIA A800 80GB PCIe, 4-7 NVIDIA A40"."""
     by_name: dict[str, list[int]] = {}
     for gpu in gpus:
@@ -233,8 +233,8 @@ def list_indices(indices: Iterable[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def card_line(gpu: Gpu) -> str:
-    """A card as logs have it: index, name, memory, UUID."""
+def gpu_line(gpu: Gpu) -> str:
+    """A GPU as logs have it: index, name, memory, UUID."""
     memory = f"memory {gib(gpu.memory_total_mib)}, free {gib(gpu.memory_free_mib)}"
     return f"GPU {gpu.index}: {gpu.name}, {memory}, {gpu.uuid}"
 
@@ -244,19 +244,19 @@ def gib(mib: int | None) -> str:
     return "unknown" if mib is None else f"{mib / 1024:.1f} GiB"
 
 
-# --- what a run does with its cards ---
+# --- what a run does with its GPUs ---
 
 
 def select_environment(selection: Selection) -> dict[str, str]:
-    """What makes CUDA see these cards, numbered in this order."""
+    """What makes CUDA see these GPUs, numbered in this order."""
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": selection.visible_devices}
 
 
-def check_card(planned: Gpu, name: str, uuid: str) -> None:
-    """Is the card that a rank got the planned one? ``name`` and ``uuid`` as torch.cuda tells them.
+def check_gpu(planned: Gpu, name: str, uuid: str) -> None:
+    """Is the GPU that a rank got the planned one? ``name`` and ``uuid`` as torch.cuda tells them.
 
     Raises:
-        EnvError: another name or, for a whole card, another UUID (torch leaves out the "GPU-").
+        EnvError: another name or, for a whole GPU, another UUID (torch leaves out the "GPU-").
     """
     same_name = " ".join(name.split()).casefold() == planned.name.casefold()
     plain = uuid.removeprefix("GPU-").casefold()
@@ -264,5 +264,5 @@ def check_card(planned: Gpu, name: str, uuid: str) -> None:
     if not (same_name and same_uuid):
         raise EnvError(
             f"the plan is for GPU {planned.index}, {planned.name} ({planned.uuid}), but this rank got {name} "
-            f"({uuid}); was CUDA_VISIBLE_DEVICES or the card's MIG mode changed after the choice?"
+            f"({uuid}); was CUDA_VISIBLE_DEVICES or the GPU's MIG mode changed after the choice?"
         )

@@ -1,4 +1,4 @@
-"""What a card's name, as nvidia-smi prints it, tells: its peak, and whether it has bf16. Standard library only."""
+"""What a GPU's name, as nvidia-smi prints it, tells: its peak, and whether it has bf16. Standard library only."""
 
 import re
 
@@ -25,8 +25,8 @@ BEFORE_AMPERE = {
     "k80", "m10", "m40", "m60", "p4", "p40", "p100", "gp100", "v100", "v100s", "gv100", "t4", "t4g",
     "t400", "t500", "t550", "t600", "t1000", "t1200", "xavier",
 }  # fmt: skip
-"""Words of the names of cards whose compute capability is below 8.0: they have no bf16. Source: NVIDIA's table of
-CUDA GPUs. What is not here is judged by ``distributed.bind_card``."""
+"""Words of the names of GPUs whose compute capability is below 8.0: they have no bf16. Source: NVIDIA's table of
+CUDA GPUs. What is not here is judged by ``distributed.bind_gpu``."""
 
 
 def name_words(name: str) -> set[str]:
@@ -35,9 +35,9 @@ def name_words(name: str) -> set[str]:
 
 
 def peak_tflops(name: str) -> float | None:
-    """Peak dense bf16 TFLOP/s of a card by its name; None when unknown: never a guess, so no MFU."""
+    """Peak dense bf16 TFLOP/s of a GPU by its name; None when unknown: never a guess, so no MFU."""
     words = name_words(name)
-    # A MIG device and a vGPU ("GRID A100-10C") are parts of the card that their name tells.
+    # A MIG device and a vGPU ("GRID A100-10C") are parts of the GPU that their name tells.
     if "mig" in words or re.search(r"-[0-9]+[QCAB]$", name):
         return None
     for chip, tflops in PEAK_TFLOPS.items():
@@ -47,5 +47,5 @@ def peak_tflops(name: str) -> float | None:
 
 
 def lacks_bf16(name: str) -> bool:
-    """Whether a card's name, as nvidia-smi prints it, says that it is older than Ampere."""
+    """Whether a GPU's name, as nvidia-smi prints it, says that it is older than Ampere."""
     return bool(name_words(name) & BEFORE_AMPERE)

@@ -14,7 +14,7 @@ from flare.run.run import Hardware, Run
 
 
 def choose_gpus(options: Options) -> Selection | None:
-    """The cards that the options ask for, or None for a CPU run.
+    """The GPUs that the options ask for, or None for a CPU run.
 
     Raises: ConfigError / EnvError of ``flare.gpus``.
     """
@@ -29,8 +29,8 @@ def choose_gpus(options: Options) -> Selection | None:
     return select_gpus(request, query_gpus(visible=visible), visible)
 
 
-def leave_out_small_cards(run: Run, selection: Selection) -> Selection:
-    """When the user named no cards: those that can hold the run, if some can and some cannot."""
+def leave_out_small_gpus(run: Run, selection: Selection) -> Selection:
+    """When the user named no GPUs: those that can hold the run, if some can and some cannot."""
     if run.options.gpu_ids is not None or run.options.gpu_type is not None:
         return selection
     need = run.plan().memory.peak_bytes
@@ -43,14 +43,14 @@ def leave_out_small_cards(run: Run, selection: Selection) -> Selection:
 
 
 def hardware_of(options: Options, selection: Selection | None) -> Hardware:
-    """Cards and number of processes of this run.
+    """GPUs and number of processes of this run.
 
-    Raises: ConfigError for more processes than cards.
+    Raises: ConfigError for more processes than GPUs.
     """
-    cards = len(selection.gpus) if selection else 0
-    local = options.nproc_per_node or cards or 1
-    if selection and local > cards:
-        raise ConfigError(f"--nproc_per_node {local}: {local} processes but {cards} cards; lower --nproc_per_node")
+    count = len(selection.gpus) if selection else 0
+    local = options.nproc_per_node or count or 1
+    if selection and local > count:
+        raise ConfigError(f"--nproc_per_node {local}: {local} processes but {count} GPUs; lower --nproc_per_node")
     gpus = tuple(selection.gpus[:local]) if selection else ()
     return Hardware(bool(gpus), local * num_nodes(), gpus, num_nodes())
 
@@ -64,6 +64,6 @@ def check_torch_sees_cuda() -> None:
 
     if not torch.cuda.is_available():
         raise EnvError(
-            f"nvidia-smi lists cards, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them; "
+            f"nvidia-smi lists GPUs, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them; "
             "install a torch build for your driver (see README, Environment), or --gpu_type cpu"
         )

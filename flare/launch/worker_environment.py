@@ -1,4 +1,4 @@
-"""What the launcher settled and hands to its workers in the environment: device, cards, options.
+"""What the launcher settled and hands to its workers in the environment: device, GPUs, options.
 
 Workers settle the run again from the same command line; what the clock, free memory or nvidia-smi decided
 must not be decided a second time, or ranks would differ.
@@ -16,16 +16,16 @@ from flare.launch.nodes import gloo_environment, num_nodes
 from flare.run.run import Hardware, Run
 
 DEVICE_VARIABLE = "FLARE_DEVICE"
-CARDS_VARIABLE = "FLARE_PLANNED_CARDS"
+GPUS_VARIABLE = "FLARE_PLANNED_GPUS"
 SETTLED_VARIABLE = "FLARE_SETTLED"
 SETTLED_OPTIONS = ("per_device_train_batch_size", "global_batch_size", "gradient_checkpointing", "parallel")
 
 
 def export_environment(run: Run, selection: Selection | None) -> dict[str, str]:
-    """Set and return the variables that workers find their device, their cards and settled options by."""
+    """Set and return the variables that workers find their device, their GPUs and settled options by."""
     variables = {
         DEVICE_VARIABLE: "cuda" if run.hardware.use_cuda else "cpu",
-        CARDS_VARIABLE: json.dumps([asdict(gpu) for gpu in run.hardware.gpus]),
+        GPUS_VARIABLE: json.dumps([asdict(gpu) for gpu in run.hardware.gpus]),
         SETTLED_VARIABLE: json.dumps({name: getattr(run.options, name) for name in SETTLED_OPTIONS}),
     }
     variables |= gloo_environment()
@@ -42,28 +42,28 @@ def told_options(resolved: Resolved) -> Resolved:
 
 
 def worker_hardware(options: Options) -> Hardware:
-    """What a torchrun worker computes on: what our launcher said, else cards if torch sees any.
+    """What a torchrun worker computes on: what our launcher said, else GPUs if torch sees any.
 
-    ``gpus`` are this host's cards, in the order of local ranks.
+    ``gpus`` are this host's GPUs, in the order of local ranks.
     """
     world_size = int(os.environ["WORLD_SIZE"])
     told = os.environ.get(DEVICE_VARIABLE)
     if told == "cpu" or (told is None and options.gpu_type == "cpu"):
         return Hardware(False, world_size, nodes=num_nodes())
-    planned = tuple(Gpu(**card) for card in json.loads(os.environ.get(CARDS_VARIABLE, "[]")))
+    planned = tuple(Gpu(**gpu) for gpu in json.loads(os.environ.get(GPUS_VARIABLE, "[]")))
     if planned:
         return Hardware(True, world_size, planned, num_nodes())
-    gpus = visible_cards()
+    gpus = visible_gpus()
     return Hardware(told == "cuda" or bool(gpus), world_size, gpus, num_nodes())
 
 
-def visible_cards() -> tuple[Gpu, ...]:
-    """Cards as torch sees them in this process; none without CUDA."""
+def visible_gpus() -> tuple[Gpu, ...]:
+    """GPUs as torch sees them in this process; none without CUDA."""
     import torch
 
     if not torch.cuda.is_available():
         return ()
-    cards = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    gpus = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
     return tuple(
-        Gpu(index, card.name, f"GPU-{card.uuid}", card.total_memory // 2**20, None) for index, card in enumerate(cards)
+        Gpu(index, gpu.name, f"GPU-{gpu.uuid}", gpu.total_memory // 2**20, None) for index, gpu in enumerate(gpus)
     )

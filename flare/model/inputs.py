@@ -15,7 +15,7 @@ def host_tensors(batch: Batch, pin: bool = False) -> dict[str, torch.Tensor]:
         "document_bounds": document_bounds(batch.position_ids),
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    # A view with gaps would be copied to plain memory again on its way to the card.
+    # A view with gaps would be copied to plain memory again on its way to the GPU.
     return {name: tensor.contiguous().pin_memory() for name, tensor in tensors.items()} if pin else tensors
 
 

@@ -87,7 +87,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Multiply a (N, H) gradient in place, some rows at a time in fp32.
 
-    A card would first round a scale that lies on it to the gradient's dtype: up to 0.2 % off in bf16, in all numbers.
+    A GPU would first round a scale that lies on it to the gradient's dtype: up to 0.2 % off in bf16, in all numbers.
     """
     for rows in gradient.split(SCALED_ROWS):
         rows.copy_(rows.float().mul_(scale))
@@ -97,7 +97,7 @@ def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def _chunk_gradient(rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of NLLs, its gradient by the logits (C, V): softmax minus one-hot, in the dtype of ``rows``, fp16 folded).
 
-    A card's kernels cast on the way, so one fp32 copy is all that exists beside bf16 logits, whose place the gradient
+    A GPU's kernels cast on the way, so one fp32 copy is all that exists beside bf16 logits, whose place the gradient
     takes. ``log_softmax`` with ``dtype=float32`` would make two: it casts inside its kernel from fp16 only.
     """
     logits = rows @ head.T

@@ -65,7 +65,7 @@ def load_causal_lm(
         directory: a local model directory.
         dtype: of the weights; "auto" is the checkpoint's own.
         config_dict: use this config.json instead of the directory's (same shapes; NoPE layers or theta differ).
-        device_map: accelerate's: "auto" spreads the layers over all cards, then the CPU's memory.
+        device_map: accelerate's: "auto" spreads the layers over all GPUs, then the CPU's memory.
 
     Raises: CheckpointError for missing or misfitting tensors, foreign code (``auto_map``), or layers that
         are not what the configuration says.

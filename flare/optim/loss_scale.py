@@ -18,7 +18,7 @@ INITIAL_SCALE, GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL = 2.0**16, 2.0, 0.
 LEAST_SCALE = 1.0
 """Gradients that overflow when they are not enlarged are not the scale's fault."""
 
-RANGE_HINT = "; fp16 ends at 65,504: --precision fp32, or bf16 where cards have it, goes further"
+RANGE_HINT = "; fp16 ends at 65,504: --precision fp32, or bf16 where GPUs have it, goes further"
 """What ends the message about numbers that no scale makes finite."""
 
 

@@ -1,4 +1,4 @@
-"""Who gets how many rows of a step, where the cards are not alike. Pure functions; no torch.
+"""Who gets how many rows of a step, where the GPUs are not alike. Pure functions; no torch.
 
 The rows of a step, their order, and so the gradients are the same whatever is decided here: only who works on
 which rows changes. What a rank's speed is, ``flare.train.rank_speed`` measures.
@@ -17,11 +17,11 @@ AS_BEFORE = ", as before"
 """Ends the reason of a balance that a resumed run took over."""
 
 ALIKE = 1.05
-"""Speeds within this factor count as equal: it is what one and the same card varies by from minute to minute (a
-guess, to be measured on cards), and equal shares need no explanation."""
+"""Speeds within this factor count as equal: it is what one and the same GPU varies by from minute to minute (a
+guess, to be measured on GPUs), and equal shares need no explanation."""
 
 WORTH_LEAVING_OUT = 1.02
-"""Leaving cards out is proposed when it makes a step faster by at least this factor (a guess: below, the estimate
+"""Leaving GPUs out is proposed when it makes a step faster by at least this factor (a guess: below, the estimate
 from peak rates decides nothing)."""
 
 
@@ -29,13 +29,13 @@ from peak rates decides nothing)."""
 class Balance:
     """Rows of a step for each rank, and why.
 
-    ``cards`` and ``seconds_per_row`` are by rank, as measured (empty when nothing was): a resumed run on the
-    same cards takes them over instead of measuring again.
+    ``GPUs`` and ``seconds_per_row`` are by rank, as measured (empty when nothing was): a resumed run on the
+    same GPUs takes them over instead of measuring again.
     """
 
     rows: tuple[int, ...]
     reason: str
-    cards: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
     seconds_per_row: tuple[float, ...] = ()
 
     def as_dict(self) -> dict:
@@ -43,7 +43,7 @@ class Balance:
         return {
             "rows": list(self.rows),
             "reason": self.reason,
-            "cards": list(self.cards),
+            "gpus": list(self.gpus),
             "seconds_per_row": list(self.seconds_per_row),
         }
 
@@ -78,25 +78,22 @@ def by_hand(num_rows: int, weights: list[float]) -> Balance:
     return Balance(tuple(shares(num_rows, weights)), f"--balance {','.join(f'{weight:g}' for weight in weights)}")
 
 
-def by_speed(num_rows: int, cards: Sequence[str], seconds_per_row: Sequence[float]) -> Balance:
+def by_speed(num_rows: int, gpus: Sequence[str], seconds_per_row: Sequence[float]) -> Balance:
     """Rows by measured seconds per row; equal ones when these are within ``ALIKE``."""
     alike = max(seconds_per_row) <= ALIKE * min(seconds_per_row)
-    rows = shares(num_rows, [1.0] * len(cards) if alike else [1 / seconds for seconds in seconds_per_row])
+    rows = shares(num_rows, [1.0] * len(gpus) if alike else [1 / seconds for seconds in seconds_per_row])
     reason = "equal: measured speeds are alike" if alike else "by measured speed"
-    return Balance(tuple(rows), reason, tuple(cards), tuple(seconds_per_row))
+    return Balance(tuple(rows), reason, tuple(gpus), tuple(seconds_per_row))
 
 
-def from_record(record: dict | None, num_rows: int, cards: Sequence[str]) -> Balance | None:
-    """The balance of a checkpoint's ``trainer_state.json``, if it was measured on these very cards for these rows."""
-    if (
-        not record
-        or not record["seconds_per_row"]
-        or record["cards"] != list(cards)
-        or sum(record["rows"]) != num_rows
-    ):
+def from_record(record: dict | None, num_rows: int, gpus: Sequence[str]) -> Balance | None:
+    """The balance of a checkpoint's ``trainer_state.json``, if it was measured on these very GPUs for these rows."""
+    if not record or not record["seconds_per_row"] or sum(record["rows"]) != num_rows:
+        return None
+    if record.get("gpus", record.get("cards")) != list(gpus):  # "cards" in checkpoints of before the packages
         return None
     rows, seconds = tuple(record["rows"]), tuple(record["seconds_per_row"])
-    return Balance(rows, f"{record['reason'].removesuffix(AS_BEFORE)}{AS_BEFORE}", tuple(cards), seconds)
+    return Balance(rows, f"{record['reason'].removesuffix(AS_BEFORE)}{AS_BEFORE}", tuple(gpus), seconds)
 
 
 def step_time(rows: Sequence[int], speeds: Sequence[float]) -> float:
@@ -114,14 +111,14 @@ def gain_over_equal(num_rows: int, speeds: Sequence[float]) -> float:
 def fastest_without_slow(num_rows: int, speeds: Sequence[float]) -> tuple[int, float]:
     """(how many of the fastest ranks to keep, how many times faster a step then is than with all of them).
 
-    Each rank gets at least one row, so a very slow card can hold up a step all by itself. All are kept unless fewer
+    Each rank gets at least one row, so a very slow GPU can hold up a step all by itself. All are kept unless fewer
     are faster by ``WORTH_LEAVING_OUT``.
     """
     fastest = sorted(speeds, reverse=True)
     with_all = step_time(shares(num_rows, fastest), fastest)
     keep, best = len(fastest), 1.0
     for count in range(len(fastest) - 1, 0, -1):
-        if fastest[count] == fastest[count - 1]:  # cards of one kind stay together
+        if fastest[count] == fastest[count - 1]:  # GPUs of one kind stay together
             continue
         faster = with_all / step_time(shares(num_rows, fastest[:count]), fastest[:count])
         if faster >= WORTH_LEAVING_OUT * best:
@@ -130,7 +127,7 @@ def fastest_without_slow(num_rows: int, speeds: Sequence[float]) -> tuple[int, f
 
 
 def plan_words(option: str, num_rows: int, names: Sequence[str]) -> str:
-    """The plan's sentence about unlike cards; '' for like ones, or a single one.
+    """The plan's sentence about unlike GPUs; '' for like ones, or a single one.
 
     An estimate from peak rates: what the ranks really get is measured at the start.
     """
@@ -142,12 +139,12 @@ def plan_words(option: str, num_rows: int, names: Sequence[str]) -> str:
     speeds = [peak_tflops(name) for name in names]
     if None in speeds:
         unknown = next(name for name, speed in zip(names, speeds, strict=True) if speed is None)
-        begin = "unlike cards, equal rows" if option == "equal" else "rows by speed, measured at the start"
+        begin = "unlike GPUs, equal rows" if option == "equal" else "rows by speed, measured at the start"
         return f"{begin}; no estimate, for the rate of {unknown} is not known"
     gain = gain_over_equal(num_rows, speeds)
     likely = by_rank(names, shares(num_rows, speeds))
     if option == "equal":
-        text = f"equal rows on unlike cards; by speed a step would be about {gain:.2f}x faster (--balance auto)"
+        text = f"equal rows on unlike GPUs; by speed a step would be about {gain:.2f}x faster (--balance auto)"
     else:
         text = f"rows by speed, measured at the start; by peak rates {likely}, about {gain:.2f}x equal shares"
     keep, faster = fastest_without_slow(num_rows, speeds)

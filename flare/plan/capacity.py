@@ -1,4 +1,4 @@
-"""Memory that a run may use, on its cards or on the CPU, and how sizes are written. No torch."""
+"""Memory that a run may use, on its GPUs or on the CPU, and how sizes are written. No torch."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from flare.plan.inputs import PlanInputs
 MIB, GIB = 2**20, 2**30
 
 RESERVE_FRACTION, RESERVE_BYTES = 0.06, int(0.7 * GIB)
-"""Kept free of a card's memory: fragmentation of the allocator (the share), CUDA context and libraries'
-workspaces (the bytes). An estimate until measured on a card. On the CPU, per process: Python and torch."""
+"""Kept free of a GPU's memory: fragmentation of the allocator (the share), CUDA context and libraries'
+workspaces (the bytes). An estimate until measured on a GPU. On the CPU, per process: Python and torch."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """Memory that one process may use, on cards of one kind or on the CPU."""
+    """Memory that one process may use, on GPUs of one kind or on the CPU."""
 
     label: str
     total_bytes: int
@@ -22,12 +22,12 @@ class Room:
 
 
 def usable_bytes(total_bytes: int) -> int:
-    """What a run may take of a card's (or a CPU process's) memory."""
+    """What a run may take of a GPU's (or a CPU process's) memory."""
     return max(0, int(total_bytes * (1 - RESERVE_FRACTION)) - RESERVE_BYTES)
 
 
 def rooms(inputs: PlanInputs) -> tuple[Room, ...]:
-    """One entry for each kind of card whose memory is known, or one for the CPU."""
+    """One entry for each kind of GPU whose memory is known, or one for the CPU."""
     if inputs.gpus:
         kinds = Counter(inputs.gpus).items()
         known = [(f"{n} x {name}", mib * MIB) for (name, mib), n in kinds if mib is not None]

@@ -18,7 +18,7 @@ class PlanInputs:
     trainable: Trainable | None = None  # None: the stage's default, stage 1 nope_layers, stage 2 everything
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     precision_reason: str = ""  # why this one
-    world_size: int = 1  # processes on all hosts, one a card
+    world_size: int = 1  # processes on all hosts, one a GPU
     parallel: Literal["ddp", "fsdp"] = "ddp"
     per_device_batch: int = 1  # rows of a micro-batch
     accumulation: int = 1  # micro-batches of an optimizer step

@@ -4,9 +4,9 @@ from flare.plan.model_shape import FP32_BYTES
 
 CPU_CHUNK_BYTES = 320_000_000
 CUDA_CHUNK_BYTES = 640_000_000
-"""fp32 logits of a chunk: 512 rows of Qwen's vocabulary on a CPU, 1024 on a card.
+"""fp32 logits of a chunk: 512 rows of Qwen's vocabulary on a CPU, 1024 on a GPU.
 
-Each chunk adds to the head's whole weight gradient. On a card, reading and writing that for 256 rows takes
+Each chunk adds to the head's whole weight gradient. On a GPU, reading and writing that for 256 rows takes
 longer than their matmuls (an estimate from the H100's bandwidth and rate, not measured yet); on a CPU 256 rows
 take as long as 512 in fp32, and 1.25 times as long in bf16 (docs/experiments.md)."""
 
@@ -20,9 +20,9 @@ torch takes longer than to compute (docs/experiments.md)."""
 ROUND_TO_ROWS = 128
 
 
-def loss_chunk_rows(vocab_size: int, on_card: bool) -> int:
+def loss_chunk_rows(vocab_size: int, on_gpu: bool) -> int:
     """Rows whose logits the loss holds at the same time."""
-    limit = CUDA_CHUNK_BYTES if on_card else CPU_CHUNK_BYTES
+    limit = CUDA_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES
     return max(limit // (FP32_BYTES * vocab_size) // ROUND_TO_ROWS, 1) * ROUND_TO_ROWS
 
 

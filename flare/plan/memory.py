@@ -20,7 +20,7 @@ from flare.plan.optimizer_state import COMPILED_UPDATE_BYTES, EAGER_UPDATE_BYTES
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one card (or of one CPU process), by part; each part at its own largest.
+    """Bytes on one GPU (or of one CPU process), by part; each part at its own largest.
 
     The parts are not all at their largest at once, so ``peak_bytes`` is at most their sum.
     """
@@ -64,7 +64,7 @@ class _Layer:
 def memory(inputs: PlanInputs) -> Memory:
     """Peak memory of one process.
 
-    ddp: everything on every card; the reduction buckets are the gradients (gradient_as_bucket_view).
+    ddp: everything on every GPU; the reduction buckets are the gradients (gradient_as_bucket_view).
     fsdp: weights, gradients and optimizer state divided by the world size, and what is gathered (gathered.py).
     """
     trainable, shape, batch = inputs.what_trains, inputs.shape, inputs.microbatch
@@ -186,22 +186,22 @@ def _update_bytes(inputs: PlanInputs, shards: int) -> int:
     return each * max(map(math.prod, inputs.what_trains.tensors(inputs.shape)), default=0) // shards
 
 
-def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_card: bool = False) -> int:
+def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_gpu: bool = False) -> int:
     """Peak of ``linear_cross_entropy_sum`` beyond its inputs: C rows of V logits at a time.
 
     Gradients of the hidden states (N, H), in their dtype (fp16: in fp32), and of the weight (V, H), in fp32, when it
-    trains. Beside them a chunk's logits (C, V) in their dtype; on a card also in fp32, on a CPU a few rows of them. In
+    trains. Beside them a chunk's logits (C, V) in their dtype; on a GPU also in fp32, on a CPU a few rows of them. In
     16 bits also the weight's copy when it trains, and the chunk's gradient of it, on a CPU a block of that in fp32,
     too; there fp16's products are made from fp32 copies of a block of their operands.
     """
-    rows = min(loss_chunk_rows(shape.vocab_size, on_card), batch.tokens)
+    rows = min(loss_chunk_rows(shape.vocab_size, on_gpu), batch.tokens)
     chunk, head = rows * shape.vocab_size, shape.embedding_params if head_trains else 0
     hidden_bytes = FP32_BYTES if batch.fp16 else batch.compute_bytes
     gradients = hidden_bytes * batch.tokens * shape.hidden_size + FP32_BYTES * head
     if not batch.half:
-        return gradients + FP32_BYTES * chunk * (2 if on_card else 1)
+        return gradients + FP32_BYTES * chunk * (2 if on_gpu else 1)
     beside = gradients + HALF_BYTES * (chunk + head)
-    if on_card:
+    if on_gpu:
         return beside + max(FP32_BYTES * chunk, HALF_BYTES * head)
     softmax = FP32_BYTES * min(cpu_softmax_rows(shape.vocab_size), rows) * shape.vocab_size
     if batch.fp16:

@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every card holds its share; None when no card's memory is known."""
+        """Whether every GPU holds its share; None when no GPU's memory is known."""
         return not self.tight_rooms if self.rooms else None
 
 
@@ -73,7 +73,7 @@ def checkpoints_on_disk(inputs: PlanInputs) -> int:
 
 
 def check_fits(plan: Plan) -> None:
-    """Refuse, before anything is loaded, what a known card or the disk cannot hold.
+    """Refuse, before anything is loaded, what a known GPU or the disk cannot hold.
 
     Raises:
         ConfigError: too little memory; with the numbers and the flag values that would fit.
@@ -88,7 +88,7 @@ def check_fits(plan: Plan) -> None:
         raise ConfigError(
             f"stage {inputs.stage} of {inputs.shape.name or 'this model'} does not fit on {room.label}: "
             f"needs {in_gib(need.peak_bytes)} of {in_gib(room.total_bytes)} ({in_gib(room.usable_bytes)} usable) "
-            f"per {'card' if inputs.gpus else 'process'}: {parts}; {suggest(inputs)}"
+            f"per {'GPU' if inputs.gpus else 'process'}: {parts}; {suggest(inputs)}"
         )
     if inputs.free_disk_bytes is not None and inputs.free_disk_bytes < plan.checkpoint_bytes:
         raise EnvError(

@@ -17,8 +17,8 @@ from flare.plan.trainable import Trainable
 MAX_MICRO_BATCH = 4096
 """Where the search for the largest micro-batch ends."""
 
-MAX_CARDS = 64
-"""Where the search for enough cards ends."""
+MAX_GPUS = 64
+"""Where the search for enough GPUs ends."""
 
 SHORTEST_SEQ_LEN = 256
 """Below this length no suggestion is made: it would be another experiment."""
@@ -45,7 +45,7 @@ def suggest(inputs: PlanInputs, limit_bytes: int | None = None) -> str:
     """Flag values that would fit where ``inputs`` do not, all with the same global batch; '' if they fit.
 
     Args:
-        limit_bytes: what a process may need; None: what its card, or its share of the RAM, has.
+        limit_bytes: what a process may need; None: what its GPU, or its share of the RAM, has.
 
     When no choice of batch, row length and checkpointing fits, it says so, and what else would do.
     """
@@ -122,17 +122,17 @@ def _flags(inputs: PlanInputs, way: PlanInputs) -> str:
     factor, rest = divmod(way.accumulation, inputs.accumulation)
     more = replace(way, world_size=way.world_size * factor, accumulation=inputs.accumulation)
     if inputs.gpus and factor > 1 and not rest and memory(more).peak_bytes <= memory(way).peak_bytes:
-        words.append(f"(or {factor} times as many cards instead of more accumulation)")
+        words.append(f"(or {factor} times as many GPUs instead of more accumulation)")
     return " ".join(words)
 
 
 def _nothing_fits(inputs: PlanInputs, limit_bytes: int) -> str:
-    """The plain word that these weights are too much for this card, and what would not be."""
+    """The plain word that these weights are too much for this GPU, and what would not be."""
     # One row at a time, the global batch kept; and the least that is still a run.
     modest = replace(inputs, gradient_checkpointing=True, per_device_batch=1)
     modest = replace(modest, accumulation=inputs.per_device_batch * inputs.accumulation)
     least = replace(modest, accumulation=1, seq_len=SHORTEST_SEQ_LEN)
-    place = "card" if inputs.gpus else "process"
+    place = "GPU" if inputs.gpus else "process"
     ways = []
     for words, fewer in (("nope", False), ("nope_attention", True)):
         way = replace(modest, trainable=Trainable.of(inputs.nope_layers, fewer))
@@ -141,9 +141,9 @@ def _nothing_fits(inputs: PlanInputs, limit_bytes: int) -> str:
     smaller_state = replace(modest, optimizer=EIGHT_BIT)
     if fits(smaller_state, limit_bytes):
         ways.append(f"--optim {EIGHT_BIT} ({in_gib(memory(smaller_state).peak_bytes)}, 1 row at a time)")
-    ways += _more_cards(modest, limit_bytes)
+    ways += _more_gpus(modest, limit_bytes)
     needed = math.ceil((memory(modest).peak_bytes + RESERVE_BYTES) / (1 - RESERVE_FRACTION) / GIB)
-    ways.append(f"{'cards' if inputs.gpus else 'processes'} with {needed} GiB each, 1 row at a time")
+    ways.append(f"{'GPUs' if inputs.gpus else 'processes'} with {needed} GiB each, 1 row at a time")
     ways += _smaller_model(modest, limit_bytes)
     kept = "with DDP, which keeps all weights, gradients and optimizer state in every {}, however many there are"
     kept = kept.format(place) if inputs.shards == 1 else f"even with all divided among {inputs.shards} processes"
@@ -153,11 +153,11 @@ def _nothing_fits(inputs: PlanInputs, limit_bytes: int) -> str:
     )
 
 
-def _more_cards(inputs: PlanInputs, limit_bytes: int) -> list[str]:
-    """The fewest such cards that hold the run when everything is divided among them."""
-    for cards in range(max(2, inputs.shards + 1), MAX_CARDS + 1) if inputs.gpus else ():
-        if fits(replace(inputs, parallel="fsdp", world_size=cards), limit_bytes):
-            return [f"{cards} such cards with --parallel fsdp (or auto), 1 row at a time"]
+def _more_gpus(inputs: PlanInputs, limit_bytes: int) -> list[str]:
+    """The fewest such GPUs that hold the run when everything is divided among them."""
+    for gpus in range(max(2, inputs.shards + 1), MAX_GPUS + 1) if inputs.gpus else ():
+        if fits(replace(inputs, parallel="fsdp", world_size=gpus), limit_bytes):
+            return [f"{gpus} such GPUs with --parallel fsdp (or auto), 1 row at a time"]
     return []
 
 

@@ -82,7 +82,7 @@ def _flops_rows(flops: TokenFlops) -> Iterator[tuple[str, str]]:
 def _memory_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     need = plan.memory
     peak = f"{_column('peak', _bytes(need.peak_bytes, need.peak_bytes))}  {need.peak_phase}"
-    yield f"memory/{'card' if plan.inputs.gpus else 'process'}", peak
+    yield f"memory/{'GPU' if plan.inputs.gpus else 'process'}", peak
     for name, size in need.parts():
         yield "", _column(f"  {name}", _bytes(size, need.peak_bytes))
     for room in plan.rooms:

@@ -11,7 +11,7 @@ from flare.plan.optimizer_state import EIGHT_BIT
 def check_compiler(use_cuda: bool, flag: str = "--compile") -> None:
     """Refuse ``--compile``, or another flag whose work is compiled, where code could not be made. No torch.
 
-    Raises: EnvError when the C++ compiler (CPU), or triton or its C compiler (cards), is missing.
+    Raises: EnvError when the C++ compiler (CPU), or triton or its C compiler (GPUs), is missing.
     """
     if use_cuda and find_spec("triton") is None:
         raise EnvError(f"{flag} needs triton, which is not installed; pip install triton, or leave {flag} out")
@@ -28,7 +28,7 @@ def check_compiler(use_cuda: bool, flag: str = "--compile") -> None:
 def check_torchao(use_cuda: bool) -> None:
     """Refuse ``--optim adamw_torch_8bit`` where it could not run. No torch.
 
-    Raises: EnvError when torchao, or on cards what its compiled update needs, is missing.
+    Raises: EnvError when torchao, or on GPUs what its compiled update needs, is missing.
     """
     if find_spec("torchao") is None:
         raise EnvError(

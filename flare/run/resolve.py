@@ -102,7 +102,7 @@ def settle_layout(run: Run) -> Run:
     asked = options.gradient_checkpointing
     switches = (False, SELECTIVE, True) if asked == "auto" else (asked,)
     layouts = (options.parallel,) if options.parallel != "auto" else ("ddp", "fsdp")[: 2 if processes > 1 else 1]
-    if run.with_layout(sizes[-1], switches[0], layouts[0]).plan().fits is None:  # no card tells its memory
+    if run.with_layout(sizes[-1], switches[0], layouts[0]).plan().fits is None:  # no GPU tells its memory
         sizes = [size for size in sizes if size <= default_micro_batch(options)] or sizes  # the guide's size
     tried = run
     for parallel, checkpointing, size in itertools.product(layouts, switches, sizes):
@@ -223,9 +223,9 @@ def _check_length(options: Options, config: dict) -> None:
 
 
 def choose_precision(asked: str, hardware: Hardware) -> tuple[str, str]:
-    """(precision, why): ``auto`` is bf16 on cards, fp16 if one of them is older than Ampere, and fp32 on the CPU.
+    """(precision, why): ``auto`` is bf16 on GPUs, fp16 if one of them is older than Ampere, and fp32 on the CPU.
 
-    Raises: ConfigError for bf16 on cards that have none.
+    Raises: ConfigError for bf16 on GPUs that have none.
     """
     old = next((f"GPU {gpu.index} ({gpu.name})" for gpu in hardware.gpus if lacks_bf16(gpu.name)), None)
     if asked == "bf16" and old:
@@ -236,7 +236,7 @@ def choose_precision(asked: str, hardware: Hardware) -> tuple[str, str]:
         return "fp32", "auto on the CPU"
     if old:
         return "fp16", f"auto: {old} is older than Ampere and has no bf16"
-    return "bf16", "auto on cards from Ampere on"
+    return "bf16", "auto on GPUs from Ampere on"
 
 
 def check_identity(now: dict, then: dict, where: str, reasons: dict[str, str | None] | None = None) -> None:

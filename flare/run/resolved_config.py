@@ -29,7 +29,7 @@ def write_resolved_config(run: Run) -> None:
             "init_from": str(run.init_from),
             "processes": hardware.world_size,
             "hosts": hardware.nodes,
-            "cards_of_this_host": [f"{gpu.index}: {gpu.name}" for gpu in hardware.gpus],
+            "gpus_of_this_host": [f"{gpu.index}: {gpu.name}" for gpu in hardware.gpus],
         },
     }
     stamp = time.strftime("%Y%m%d_%H%M%S")

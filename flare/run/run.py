@@ -27,7 +27,7 @@ FINGERPRINT_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the run computes on: cards (as the launcher chose them) or the CPU; and how many processes in all."""
+    """What the run computes on: GPUs (as the launcher chose them) or the CPU; and how many processes in all."""
 
     use_cuda: bool
     world_size: int
@@ -164,7 +164,7 @@ class Run:
 
 
 def choose_attention(asked: str, use_cuda: bool, precision: str) -> str:
-    """``auto`` is torch's flash kernel for packed rows where it runs, on cards in bf16; SDPA elsewhere.
+    """``auto`` is torch's flash kernel for packed rows where it runs, on GPUs in bf16; SDPA elsewhere.
 
     Raises: ConfigError for a kernel that does not run here.
     """
@@ -172,7 +172,7 @@ def choose_attention(asked: str, use_cuda: bool, precision: str) -> str:
     if asked == "auto":
         return "varlen" if has_flash else "sdpa"
     if asked in ("varlen", "flash_attention_2") and not has_flash:
-        raise ConfigError(f"--attn_implementation {asked} runs on cards in bf16 only; use --attn_implementation sdpa")
+        raise ConfigError(f"--attn_implementation {asked} runs on GPUs in bf16 only; use --attn_implementation sdpa")
     if asked == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise ConfigError(
             "--attn_implementation flash_attention_2 needs the flash-attn package, which is not installed: "

@@ -34,7 +34,7 @@ class Parts:
     rows_by_rank: Sequence[int] | None = None  # of a step, summing to the global batch; None: equal
     model_flops_per_token: float | None = None
     executed_flops_per_token: float | None = None
-    peak_flops: float | None = None  # of all cards together, per second
+    peak_flops: float | None = None  # of all GPUs together, per second
     more_evaluation: Callable[[int, Callable[[], float]], dict] | None = None
     """What an evaluation records besides the loss, given the step and the way to get the loss. A collective."""
 

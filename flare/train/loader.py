@@ -1,6 +1,6 @@
 """The next step's rows are read and packed in a thread while this step computes, and the time spent waiting is kept.
 
-On cards the tensors lie in pinned memory, so that their copies to the card need not be waited for.
+On GPUs the tensors lie in pinned memory, so that their copies to the GPU need not be waited for.
 """
 
 import time
@@ -30,7 +30,7 @@ class StepLoader:
 
     Args:
         rows_by_rank: rows of a step for each rank, in rank order. micro: rows of a micro-batch, at most.
-        pin: the card from which to get pinned memory for the tensors; None: plain memory.
+        pin: the GPU from which to get pinned memory for the tensors; None: plain memory.
         in_step: as many micro-batches on every rank (those of a sharded model gather its weights in each).
     """
 
@@ -49,8 +49,8 @@ class StepLoader:
         self.step_rows = sum(rows_by_rank)
         self.mine = slice(sum(rows_by_rank[:rank]), sum(rows_by_rank[: rank + 1]))
         self.wait_seconds = 0.0
-        # Only this thread reads data and order. The current card is each thread's own: with the default one, each rank
-        # could open a context on card 0. Source: torch/utils/data/_utils/pin_memory.py does the same.
+        # Only this thread reads data and order. The current GPU is each thread's own: with the default one, each rank
+        # could open a context on GPU 0. Source: torch/utils/data/_utils/pin_memory.py does the same.
         bind = {"initializer": torch.cuda.set_device, "initargs": (pin,)} if pin else {}
         self._thread = ThreadPoolExecutor(1, "prefetch", **bind)
         self._next: tuple[int, Future[StepRows]] | None = None

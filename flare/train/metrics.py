@@ -32,7 +32,7 @@ def perplexity(loss: float) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far: allocated on the card, or resident on the CPU."""
+    """Peak memory of this process so far: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

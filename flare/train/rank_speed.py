@@ -1,6 +1,6 @@
 """How fast each rank is, measured in a few forward and backward passes before the first step.
 
-Each rank works on rows of its own card alone: nothing is reduced, so no rank waits for another while the clock
+Each rank works on rows of its own GPU alone: nothing is reduced, so no rank waits for another while the clock
 runs. No weight changes; the gradients are thrown away.
 """
 
@@ -32,19 +32,19 @@ def settle_balance(option: str, num_rows: int, world: World, record: dict | None
         return balance.by_hand(num_rows, weights)
     if option == "equal" or world.size == 1:
         return balance.equal(num_rows, world.size)
-    cards = process_group.gather_objects(_card(world.device))
-    if option == "auto" and len(set(cards)) == 1:
-        return balance.equal(num_rows, world.size, f"equal: all ranks have {cards[0]}")
-    known = balance.from_record(record, num_rows, cards)
+    gpus = process_group.gather_objects(_gpu(world.device))
+    if option == "auto" and len(set(gpus)) == 1:
+        return balance.equal(num_rows, world.size, f"equal: all ranks have {gpus[0]}")
+    known = balance.from_record(record, num_rows, gpus)
     if known:
         return known
-    log.info("unlike cards, or --balance measure: measuring each rank")
+    log.info("unlike GPUs, or --balance measure: measuring each rank")
     seconds = process_group.gather_objects(seconds_per_row(work, world.device))
-    return balance.by_speed(num_rows, cards, seconds)
+    return balance.by_speed(num_rows, gpus, seconds)
 
 
 def multiply_as_a_layer(config: dict, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-    """The matrix products of one MLP, forward, on random numbers: what tells cards apart where a pass cannot."""
+    """The matrix products of one MLP, forward, on random numbers: what tells GPUs apart where a pass cannot."""
     hidden = torch.randn(tokens, config["hidden_size"], device=device, dtype=dtype)
     weight = torch.randn(config["hidden_size"], config["intermediate_size"], device=device, dtype=dtype)
     for _ in range(3):
@@ -69,8 +69,8 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _card(device: torch.device) -> str:
-    """What must be the same for ranks to count as alike: the card's name, or processor and threads."""
+def _gpu(device: torch.device) -> str:
+    """What must be the same for ranks to count as alike: the GPU's name, or processor and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()} ({torch.get_num_threads()} threads)"

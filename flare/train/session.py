@@ -19,7 +19,7 @@ from flare.distributed.process_group import World
 from flare.distributed.watchdog import Limits, Watchdog
 from flare.errors import CheckpointError, FlareError, during
 from flare.evaluation.during_training import LengthCurve, MoreEvaluation
-from flare.gpus.selection import card_line
+from flare.gpus.selection import gpu_line
 from flare.gpus.specs import peak_tflops
 from flare.hub import read_model_config
 from flare.launch.worker_errors import tell_launcher
@@ -130,7 +130,7 @@ class Session:
             log.warning(warning)
         reason = run.init_reason
         for gpu in run.hardware.gpus:  # of this host; the launcher has told the terminal
-            log.info(card_line(gpu), extra=FILES_ONLY)
+            log.info(gpu_line(gpu), extra=FILES_ONLY)
         for line in plan_lines(run.plan()):
             log.info(line)
         (log.warning if reason.startswith("warning") else log.info)(reason.removeprefix("warning: "))
@@ -251,7 +251,7 @@ class Session:
         )
 
     def _peak_flops(self) -> float | None:
-        """Of all cards together, a second; None on the CPU or with a card whose peak is not known."""
+        """Of all GPUs together, a second; None on the CPU or with a GPU whose peak is not known."""
         name = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else None
         peaks = [peak_tflops(name) if name else None for name in process_group.gather_objects(name)]
         return None if None in peaks else sum(peaks) * 1e12
@@ -286,7 +286,7 @@ class Session:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or how many threads of the CPU this process uses."""
+    """The GPU's name, or how many threads of the CPU this process uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} threads)"

@@ -1,6 +1,6 @@
 """What steps came to, on the way from the device to the host: loss, gradient norm, votes to stop.
 
-On a card the host may not wait for a step before it has queued the next one. So the numbers travel by an
+On a GPU the host may not wait for a step before it has queued the next one. So the numbers travel by an
 asynchronous copy and are read a step later (``lag`` 1), on all ranks at the same place; until then the device itself
 keeps the optimizer from taking over what is not finite.
 """
@@ -69,7 +69,7 @@ class Outcomes:
     def put(self, place: Place, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool) -> None:
         """Add a step. ``loss`` is this rank's part, ``grad_norm`` the same everywhere, ``stop`` this rank's vote.
 
-        A norm that is not finite on one rank alone (a broken card) is so for all: they must go on alike.
+        A norm that is not finite on one rank alone (a broken GPU) is so for all: they must go on alike.
         """
         votes, norm = torch.full_like(loss, float(stop), dtype=torch.float64), grad_norm.double()
         parts = process_group.sum_in_place(torch.stack([loss.double(), votes, norm - norm]))  # 0, or NaN

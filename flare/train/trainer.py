@@ -61,18 +61,18 @@ class Trainer:
         self.module = ddp.wrap_ddp(parts.model, world)
         self.parameters = [p for _, p in parts.model.trainable_parameters()]
         self.rows_by_rank = tuple(parts.rows_by_rank or equal(parts.global_batch_size, world.size).rows)
-        on_card, sharded = world.device.type == "cuda", is_sharded(parts.model)
+        on_gpu, sharded = world.device.type == "cuda", is_sharded(parts.model)
         self.loader = StepLoader(
             parts.train_rows,
             parts.train_rows.order(options.seed),
             self.rows_by_rank,
             world.rank,
             options.per_device_train_batch_size,
-            pin=world.device if on_card else None,
+            pin=world.device if on_gpu else None,
             in_step=sharded,
         )
         # What may be skipped must be known at once.
-        may_lag = on_card and not options.skip_nonfinite and can_skip_on_device(parts.optimizer)
+        may_lag = on_gpu and not options.skip_nonfinite and can_skip_on_device(parts.optimizer)
         lag = 1 if may_lag else 0
         self.loss_scale = None
         if parts.model.half_dtype == torch.float16:

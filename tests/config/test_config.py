@@ -119,7 +119,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         (["--experiment_name", "/x"], "must stay inside --base_output_dir"),
         (["--experiment_name", "a\nb"], "control character"),
         (["--lr_scheduler_type", "cosin"], "did you mean 'cosine'"),
-        (["--gpu_type", "manual"], "needs the card numbers"),
+        (["--gpu_type", "manual"], "needs the GPU numbers"),
         (["--gpu_ids", "0", "0"], "GPU 0"),
         (["--gpu_ids", "0", "--gpu_type", "A40"], "--gpu_ids and --gpu_type are both given"),
         (["--no_rope_layers", "5-2"], "reversed"),
@@ -149,7 +149,7 @@ def test_other_tools_names_are_told_by_a_file_too_and_are_none_of_ours(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("general", "special", "flags", "cards"),
+    ("general", "special", "flags", "gpus"),
     [
         ({"gpu_type": "A800"}, {"gpu_ids": [0, 1]}, [], (None, [0, 1])),
         ({"gpu_ids": [0, 1]}, {"gpu_type": "A800"}, [], ("A800", None)),
@@ -158,12 +158,12 @@ def test_other_tools_names_are_told_by_a_file_too_and_are_none_of_ours(tmp_path:
         ({"gpu_ids": [0, 1]}, {}, ["--gpu_type", "manual"], ("manual", [0, 1])),
     ],
 )
-def test_of_the_two_ways_to_name_cards_the_higher_rank_wins(
-    tmp_path: Path, general: dict, special: dict, flags: list[str], cards: tuple
+def test_of_the_two_ways_to_name_gpus_the_higher_rank_wins(
+    tmp_path: Path, general: dict, special: dict, flags: list[str], gpus: tuple
 ) -> None:
     file = write(tmp_path / "c.json", json.dumps({**general, "stages": {"1": special}}))
     options = resolve(["--config", file, *flags]).options
-    assert (options.gpu_type, options.gpu_ids) == cards
+    assert (options.gpu_type, options.gpu_ids) == gpus
 
 
 def test_key_in_the_wrong_section_names_the_right_one(tmp_path: Path) -> None:

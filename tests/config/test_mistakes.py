@@ -118,8 +118,8 @@ def launch(*arguments: object, **environment: str) -> subprocess.CompletedProces
     [
         (["3", "A800"], "unknown stage '3'"),
         (["1"], "no GPU given"),
-        (["1", "manual", "x"], "needs the card numbers"),
-        (["1", "A800", "x", "0,1"], "'0,1' is no flag; card numbers are for GPU \"manual\" only"),
+        (["1", "manual", "x"], "needs the GPU numbers"),
+        (["1", "A800", "x", "0,1"], "'0,1' is no flag; GPU numbers are for GPU \"manual\" only"),
         (["demo", "--dry_run"], "unrecognized arguments: --dry_run"),
     ],
 )
@@ -196,7 +196,7 @@ def guide_server(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "ids", "cards"),
+    ("gpu", "ids", "gpus"),
     [
         ("A800", [], "0,1,2,3"),
         ("A40", [], "4,5,6,7"),
@@ -204,17 +204,15 @@ def guide_server(tmp_path: Path) -> dict[str, str]:
         ("auto", [], "0,1,2,3,4,5,6,7"),
     ],
 )
-def test_dry_run_on_the_guides_server_names_the_cards(
-    tmp_path: Path, base: Path, corpus: Path, gpu: str, ids: list[str], cards: str
+def test_dry_run_on_the_guides_server_names_the_gpus(
+    tmp_path: Path, base: Path, corpus: Path, gpu: str, ids: list[str], gpus: str
 ) -> None:
     result = launch(
         "1", gpu, "my experiment", *ids, "--model_name_or_path", base, "--dataset_name", corpus, "--dry_run",
         "--max_seq_length", 64, "--base_output_dir", tmp_path / "out", **guide_server(tmp_path),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert (
-        f"CUDA_VISIBLE_DEVICES={cards} torchrun --standalone --nproc_per_node={cards.count(',') + 1}" in result.stdout
-    )
+    assert f"CUDA_VISIBLE_DEVICES={gpus} torchrun --standalone --nproc_per_node={gpus.count(',') + 1}" in result.stdout
     assert "--experiment_name 'my experiment'" in result.stdout
     assert not (tmp_path / "out").exists()
 
@@ -252,7 +250,7 @@ python train_qwen_multi_gpu.py --stage 1 --max_steps 10 --dataset_size 1000
 
 @pytest.mark.parametrize("command", GUIDE_COMMANDS)
 def test_every_command_of_the_guide_parses_and_plans(command: str, tmp_path: Path) -> None:
-    """With the guide's cards and without its network, as far as the plan."""
+    """With the guide's GPUs and without its network, as far as the plan."""
     import sys
 
     line = command.replace("python ", f"{sys.executable} ", 1)

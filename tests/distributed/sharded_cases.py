@@ -122,7 +122,7 @@ def round_trip(base: Path, out: Path, world: World) -> dict:
 
 
 def flagged_updates(base: Path, world: World) -> dict:
-    """Updates of shards under the device's flag, as on cards: a finite step is the same as without one, and of one
+    """Updates of shards under the device's flag, as on GPUs: a finite step is the same as without one, and of one
     that is not finite on rank 1 alone nothing reaches weights or moments of any rank."""
     how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
     states = []

@@ -65,7 +65,7 @@ def test_what_two_ranks_wrote_in_many_files_loads_whole_and_sharded(found: dict)
 
 
 def test_a_flag_of_the_device_turns_updates_of_shards_off(found: dict) -> None:
-    """So that sharded runs on cards need not wait for a step's numbers before its update: step_results.py."""
+    """So that sharded runs on GPUs need not wait for a step's numbers before its update: step_results.py."""
     assert found["flagged updates"] == {"same": True, "seen": True}
 
 

@@ -210,7 +210,7 @@ def test_lengths_are_read_with_commas_or_spaces_and_rubbish_is_named():
 
 
 def test_logits_that_are_computed_whole_begin_at_the_first_token_that_is_asked_for(tokenizer):
-    """Whole logits of a long context would fill a card for the few tokens behind it."""
+    """Whole logits of a long context would fill a GPU for the few tokens behind it."""
     gemma = tiny("gemma2", final_logit_softcapping=2.0)
     ids = tokenizer(LONG)["input_ids"][:61]
     lengths = []

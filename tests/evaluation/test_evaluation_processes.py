@@ -148,7 +148,7 @@ def test_a_part_is_found_by_what_its_numbers_depend_on_only(tmp_path: Path):
 
 
 def test_a_model_spread_by_accelerate_scores_the_same(tmp_path: Path):
-    """Weights that live elsewhere until they are used, as a model too large for the card has them."""
+    """Weights that live elsewhere until they are used, as a model too large for the GPU has them."""
     from accelerate import cpu_offload
 
     from flare.evaluation.scoring.batches import Engine
@@ -181,9 +181,9 @@ def test_device_auto_is_accelerates_device_map(base_model: Path, documents: Path
     [
         (["--stride", "65", "--max_length", "64"], "--stride 65 is more than --max_length 64"),
         (["--context_lengths", "512,x"], "--context_lengths must be token counts"),
-        (["--device", "cuda:1", "--gpu_ids", "0"], "both choose cards"),
+        (["--device", "cuda:1", "--gpu_ids", "0"], "both choose GPUs"),
         (["--device", "auto", "--nproc_per_node", "2"], "for one process"),
-        (["--device", "cuda"], "sees no card"),
+        (["--device", "cuda"], "sees no GPU"),
         pytest.param(  # lm-eval reads all its tasks to know
             ["--lm_eval_tasks", "no_such_task_of_anyone"],
             "no such task: no_such_task_of_anyone",
@@ -218,7 +218,7 @@ def write_parquet(path: Path, **columns: list) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-def card(directory: Path, config: str, split: str, path: str) -> None:
+def gpu(directory: Path, config: str, split: str, path: str) -> None:
     """A data set card, which says where configurations have their files."""
     lines = [
         "---",
@@ -240,16 +240,16 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The four sets with the hub's names, layout and columns."""
     root = tmp_path_factory.mktemp("mirror")
     write_parquet(root / "Salesforce/wikitext/wikitext-2-raw-v1/test-00000-of-00001.parquet", text=WIKI)
-    card(root / "Salesforce/wikitext", "wikitext-2-raw-v1", "test", "wikitext-2-raw-v1/test-*")
+    gpu(root / "Salesforce/wikitext", "wikitext-2-raw-v1", "test", "wikitext-2-raw-v1/test-*")
     c4 = root / "allenai/c4/en/c4-validation.00000-of-00008.json.gz"
     c4.parent.mkdir(parents=True)
     with gzip.open(c4, "wt", encoding="utf-8") as file:
         for text in TEXTS:
             file.write(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://x"}) + "\n")
-    card(root / "allenai/c4", "en", "validation", "en/c4-validation.*.json.gz")
+    gpu(root / "allenai/c4", "en", "validation", "en/c4-validation.*.json.gz")
     words = [f"{PROSE.strip()} and so it ended", "nobody knew the end"]
     write_parquet(root / "EleutherAI/lambada_openai/default/test-00000-of-00001.parquet", text=words)
-    card(root / "EleutherAI/lambada_openai", "default", "test", "default/test-*")
+    gpu(root / "EleutherAI/lambada_openai", "default", "test", "default/test-*")
     books = {"short_book_title": ["A", "B"], "publication_date": [1900, 1910], "url": ["u", "v"], "text": TEXTS[:2]}
     write_parquet(root / "emozilla/pg19-test/data/test-00000-of-00001-abc.parquet", **books)
     return root

@@ -1,6 +1,6 @@
 """Wrong invocations: each in one line that names what was typed and the way out; nothing is written.
 
-The list is that of the project's fault page, with our flags. Cards are in test_gpus.py and test_launch.py, models in
+The list is that of the project's fault page, with our flags. GPUs are in test_gpus.py and test_launch.py, models in
 test_inputs.py, running and finished experiments in test_runs.py.
 """
 
@@ -61,7 +61,7 @@ CASES: list[tuple[str, int, str]] = [
     ("--warmup_ratio 1.5", 2, "--warmup_ratio must be <= 1, got 1.5"),
     ("--adam_beta1 1", 2, "--adam_beta1 must be < 1, got 1.0"),
     ("--balance 1,2,3", 2, "--balance 1,2,3 has 3 weights for 1 process"),
-    ("--attn_implementation varlen", 2, "varlen runs on cards in bf16 only; use --attn_implementation sdpa"),
+    ("--attn_implementation varlen", 2, "varlen runs on GPUs in bf16 only; use --attn_implementation sdpa"),
     ("--model_name_or_path Qwen/typo", 4, "model 'Qwen/typo' is no directory and not whole in the hub's cache"),
     ("--model_name_or_path ./nowhere", 2, "model './nowhere' is no directory; give a directory or a hub name"),
     ("--no_rope_layers 30", 2, "--no_rope_layers: layer 30 is out of range; the model has layers 0-3"),
@@ -99,12 +99,12 @@ def test_a_wrong_invocation_ends_in_one_line(
     assert not run.exists()
 
 
-def test_more_processes_than_cards_are_refused(zygote: Zygote, flags: list[str], tmp_path: Path) -> None:
+def test_more_processes_than_gpus_are_refused(zygote: Zygote, flags: list[str], tmp_path: Path) -> None:
     path = f"{install(tmp_path / 'bin', 'guide').directory}:{os.environ['PATH']}"
     asked = ("--gpu_type", "A40", "--nproc_per_node", 5)
     ended = zygote.run(*flags, *asked, PATH=path, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
     assert ended.returncode == 2
-    assert ended.errors == ["error: --nproc_per_node 5: 5 processes but 4 cards; lower --nproc_per_node"]
+    assert ended.errors == ["error: --nproc_per_node 5: 5 processes but 4 GPUs; lower --nproc_per_node"]
 
 
 def test_all_mistakes_are_told_at_once(zygote: Zygote, flags: list[str]) -> None:

@@ -51,7 +51,7 @@ def test_a_step_that_may_be_skipped_is_named_counted_and_not_logged(
 
 @pytest.mark.faults
 def test_what_one_rank_finds_stops_all_before_the_update(zygote: Zygote, flags: list[str], run: Path) -> None:
-    """As a card does that computes wrongly: the gradients were summed, and are infinite on one rank only."""
+    """As a GPU does that computes wrongly: the gradients were summed, and are infinite on one rank only."""
     ended = zygote.run(*flags, *TWO, fault=("in_workers", "in_rank", 1, "poison_gradients", BAD_STEP))
     assert ended.returncode == 5
     assert f"step {BAD_STEP}: loss" in ended.errors[0]

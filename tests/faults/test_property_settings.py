@@ -213,7 +213,7 @@ def test_any_spec_is_layers_or_an_error(spec: object) -> None:
 MEMORY = st.integers(0, 200_000).map(str) | st.sampled_from(
     ("[N/A]", "N/A", "[Not Supported]", "[Insufficient Permissions]")
 )
-GOOD_CARD = st.fixed_dictionaries(
+GOOD_GPU = st.fixed_dictionaries(
     {
         "name": st.sampled_from(("NVIDIA A40", "NVIDIA A800 80GB PCIe", "Tesla, T4", "显卡")),
         "uuid": st.uuids().map("GPU-{}".format),
@@ -235,31 +235,31 @@ BAD_LINES = st.sampled_from(
 IGNORED = st.sampled_from(("", "  ", "WARNING: infoROM is corrupted at gpu 0000:3B:00.0"))
 
 
-@given(st.lists(GOOD_CARD, max_size=5), st.lists(IGNORED, max_size=2), BAD_LINES | st.none(), st.data())
-def test_every_card_is_read_as_it_was_printed_or_the_line_is_named(
+@given(st.lists(GOOD_GPU, max_size=5), st.lists(IGNORED, max_size=2), BAD_LINES | st.none(), st.data())
+def test_every_gpu_is_read_as_it_was_printed_or_the_line_is_named(
     tmp_path_factory: pytest.TempPathFactory,
-    cards: list[dict],
+    gpus: list[dict],
     ignored: list[str],
     bad: str | None,
     data: st.DataObject,
 ) -> None:
-    lines = [f"{i}, {c['name']}, {c['uuid']}, {c['total']}, {c['used']}, 570.1" for i, c in enumerate(cards)]
+    lines = [f"{i}, {c['name']}, {c['uuid']}, {c['total']}, {c['used']}, 570.1" for i, c in enumerate(gpus)]
     output = data.draw(st.permutations([*lines, *ignored, *([bad] if bad else [])]))
     try:
-        found = cards_printed(tmp_path_factory, "\n".join(output).encode(), 0)
+        found = gpus_printed(tmp_path_factory, "\n".join(output).encode(), 0)
     except EnvError as error:
-        assert bad or not cards
+        assert bad or not gpus
         assert len(str(error).splitlines()) == 1
         return
-    assert cards and not bad
+    assert gpus and not bad
     expected = [
         Gpu(i, c["name"], c["uuid"], *(int(c[m]) if c[m].isdecimal() else None for m in ("total", "used")), "570.1")
-        for i, c in enumerate(cards)
+        for i, c in enumerate(gpus)
     ]
     assert sorted(found, key=lambda gpu: gpu.index) == expected
 
 
-def cards_printed(
+def gpus_printed(
     tmp_path_factory: pytest.TempPathFactory, output: bytes, exit_code: int, **environment: str
 ) -> list[Gpu]:
     """What ``query_gpus`` makes of a program that prints this."""
@@ -275,11 +275,11 @@ def cards_printed(
     st.sampled_from([0, 0, 14, 9]),
     TEXT | st.none(),
 )
-def test_any_output_is_cards_or_an_error(
+def test_any_output_is_gpus_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, output: bytes, exit_code: int, visible: str | None
 ) -> None:
     try:
-        gpus = cards_printed(tmp_path_factory, output, exit_code)
+        gpus = gpus_printed(tmp_path_factory, output, exit_code)
         chosen = select_gpus(GpuRequest(allow_busy=True), gpus, visible).gpus
         assert chosen and all(gpu in gpus for gpu in chosen)
     except FlareError as error:

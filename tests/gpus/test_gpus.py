@@ -18,8 +18,8 @@ from flare.gpus.nvidia_smi import Gpu, _ask_nvidia_smi, query_gpus
 from flare.gpus.selection import (
     GpuRequest,
     Selection,
-    check_card,
-    list_cards,
+    check_gpu,
+    list_gpus,
     list_indices,
     parse_gpu_ids,
     select_environment,
@@ -27,10 +27,10 @@ from flare.gpus.selection import (
     visible_gpus,
 )
 from flare.gpus.specs import peak_tflops
-from tests.fake_nvidia_smi import FakeNvidiaSmi, card_uuid, install, install_raw, mig_uuid
+from tests.fake_nvidia_smi import FakeNvidiaSmi, gpu_uuid, install, install_raw, mig_uuid
 
 ROOT = Path(__file__).resolve().parents[2]
-GUIDE_CARDS = "cards found: 0-3 NVIDIA A800 80GB PCIe, 4-7 NVIDIA A40"
+GUIDE_GPUS = "GPUs found: 0-3 NVIDIA A800 80GB PCIe, 4-7 NVIDIA A40"
 
 
 @pytest.fixture
@@ -77,12 +77,12 @@ def test_one_call_reads_every_field_of_the_guides_server(server):
     gpus = query_gpus()
     assert len(fake.calls) == 1
     assert len(gpus) == 8
-    assert gpus[5] == Gpu(5, "NVIDIA A40", card_uuid(5), 46068, 4, "570.124.06")
+    assert gpus[5] == Gpu(5, "NVIDIA A40", gpu_uuid(5), 46068, 4, "570.124.06")
     assert gpus[0].memory_free_mib == 81916
-    assert list_cards(gpus) == "0-3 NVIDIA A800 80GB PCIe, 4-7 NVIDIA A40"
+    assert list_gpus(gpus) == "0-3 NVIDIA A800 80GB PCIe, 4-7 NVIDIA A40"
 
 
-def test_unknown_memory_is_none_and_the_card_is_taken_with_a_remark(choose):
+def test_unknown_memory_is_none_and_the_gpu_is_taken_with_a_remark(choose):
     selection = choose("not_available")
     assert [(g.memory_total_mib, g.memory_used_mib, g.memory_free_mib) for g in selection.gpus] == [
         (None, None, None),
@@ -92,13 +92,13 @@ def test_unknown_memory_is_none_and_the_card_is_taken_with_a_remark(choose):
     assert [note for note in selection.notes if "GPU 0" in note and "memory" in note]
 
 
-def test_card_name_in_gbk_bytes_does_not_stop_the_query(server):
+def test_gpu_name_in_gbk_bytes_does_not_stop_the_query(server):
     server("gbk_name")
     (gpu,) = query_gpus()
     assert gpu.name.endswith("A40")
 
 
-def test_corrupted_inforom_warning_and_its_exit_code_leave_the_card_usable(server):
+def test_corrupted_inforom_warning_and_its_exit_code_leave_the_gpu_usable(server):
     server("inforom")
     assert [gpu.name for gpu in query_gpus()] == ["NVIDIA A40"]
 
@@ -109,7 +109,7 @@ def test_corrupted_inforom_warning_and_its_exit_code_leave_the_card_usable(serve
         ("exit9", "exit code 9.*couldn't communicate with the NVIDIA driver"),
         ("empty", "printed nothing"),
         ("rubbish", "Segmentation fault"),
-        ("gbk", "did not print a list of cards"),
+        ("gbk", "did not print a list of GPUs"),
     ],
 )
 def test_bad_nvidia_smi_is_one_line_that_names_the_problem(server, mode, named):
@@ -187,7 +187,7 @@ ROWS = st.lists(
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(output=mostly(ROWS, st.binary(max_size=200)), exit_code=mostly(st.just(0), st.sampled_from([1, 14, 255])))
-def test_random_output_gives_cards_or_a_flare_error_of_one_line(tmp_path, monkeypatch, output, exit_code):
+def test_random_output_gives_gpus_or_a_flare_error_of_one_line(tmp_path, monkeypatch, output, exit_code):
     fake = install_raw(tmp_path / "bin", output, exit_code)
     monkeypatch.setenv("PATH", str(fake.directory) + os.pathsep + "/usr/bin:/bin")
     try:
@@ -215,7 +215,7 @@ def test_random_output_gives_cards_or_a_flare_error_of_one_line(tmp_path, monkey
         (None, list(range(8))),
     ],
 )
-def test_type_takes_the_guides_cards(choose, gpu_type, taken):
+def test_type_takes_the_guides_gpus(choose, gpu_type, taken):
     assert indices(choose("guide", gpu_type=gpu_type)) == taken
 
 
@@ -240,16 +240,16 @@ def test_words_of_a_hyphenated_name_match():
     assert indices(select_gpus(GpuRequest(gpu_type="A100-PCIE"), gpus, None)) == [1]
 
 
-def test_type_that_no_card_has_is_an_error_with_the_cards_and_the_nearest_word(choose):
-    with pytest.raises(ConfigError, match=re.escape(GUIDE_CARDS)) as caught:
+def test_type_that_no_gpu_has_is_an_error_with_the_gpus_and_the_nearest_word(choose):
+    with pytest.raises(ConfigError, match=re.escape(GUIDE_GPUS)) as caught:
         choose("guide", gpu_type="A80")
     assert "'A80'" in str(caught.value)
     assert "did you mean 'A800'" in str(caught.value)
 
 
 @pytest.mark.parametrize("gpu_type", ["", " ", "--", "*"])
-def test_type_without_a_word_is_an_error_not_every_card(choose, gpu_type):
-    with pytest.raises(ConfigError, match=re.escape(GUIDE_CARDS)):
+def test_type_without_a_word_is_an_error_not_every_gpu(choose, gpu_type):
+    with pytest.raises(ConfigError, match=re.escape(GUIDE_GPUS)):
         choose("guide", gpu_type=gpu_type)
 
 
@@ -272,10 +272,10 @@ def test_ids_are_nvidia_smis_and_keep_the_order_typed(choose):
         ([], "--gpu_ids is empty"),
     ],
 )
-def test_wrong_ids_are_named_and_the_cards_listed(choose, ids, named):
+def test_wrong_ids_are_named_and_the_gpus_listed(choose, ids, named):
     with pytest.raises(ConfigError, match=named) as caught:
         choose("guide", gpu_ids=ids)
-    assert str(caught.value).endswith(GUIDE_CARDS)
+    assert str(caught.value).endswith(GUIDE_GPUS)
 
 
 def test_ids_of_another_type_than_asked_are_an_error(choose):
@@ -284,10 +284,10 @@ def test_ids_of_another_type_than_asked_are_an_error(choose):
     assert indices(choose("guide", gpu_ids=[0, 4], gpu_type="auto")) == [0, 4]
 
 
-# --- busy cards ---
+# --- busy GPUs ---
 
 
-def test_busy_cards_are_skipped_and_named(choose):
+def test_busy_gpus_are_skipped_and_named(choose):
     selection = choose("guide_busy", gpu_type="auto")
     assert indices(selection) == [1, 2, 3, 4, 6, 7]
     assert skipped(selection) == [0, 5]
@@ -303,16 +303,16 @@ def test_allow_busy_takes_them_and_says_so(choose):
     assert any("GPU 5 is taken though busy" in note for note in selection.notes)
 
 
-def test_busy_card_named_by_id_is_skipped_too(choose):
+def test_busy_gpu_named_by_id_is_skipped_too(choose):
     selection = choose("guide_busy", gpu_ids=[0, 1])
     assert (indices(selection), skipped(selection)) == ([1], [0])
 
 
 @pytest.mark.parametrize("request_", [{"gpu_ids": [0, 5]}, {"gpu_ids": [5], "gpu_type": "A40"}])
-def test_only_busy_cards_left_is_an_error_that_names_the_flag(choose, request_):
+def test_only_busy_gpus_left_is_an_error_that_names_the_flag(choose, request_):
     with pytest.raises(ConfigError, match="busy; --allow_busy_gpus") as caught:
         choose("guide_busy", **request_)
-    assert GUIDE_CARDS in str(caught.value)
+    assert GUIDE_GPUS in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -320,14 +320,14 @@ def test_only_busy_cards_left_is_an_error_that_names_the_flag(choose, request_):
     [
         (81920, 1024, False),  # 1 GiB itself is not over it
         (81920, 1025, True),
-        (4000, 400, False),  # 10 % of a small card
+        (4000, 400, False),  # 10 % of a small GPU
         (4000, 401, True),
         (None, 1025, True),
         (None, None, False),
         (81920, None, False),
     ],
 )
-def test_busy_is_over_a_tenth_of_the_card_or_a_gib(total, used, busy):
+def test_busy_is_over_a_tenth_of_the_gpu_or_a_gib(total, used, busy):
     assert Gpu(0, "X", "GPU-0", total, used).is_busy is busy
 
 
@@ -343,8 +343,8 @@ def test_busy_is_over_a_tenth_of_the_card_or_a_gib(total, used, busy):
         ("0,1,-1,2", [0, 1]),
         ("0,1,99,2", [0, 1]),
         ("0,1,", [0, 1]),
-        (card_uuid(6), [6]),
-        (f"{card_uuid(6)},{card_uuid(0)}", [6, 0]),
+        (gpu_uuid(6), [6]),
+        (f"{gpu_uuid(6)},{gpu_uuid(0)}", [6, 0]),
         ("GPU-00000003", [3]),
         ("GPU-00000003,GPU-00000007,GPU-0000000f,GPU-00000001", [3, 7]),
         ("GPU-00000003,1", [3]),
@@ -357,10 +357,10 @@ def test_preset_visible_devices_limit_auto_as_cuda_reads_them(choose, visible, t
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles", "0,0", "GPU-0000000", "-1,0", "8", ","])
-def test_preset_that_hides_every_card_is_an_error(choose, visible):
+def test_preset_that_hides_every_gpu_is_an_error(choose, visible):
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES") as caught:
         choose("guide", visible=visible, gpu_type="auto")
-    assert GUIDE_CARDS in str(caught.value)
+    assert GUIDE_GPUS in str(caught.value)
 
 
 def test_ids_outside_the_preset_are_refused_and_the_allowed_ones_listed(choose):
@@ -375,7 +375,7 @@ def test_ids_inside_the_preset_stay_nvidia_smis_not_positions_in_it(choose):
 
 def test_type_outside_the_preset_is_not_found(choose):
     assert indices(choose("guide", visible="2,3,4", gpu_type="A800")) == [2, 3]
-    with pytest.raises(ConfigError, match="no card is a 'A800'"):
+    with pytest.raises(ConfigError, match="no GPU is a 'A800'"):
         choose("guide", visible="4,5", gpu_type="A800")
 
 
@@ -384,13 +384,13 @@ def test_entry_at_which_cuda_stops_reading_is_told(choose):
     assert any("'99'" in line for line in selection.describe())
 
 
-@pytest.mark.parametrize("visible", ["0,1", "0,1,", "0,1,-1", f"{card_uuid(0)},"])
+@pytest.mark.parametrize("visible", ["0,1", "0,1,", "0,1,-1", f"{gpu_uuid(0)},"])
 def test_usual_preset_needs_no_remark(choose, visible):
     assert choose("guide", visible=visible).notes == []
 
 
-def test_comma_after_the_only_card_does_not_name_it_again(choose):
-    assert indices(choose("h200", visible=f"{card_uuid(0)},")) == [0]
+def test_comma_after_the_only_gpu_does_not_name_it_again(choose):
+    assert indices(choose("h200", visible=f"{gpu_uuid(0)},")) == [0]
 
 
 def test_visible_devices_are_read_as_torch_reads_them(server, monkeypatch):
@@ -559,10 +559,10 @@ def test_listed_indices_read_back_as_the_same_set(ids):
     assert parse_gpu_ids(list_indices(ids)) == sorted(ids)
 
 
-# --- table, peak, the card that a rank got ---
+# --- table, peak, the GPU that a rank got ---
 
 
-def test_table_is_aligned_and_tells_the_state_of_every_card(server):
+def test_table_is_aligned_and_tells_the_state_of_every_gpu(server):
     server("guide_busy")
     gpus = query_gpus()
     lines = format_table(gpus, gpus[1:2], gpus[6:]).splitlines()
@@ -602,23 +602,23 @@ def test_peak_is_the_published_one_or_none_never_a_guess(name, tflops):
     assert peak_tflops(name) == tflops
 
 
-def test_rank_on_the_planned_card_passes_with_torchs_uuid_without_prefix():
-    planned = Gpu(0, "NVIDIA A40", card_uuid(0), 46068, 4)
-    check_card(planned, "NVIDIA A40", card_uuid(0).removeprefix("GPU-"))
+def test_rank_on_the_planned_gpu_passes_with_torchs_uuid_without_prefix():
+    planned = Gpu(0, "NVIDIA A40", gpu_uuid(0), 46068, 4)
+    check_gpu(planned, "NVIDIA A40", gpu_uuid(0).removeprefix("GPU-"))
 
 
 @pytest.mark.parametrize(
     ("name", "uuid"),
     [
-        ("NVIDIA A40", card_uuid(1)),
-        ("NVIDIA A40 MIG 1g.5gb", card_uuid(0)),
-        ("NVIDIA A800 80GB PCIe", card_uuid(0)),
+        ("NVIDIA A40", gpu_uuid(1)),
+        ("NVIDIA A40 MIG 1g.5gb", gpu_uuid(0)),
+        ("NVIDIA A800 80GB PCIe", gpu_uuid(0)),
     ],
 )
-def test_rank_on_another_card_is_stopped(name, uuid):
-    planned = Gpu(0, "NVIDIA A40", card_uuid(0), 46068, 4)
+def test_rank_on_another_gpu_is_stopped(name, uuid):
+    planned = Gpu(0, "NVIDIA A40", gpu_uuid(0), 46068, 4)
     with pytest.raises(EnvError, match="plan is for GPU 0, NVIDIA A40"):
-        check_card(planned, name, uuid)
+        check_gpu(planned, name, uuid)
 
 
 # --- python -m flare.gpus ---
@@ -662,12 +662,12 @@ def test_command_takes_the_guides_choices(tmp_path, arguments, visible):
         ["--gpu_type", "A4000"],
     ],
 )
-def test_wrong_request_is_one_line_with_the_cards_and_exit_2(tmp_path, arguments):
+def test_wrong_request_is_one_line_with_the_gpus_and_exit_2(tmp_path, arguments):
     done = run_cli(install(tmp_path).environment(), *arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert GUIDE_CARDS in line
+    assert GUIDE_GPUS in line
     assert (arguments[1] or "empty") in line
 
 
@@ -696,7 +696,7 @@ def test_wrong_ids_are_told_even_where_nvidia_smi_is_missing(tmp_path):
     assert 'got "a"' in done.stderr
 
 
-def test_odd_card_name_prints_under_an_ascii_locale(tmp_path):
+def test_odd_gpu_name_prints_under_an_ascii_locale(tmp_path):
     done = run_cli(install(tmp_path, "gbk_name").environment(PYTHONIOENCODING="ascii"))
     assert (done.returncode, done.stderr) == (0, "")
 

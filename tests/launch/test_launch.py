@@ -1,4 +1,4 @@
-"""Starting workers: the right card, a fabric that works, one decision for all ranks, signals, and mistakes."""
+"""Starting workers: the right GPU, a fabric that works, one decision for all ranks, signals, and mistakes."""
 
 import dataclasses
 import inspect
@@ -25,8 +25,8 @@ from flare.launch.agent import SHUTDOWN_TIMEOUT_SEC, _grant_shutdown
 from flare.launch.launch import shell_command
 from flare.launch.nodes import check_hosts, rendezvous
 from flare.launch.worker_environment import (
-    CARDS_VARIABLE,
     DEVICE_VARIABLE,
+    GPUS_VARIABLE,
     export_environment,
     told_options,
     worker_hardware,
@@ -43,7 +43,7 @@ from tests.fake_nvidia_smi import install
 from tests.processes import REPO, script_environment, train_anew
 from tests.train.test_runs import metrics, start, wait_for_line
 
-CARDS = tuple(
+GPUS = tuple(
     Gpu(index, name, f"GPU-{index:08x}", mib, 4)
     for index, (name, mib) in enumerate([("NVIDIA A800 80GB PCIe", 81920), ("NVIDIA A40", 46068)])
 )
@@ -60,59 +60,59 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     os.environ.update(before)
 
 
-# -- a. every rank has the card of the plan ------------------------------------------------------------------------
+# -- a. every rank has the GPU of the plan ------------------------------------------------------------------------
 
 
-def fake_cuda(monkeypatch: pytest.MonkeyPatch, cards: list[tuple[str, str]]) -> list[int]:
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, gpus: list[tuple[str, str]]) -> list[int]:
     """torch.cuda with these (name, uuid); returns the list of devices that were bound."""
     bound: list[int] = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: bound.append(device))
-    properties = [SimpleNamespace(name=name, uuid=uuid) for name, uuid in cards]
+    properties = [SimpleNamespace(name=name, uuid=uuid) for name, uuid in gpus]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties[device])
     return bound
 
 
-def test_rank_with_the_planned_card_is_bound_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    bound = fake_cuda(monkeypatch, [(c.name, c.uuid.removeprefix("GPU-")) for c in CARDS])
+def test_rank_with_the_planned_gpu_is_bound_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = fake_cuda(monkeypatch, [(c.name, c.uuid.removeprefix("GPU-")) for c in GPUS])
     monkeypatch.setenv("LOCAL_RANK", "1")
-    world = process_group.start(True, 60, CARDS)
+    world = process_group.start(True, 60, GPUS)
     assert (world.device, bound) == (torch.device("cuda", 1), [1])
 
 
 @pytest.mark.parametrize(
-    ("cards", "words"),
+    ("gpus", "words"),
     [
-        ([(CARDS[1].name, "00000001"), (CARDS[0].name, "00000000")], ["GPU 0, NVIDIA A800", "got NVIDIA A40"]),
-        ([(CARDS[0].name, "00000007"), (CARDS[1].name, "00000001")], ["GPU 0", "00000007"]),
-        ([], ["local rank 0 has no card: torch sees 0"]),
+        ([(GPUS[1].name, "00000001"), (GPUS[0].name, "00000000")], ["GPU 0, NVIDIA A800", "got NVIDIA A40"]),
+        ([(GPUS[0].name, "00000007"), (GPUS[1].name, "00000001")], ["GPU 0", "00000007"]),
+        ([], ["local rank 0 has no GPU: torch sees 0"]),
     ],
-    ids=["other order", "other uuid", "lost card"],
+    ids=["other order", "other uuid", "lost GPU"],
 )
-def test_rank_with_another_card_stops_before_it_allocates(
-    monkeypatch: pytest.MonkeyPatch, cards: list[tuple[str, str]], words: list[str]
+def test_rank_with_another_gpu_stops_before_it_allocates(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[tuple[str, str]], words: list[str]
 ) -> None:
-    fake_cuda(monkeypatch, cards)
+    fake_cuda(monkeypatch, gpus)
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(EnvError) as error:
-        process_group.start(True, 60, CARDS)
+        process_group.start(True, 60, GPUS)
     assert all(word in str(error.value) for word in words)
 
 
 @pytest.mark.parametrize(("capability", "refused"), [((7, 0), True), ((7, 5), True), ((8, 0), False), ((9, 0), False)])
-def test_a_card_without_bf16_stops_a_run_that_needs_it(
+def test_a_gpu_without_bf16_stops_a_run_that_needs_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: bool
 ) -> None:
     """Whatever its name: torch's compute capability is the judge."""
     fake_cuda(monkeypatch, [("NVIDIA X", "0")])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
-    process_group.bind_card(0, (), needs_bf16=False)
+    process_group.bind_gpu(0, (), needs_bf16=False)
     if not refused:
-        process_group.bind_card(0, (), needs_bf16=True)
+        process_group.bind_gpu(0, (), needs_bf16=True)
         return
     with pytest.raises(EnvError, match=rf"NVIDIA X has no bf16 .*{capability[0]}\.{capability[1]}.*--precision fp16"):
-        process_group.bind_card(0, (), needs_bf16=True)
+        process_group.bind_gpu(0, (), needs_bf16=True)
 
 
 def run_of(hardware: Hardware, base: Path, tmp_path: Path, *flags: object) -> Run:
@@ -120,11 +120,11 @@ def run_of(hardware: Hardware, base: Path, tmp_path: Path, *flags: object) -> Ru
     return settle(resolve([str(word) for word in [*defaults, *flags]]), hardware)
 
 
-def test_workers_are_told_the_cards_and_what_auto_became(
+def test_workers_are_told_the_gpus_and_what_auto_became(
     clean_environment: pytest.MonkeyPatch, base: Path, tmp_path: Path
 ) -> None:
     flags = ["--per_device_train_batch_size", "auto", "--gradient_accumulation_steps", 4]
-    run = run_of(Hardware(True, 2, CARDS), base, tmp_path, *flags)
+    run = run_of(Hardware(True, 2, GPUS), base, tmp_path, *flags)
     export_environment(run, None)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     os.environ["WORLD_SIZE"] = "2"
@@ -149,10 +149,10 @@ def test_the_theta_of_a_nope_model_goes_on(base: Path, tmp_path: Path) -> None:
         run_of(one, tmp_path / "patched", tmp_path, "--rope_theta", 5000)
 
 
-def test_the_log_of_a_start_names_the_cards_and_the_plan(
+def test_the_log_of_a_start_names_the_gpus_and_the_plan(
     clean_environment: pytest.MonkeyPatch, base: Path, tmp_path: Path
 ) -> None:
-    run = run_of(Hardware(True, 2, CARDS), base, tmp_path)
+    run = run_of(Hardware(True, 2, GPUS), base, tmp_path)
     rows = SimpleNamespace(describe=lambda: "rows")
     corpus = SimpleNamespace(meta={"end_of_text": "<end>", "end_of_text_id": 0}, fingerprint="f", facts={})
     start_logging(0, 2, tmp_path / "training.log")
@@ -161,7 +161,7 @@ def test_the_log_of_a_start_names_the_cards_and_the_plan(
     lines = (tmp_path / "training.log").read_text().splitlines()
     assert lines[0].endswith("GPU 0: NVIDIA A800 80GB PCIe, memory 80.0 GiB, free 80.0 GiB, GPU-00000000")
     assert lines[1].endswith("GPU 1: NVIDIA A40, memory 45.0 GiB, free 45.0 GiB, GPU-00000001")
-    assert any("memory/card" in line for line in lines)
+    assert any("memory/GPU" in line for line in lines)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -184,8 +184,8 @@ def test_the_command_of_a_dry_run_trains(base: Path, tmp_path: Path, words: list
     assert resolve(command[command.index("train.py") + 1 :]).options.dry_run is False
 
 
-def test_a_worker_of_a_cpu_run_sees_no_card(clean_environment: pytest.MonkeyPatch) -> None:
-    os.environ |= {DEVICE_VARIABLE: "cpu", CARDS_VARIABLE: "[]", "WORLD_SIZE": "3"}
+def test_a_worker_of_a_cpu_run_sees_no_gpu(clean_environment: pytest.MonkeyPatch) -> None:
+    os.environ |= {DEVICE_VARIABLE: "cpu", GPUS_VARIABLE: "[]", "WORLD_SIZE": "3"}
     assert worker_hardware(resolve([]).options) == Hardware(False, 3)
 
 
@@ -272,14 +272,14 @@ def test_ranks_with_other_settings_are_refused_with_both_values() -> None:
 
 
 def gpus(*mib: int) -> Hardware:
-    cards = tuple(Gpu(i, "NVIDIA Test", f"GPU-{i}", size, 4) for i, size in enumerate(mib))
-    return Hardware(True, len(mib), cards)
+    gpus = tuple(Gpu(i, "NVIDIA Test", f"GPU-{i}", size, 4) for i, size in enumerate(mib))
+    return Hardware(True, len(mib), gpus)
 
 
 AUTO = ("--per_device_train_batch_size", "auto")
 
 
-def test_auto_takes_the_largest_divisor_that_fits_the_smallest_card(base: Path, tmp_path: Path) -> None:
+def test_auto_takes_the_largest_divisor_that_fits_the_smallest_gpu(base: Path, tmp_path: Path) -> None:
     flags = [*AUTO, "--global_batch_size", 240, "--max_seq_length", 512, "--gradient_checkpointing", "false"]
     roomy = run_of(gpus(80_000, 80_000), base, tmp_path, *flags)
     assert (roomy.micro_batch_size, roomy.global_batch_size) == (120, 240)
@@ -294,7 +294,7 @@ def test_auto_takes_the_largest_divisor_that_fits_the_smallest_card(base: Path, 
 
 
 def test_auto_shards_what_does_not_fit_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen2.5-7B in stage 2 needs 118 GB a card with DDP; three billion fit on an A800 whole, on four A40 sharded."""
+    """Qwen2.5-7B in stage 2 needs 118 GB a GPU with DDP; three billion fit on an A800 whole, on four A40 sharded."""
 
     def not_reached(*_: object) -> dict:
         raise EnvError("no hub here")
@@ -329,7 +329,7 @@ def empty(tmp_path: Path) -> Path:
     return path
 
 
-def test_auto_on_cards_that_do_not_tell_their_memory_is_the_default(base: Path, tmp_path: Path) -> None:
+def test_auto_on_gpus_that_do_not_tell_their_memory_is_the_default(base: Path, tmp_path: Path) -> None:
     hardware = Hardware(True, 1, (Gpu(0, "NVIDIA GB10", "GPU-0", None, None),))
     run = run_of(hardware, base, tmp_path, *AUTO, "--gradient_accumulation_steps", 4)
     assert (run.micro_batch_size, run.global_batch_size) == (3, 12)
@@ -343,7 +343,7 @@ def test_auto_prefers_a_smaller_micro_batch_to_checkpointing(base: Path, tmp_pat
 
 
 def test_auto_takes_the_least_checkpointing_that_fits(base: Path, tmp_path: Path) -> None:
-    """Smaller and smaller cards: none, selective, everything; whatever the flag says, the same rows a step."""
+    """Smaller and smaller GPUs: none, selective, everything; whatever the flag says, the same rows a step."""
     flags = ["--global_batch_size", 16, "--per_device_train_batch_size", 16, "--max_seq_length", 512]
     found = [
         run_of(gpus(mib), base, tmp_path, *flags, "--gradient_checkpointing", "auto").gradient_checkpointing
@@ -381,7 +381,7 @@ def test_auto_that_fits_nowhere_is_refused_with_numbers(tmp_path: Path) -> None:
         tmp_path, "--stage", 2, "--gpu_ids", 4, "--model_name_or_path", "Qwen/Qwen2.5-7B", *AUTO,
         "--experiment_name", "x",
     )  # fmt: skip
-    assert_one_line_after_cards(result, 2, "stage 2 of Qwen/Qwen2.5-7B does not fit on 1 x NVIDIA A40", "GiB")
+    assert_one_line_after_gpus(result, 2, "stage 2 of Qwen/Qwen2.5-7B does not fit on 1 x NVIDIA A40", "GiB")
 
 
 def dry_run(tmp_path: Path, *flags: object) -> subprocess.CompletedProcess:
@@ -392,8 +392,8 @@ def dry_run(tmp_path: Path, *flags: object) -> subprocess.CompletedProcess:
     return train_anew(*flags, "--dry_run", env=environment)
 
 
-def assert_one_line_after_cards(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
-    """As assert_one_line; lines that only describe the chosen cards may stand before it."""
+def assert_one_line_after_gpus(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
+    """As assert_one_line; lines that only describe the chosen GPUs may stand before it."""
     lines = [line for line in result.stderr.splitlines() if not line.startswith("GPU ")]
     assert_one_line(subprocess.CompletedProcess([], result.returncode, "", "\n".join(lines)), code, *words)
 
@@ -404,7 +404,7 @@ EXAMPLES = REPO / "training_config_gpu_examples.json"
 BLOCKS = {
     "four_a800": "0,1,2,3",
     "four_a40": "4,5,6,7",
-    "one_card": "0",
+    "one_gpu": "0",
     "a800_and_a40": "0,1,4,5",
     "auto": "0,1,2,3,4,5,6,7",
     "side_by_side_a800": "0,1",
@@ -429,7 +429,7 @@ def test_every_block_of_the_examples_plans_on_the_guides_server(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("#", ["#NAME needs a name; names: four_a800, four_a40, one_card"]),
+        ("#", ["#NAME needs a name; names: four_a800, four_a40, one_gpu"]),
         ("#four_a80", ["has no 'four_a80'; did you mean 'four_a800'?", "side_by_side_a40"]),
         ("", ["holds several configurations; choose one with #NAME: four_a800"]),
     ],
@@ -584,7 +584,7 @@ def test_run_without_a_name_is_one_experiment_of_all_ranks(train_flags: list[str
 
 
 def server(tmp_path: Path, mode: str) -> dict[str, str]:
-    """Variables of a server whose nvidia-smi behaves as ``mode``, with no limit on its cards."""
+    """Variables of a server whose nvidia-smi behaves as ``mode``, with no limit on its GPUs."""
     fake = install(tmp_path / "bin", mode)
     return {"PATH": fake.environment()["PATH"], "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
 
@@ -592,14 +592,14 @@ def server(tmp_path: Path, mode: str) -> dict[str, str]:
 PLAN = ("--max_seq_length", 64, "--dry_run")
 
 
-def test_busy_cards_are_skipped_and_named_in_the_dry_run(tmp_path: Path, base: Path) -> None:
+def test_busy_gpus_are_skipped_and_named_in_the_dry_run(tmp_path: Path, base: Path) -> None:
     flags = ["--model_name_or_path", base, "--base_output_dir", tmp_path / "out", *PLAN]
     variables = server(tmp_path, "guide_busy")
     result = launch("1", "auto", "x", *flags, **variables)
     assert result.returncode == 0, result.stderr
     assert "CUDA_VISIBLE_DEVICES=1,2,3,4,6,7 torchrun --standalone --nproc_per_node=6" in result.stdout
-    for card in ("GPU 0 skipped: NVIDIA A800 80GB PCIe, busy", "GPU 5 skipped: NVIDIA A40, busy"):
-        assert card in result.stderr
+    for gpu in ("GPU 0 skipped: NVIDIA A800 80GB PCIe, busy", "GPU 5 skipped: NVIDIA A40, busy"):
+        assert gpu in result.stderr
     assert "--allow_busy_gpus takes it" in result.stderr
     taken = launch("1", "auto", "x", *flags, "--allow_busy_gpus", **variables)
     assert "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 torchrun" in taken.stdout
@@ -610,9 +610,9 @@ def test_busy_cards_are_skipped_and_named_in_the_dry_run(tmp_path: Path, base: P
     [
         ("exit9", ["nvidia-smi failed (exit code 9)", "couldn't communicate with the NVIDIA driver"]),
         pytest.param("hang", ["nvidia-smi hangs: no answer in 10 s"], marks=pytest.mark.slow),
-        ("gbk", ["did not print a list of cards"]),
+        ("gbk", ["did not print a list of GPUs"]),
         ("empty", ["printed nothing"]),
-        ("rubbish", ["did not print a list of cards"]),
+        ("rubbish", ["did not print a list of GPUs"]),
     ],
 )
 def test_nvidia_smi_that_fails_is_one_line_in_time(tmp_path: Path, base: Path, mode: str, words: list[str]) -> None:
@@ -635,7 +635,7 @@ def test_nvidia_smi_that_is_missing_is_one_line(tmp_path: Path, base: Path) -> N
     assert_one_line(result, 4, "nvidia-smi not found on PATH", "./run_training.sh STAGE cpu")
 
 
-def test_cards_that_do_not_tell_their_memory_are_taken(tmp_path: Path, base: Path) -> None:
+def test_gpus_that_do_not_tell_their_memory_are_taken(tmp_path: Path, base: Path) -> None:
     flags = ["--model_name_or_path", base, "--base_output_dir", tmp_path / "out", *PLAN]
     result = launch("1", "auto", "x", *flags, **server(tmp_path, "not_available"))
     assert result.returncode == 0, result.stderr
@@ -653,7 +653,7 @@ def test_cards_that_do_not_tell_their_memory_are_taken(tmp_path: Path, base: Pat
     ],
 )
 @pytest.mark.parametrize("script", ["run_training.sh", "python"])
-def test_bad_card_numbers_are_one_line(tmp_path: Path, script: str, ids: str, words: list[str]) -> None:
+def test_bad_gpu_numbers_are_one_line(tmp_path: Path, script: str, ids: str, words: list[str]) -> None:
     variables = server(tmp_path, "guide")
     if script == "python":
         environment = script_environment(**variables)
@@ -665,7 +665,7 @@ def test_bad_card_numbers_are_one_line(tmp_path: Path, script: str, ids: str, wo
 
 def test_seven_billion_parameters_do_not_fit_one_a40_and_what_would_is_named(tmp_path: Path) -> None:
     result = dry_run(tmp_path, "--stage", 2, "--gpu_ids", 4, "--model_name_or_path", "Qwen/Qwen2.5-7B")
-    assert_one_line_after_cards(result, 2, "does not fit on 1 x NVIDIA A40", "what would", "--train_layers nope")
+    assert_one_line_after_gpus(result, 2, "does not fit on 1 x NVIDIA A40", "what would", "--train_layers nope")
 
 
 def test_workers_are_granted_their_last_checkpoint_on_a_torch_that_takes_no_such_argument(

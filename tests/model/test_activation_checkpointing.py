@@ -61,7 +61,7 @@ def test_eager_attention_keeps_no_scores(monkeypatch: pytest.MonkeyPatch) -> Non
     assert kept(monkeypatch, "eager") == ["aten::addmm"] * 3 + ["aten::mm"] * 3
 
 
-def test_kernels_of_cards_are_known_by_name() -> None:
+def test_kernels_of_gpus_are_known_by_name() -> None:
     """They do not run here, but their operations are registered."""
     importlib.import_module("torch.nn.attention.varlen")
     kernels = [torch.ops.torch_attn._varlen_attn.default] + [

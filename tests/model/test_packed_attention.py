@@ -83,7 +83,7 @@ def by_documents(query, key, value, bounds, longest, scale):
 def test_a_kernel_gets_what_it_needs_to_equal_the_mask(
     implementation: str, family: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """The kernel itself needs a card; its place is taken by loops over documents. Loss and gradients, fp32, 1e-5."""
+    """The kernel itself needs a GPU; its place is taken by loops over documents. Loss and gradients, fp32, 1e-5."""
     monkeypatch.setattr(attention, "_torch_varlen", by_documents)
     monkeypatch.setattr(attention, "_flash_attn_varlen", by_documents)
     rng = np.random.default_rng(0)
@@ -123,7 +123,7 @@ def test_torchs_kernel_is_called_from_inside_a_compiled_layer(base: Path) -> Non
 
 
 @pytest.mark.gpu
-def test_varlen_kernel_equals_the_mask_on_a_card(base: Path) -> None:
+def test_varlen_kernel_equals_the_mask_on_a_gpu(base: Path) -> None:
     """bf16: the mean loss within 1e-2 of SDPA with a mask on the same weights, the gradient within 5 %."""
     rng = np.random.default_rng(0)
     positions = random_positions(rng, 2, 256, mean=40)
@@ -147,7 +147,7 @@ def test_auto_is_the_flash_kernel_where_it_runs() -> None:
     assert choose_attention("auto", use_cuda=True, precision="fp32") == "sdpa"
     assert choose_attention("auto", use_cuda=False, precision="bf16") == "sdpa"
     assert choose_attention("eager", use_cuda=True, precision="bf16") == "eager"
-    with pytest.raises(ConfigError, match="--attn_implementation varlen runs on cards in bf16 only"):
+    with pytest.raises(ConfigError, match="--attn_implementation varlen runs on GPUs in bf16 only"):
         choose_attention("varlen", use_cuda=False, precision="bf16")
 
 

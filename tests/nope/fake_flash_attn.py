@@ -1,4 +1,4 @@
-"""A stand-in for the package flash-attn on machines without a card, so that transformers' own way to it runs there.
+"""A stand-in for the package flash-attn on machines without a GPU, so that transformers' own way to it runs there.
 
 The two kernels that a model is run with, by flash-attn 2.8's signatures (transformers reads the names of their
 parameters) and documentation, in float64. What transformers does around them is its own: unpadding by the mask,
@@ -85,5 +85,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeFlashAttn:
     monkeypatch.setitem(sys.modules, padding.__name__, padding)
     monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda *_, **__: True)
     monkeypatch.setattr(utils, "_loaded_implementation", None)  # it imports once only
-    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)  # asks for a card
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)  # asks for a GPU
     return kernels

@@ -191,14 +191,14 @@ def test_export_keeps_the_tokens_of_a_text(families: dict[str, Family]) -> None:
 # -- the product's own comparison ------------------------------------------------------------------------------
 
 
-def test_script_compares_in_a_fresh_process_and_writes_a_card(families: dict[str, Family], tmp_path: Path) -> None:
+def test_script_compares_in_a_fresh_process_and_writes_a_gpu(families: dict[str, Family], tmp_path: Path) -> None:
     flags = ("--model_name_or_path", families["qwen3-bf16"].patched, "--output_dir", tmp_path / "out")
     result = run_script("patch_qwen_rope.py", "--export", "native", *flags)
     assert result.returncode == 0, result.stderr
     assert "bit-equal on CPU in bfloat16 and float32: 96 fixed random tokens at positions up to 511" in result.stdout
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "ExaoneMoeForCausalLM" in card
-    assert "qwen3-bf16/patched" in card
+    gpu = (tmp_path / "out" / "README.md").read_text()
+    assert "ExaoneMoeForCausalLM" in gpu
+    assert "qwen3-bf16/patched" in gpu
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert not list((tmp_path / "out").glob(".*"))
 

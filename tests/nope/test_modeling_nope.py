@@ -174,7 +174,7 @@ def test_flex_attention_gives_the_logits_of_sdpa(patched: Patched) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_kernels_on_the_card_are_as_near_to_fp32_as_sdpa(patched: Patched, attention: str) -> None:
+def test_kernels_on_the_gpu_are_as_near_to_fp32_as_sdpa(patched: Patched, attention: str) -> None:
     if attention == "flash_attention_2":
         pytest.importorskip("flash_attn")
     row = tokens(batch=1).cuda()

@@ -18,7 +18,6 @@ from flare.nope.weight_files import save_tensors
 from flare.optim import adamw_8bit, optimizer
 from flare.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, take_step
 from flare.plan import optimizer_state
-from flare.run import optional_packages
 from flare.plan.inputs import PlanInputs
 from flare.plan.memory import memory, moments_bytes
 from flare.plan.model_shape import KNOWN_SHAPES
@@ -26,6 +25,7 @@ from flare.plan.optimizer_state import ADAM_STATE_BYTES, EIGHT_BIT, block_size, 
 from flare.plan.plan import make_plan
 from flare.plan.suggest import suggest
 from flare.plan.trainable import Trainable
+from flare.run import optional_packages
 from flare.run.optional_packages import check_torchao
 from tests.conftest import write_base
 from tests.plan.test_plan import TINY, qwen, tiny_training
@@ -165,8 +165,8 @@ def test_the_weights_stay_near_those_of_fp32_moments() -> None:
 
 @needs_torchao
 @pytest.mark.slow
-def test_the_compiled_update_of_cards_is_the_eager_one_of_cpus() -> None:
-    """To a code's rounding; and it needs the two fp32 moments that the plan counts for cards, nothing else."""
+def test_the_compiled_update_of_gpus_is_the_eager_one_of_cpus() -> None:
+    """To a code's rounding; and it needs the two fp32 moments that the plan counts for GPUs, nothing else."""
     eager, compiled = build(only=(64, 512)), build(only=(64, 512))
     weights = run(eager)["only"]
     with pytest.MonkeyPatch.context() as patch:
@@ -300,10 +300,10 @@ def test_the_tiny_shape_of_the_plans_tests_has_nothing_to_hold_in_8_bits() -> No
     assert not any(map(block_size, Trainable.of("all").tensors(TINY)))
 
 
-def test_it_is_offered_where_nothing_else_on_these_cards_fits() -> None:
+def test_it_is_offered_where_nothing_else_on_these_gpus_fits() -> None:
     """Qwen2.5-7B whole on 96 GB: 28 GB of masters, 28 of gradients, 57 of moments in fp32, 15 in 8 bits."""
-    card = ("NVIDIA RTX PRO 6000 Blackwell", 97887)
-    inputs = qwen("Qwen2.5-7B", 2, (card,), per_device_batch=1, gradient_checkpointing=True)
+    gpu = ("NVIDIA RTX PRO 6000 Blackwell", 97887)
+    inputs = qwen("Qwen2.5-7B", 2, (gpu,), per_device_batch=1, gradient_checkpointing=True)
     assert make_plan(inputs).fits is False
     assert re.search(rf"what would: .*--optim {EIGHT_BIT} \([\d.]+ GiB, 1 row at a time\)", suggest(inputs))
     assert make_plan(replace(inputs, optimizer=EIGHT_BIT)).fits is True

@@ -68,9 +68,9 @@ def test_gradients_over_qwens_vocabulary_are_closer_to_float64_than_bf16s() -> N
     assert max(errors[torch.float16]) < 5e-4 < min(errors[torch.bfloat16])
 
 
-@pytest.mark.parametrize("on_card", [False, True])
-def test_no_probability_of_qwens_vocabulary_loses_digits_in_fp16(on_card: bool) -> None:
-    """The gradient by the logits, the cards' way and the CPU's: each number within half a step (4.9e-4) of float64 on
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_no_probability_of_qwens_vocabulary_loses_digits_in_fp16(on_gpu: bool) -> None:
+    """The gradient by the logits, the GPUs' way and the CPU's: each number within half a step (4.9e-4) of float64 on
     the same logits, 1 / 151,936 and a thousandth of it alike; unfolded, fp16 holds those to 3e-8: the second as 0."""
     torch.manual_seed(0)
     logits, labels = torch.randn(8, VOCAB_SIZE).half(), torch.randint(0, VOCAB_SIZE, (8,))
@@ -80,7 +80,7 @@ def test_no_probability_of_qwens_vocabulary_loses_digits_in_fp16(on_card: bool) 
     exact = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(exact, labels, reduction="sum")
     expected.backward()
-    if on_card:
+    if on_gpu:
         nll, gradient = _chunk_gradient(logits, _Unchanged(logits), labels)
     else:
         place = _InPlace.__new__(_InPlace)
@@ -232,7 +232,7 @@ def test_an_overflow_leaves_8_bit_moments_as_they_were(cache: TokenCache, tmp_pa
 
 @pytest.fixture(params=[0, 1], ids=["lag 0", "lag 1"])
 def runner(request: pytest.FixtureRequest, base: Path, cache: TokenCache, tmp_path: Path) -> Trainer:  # noqa: F811
-    """Reads each step's numbers at once, or a step later as on a card."""
+    """Reads each step's numbers at once, or a step later as on a GPU."""
     runner = fp16(base, cache, tmp_path)
     runner.outcomes = Outcomes(torch.device("cpu"), request.param, runner.loss_scale)
     return runner
@@ -401,7 +401,7 @@ def test_stage_one_runs_and_resumes_in_fp16(train_flags: list[str], tmp_path: Pa
     assert "precision: fp16 -> bf16" in refused.stderr
 
 
-# -- which cards ---------------------------------------------------------------------------------------------
+# -- which GPUs ---------------------------------------------------------------------------------------------
 
 
 def plan_on(server: str, base: Path, tmp_path: Path, *flags: object):
@@ -422,7 +422,7 @@ def plan_on(server: str, base: Path, tmp_path: Path, *flags: object):
         ("guide", ["bf16, DDP"]),
     ],
 )
-def test_auto_takes_fp16_where_a_card_is_older_than_ampere(
+def test_auto_takes_fp16_where_a_gpu_is_older_than_ampere(
     base: Path, tmp_path: Path, server: str, said: list[str]
 ) -> None:
     result = plan_on(server, base, tmp_path)
@@ -431,7 +431,7 @@ def test_auto_takes_fp16_where_a_card_is_older_than_ampere(
     assert all(words in text for words in said), text
 
 
-def test_bf16_on_old_cards_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
+def test_bf16_on_old_gpus_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
     result = plan_on("v100", base, tmp_path, "--precision", "bf16")
     assert result.returncode == 2
     assert "--precision bf16: GPU 0 (Tesla V100-SXM2-32GB) is older than Ampere and has no bf16" in result.stderr
@@ -443,7 +443,7 @@ def test_attention_kernels_that_need_ampere_are_not_taken_in_fp16(base: Path, tm
     flags = ["--model_name_or_path", str(base), "--base_output_dir", str(tmp_path), "--max_seq_length", "64"]
     flags += ["--precision", "fp16"]
     assert settle(resolve(flags), Hardware(True, 1)).attention == "sdpa"
-    with pytest.raises(ConfigError, match="varlen runs on cards in bf16 only"):
+    with pytest.raises(ConfigError, match="varlen runs on GPUs in bf16 only"):
         settle(resolve([*flags, "--attn_implementation", "varlen"]), Hardware(True, 1))
 
 
@@ -465,15 +465,15 @@ def test_attention_kernels_that_need_ampere_are_not_taken_in_fp16(base: Path, tm
         ),
     ],
 )  # fmt: skip
-def test_names_tell_which_cards_are_older_than_ampere(names: tuple[str, ...], lack: bool) -> None:
+def test_names_tell_which_gpus_are_older_than_ampere(names: tuple[str, ...], lack: bool) -> None:
     assert [name for name in names if lacks_bf16(name) != lack] == []
 
 
 @pytest.mark.parametrize(
-    ("asked", "on_card", "old", "expected"),
+    ("asked", "on_gpu", "old", "expected"),
     [("auto", True, True, "fp16"), ("auto", True, False, "bf16"), ("auto", False, False, "fp32"),
      ("bf16", True, True, "bf16")],
 )  # fmt: skip
-def test_evaluation_on_old_cards_is_in_fp16(asked: str, on_card: bool, old: bool, expected: str) -> None:
+def test_evaluation_on_old_gpus_is_in_fp16(asked: str, on_gpu: bool, old: bool, expected: str) -> None:
     settings = EvaluationSettings("model", ("data",), Path("out"), precision=asked)
-    assert with_precision(settings, on_card, old).precision == expected
+    assert with_precision(settings, on_gpu, old).precision == expected

@@ -66,7 +66,7 @@ def test_measured_speeds_decide_and_like_ones_do_not() -> None:
     assert by_hand(8, [3, 1]).rows == (6, 2)
 
 
-def test_a_record_is_taken_over_on_the_same_cards_only() -> None:
+def test_a_record_is_taken_over_on_the_same_gpus_only() -> None:
     record = json.loads(json.dumps(by_speed(8, ["a", "b"], [0.1, 0.3]).as_dict()))
     again = from_record(record, 8, ["a", "b"])
     assert again is not None
@@ -105,7 +105,7 @@ def test_the_plan_states_the_gain() -> None:
     assert plan_words("auto", 12, [A40, A40]) == ""
 
 
-def test_the_plan_says_when_a_slow_card_is_better_left_out() -> None:
+def test_the_plan_says_when_a_slow_gpu_is_better_left_out() -> None:
     """Two rows: an H200 does both in 2 / 989, and waits 1 / 71 for a 3090 that does one."""
     h200, rtx = "NVIDIA H200", "NVIDIA GeForce RTX 3090"
     assert fastest_without_slow(2, [71.0, 989.0]) == (1, pytest.approx((1 / 71) / (2 / 989)))
@@ -113,7 +113,7 @@ def test_the_plan_says_when_a_slow_card_is_better_left_out() -> None:
     assert f"leaving out {rtx} would be about 6.96x faster still" in plan_words("auto", 2, [h200, rtx])
 
 
-def test_an_unknown_card_gets_no_estimate() -> None:
+def test_an_unknown_gpu_gets_no_estimate() -> None:
     words = plan_words("auto", 8, [A800, "NVIDIA Quadro K420"])
     assert (
         words == "rows by speed, measured at the start; no estimate, for the rate of NVIDIA Quadro K420 is not known"

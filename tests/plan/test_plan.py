@@ -49,11 +49,11 @@ TINY = ModelShape("qwen2", 4, 8, 2, 1, 4, 16, 100, True, name="tiny")
 """By hand, per layer: q 64, k 32, v 32, o 64 weights, biases 8 + 4 + 4; MLP 3 x 128; norms 2 x 8."""
 
 
-def qwen(name: str, stage: int, cards: tuple = (), **changes: object) -> PlanInputs:
-    """A shipped kind of run: the guide's NoPE band of a known model, one process a card."""
+def qwen(name: str, stage: int, gpus: tuple = (), **changes: object) -> PlanInputs:
+    """A shipped kind of run: the guide's NoPE band of a known model, one process a GPU."""
     shape = known_shape(f"Qwen/{name}")
     nope_layers = tuple(auto_band(shape.num_hidden_layers))
-    return PlanInputs(shape, stage, nope_layers, world_size=len(cards) or 1, gpus=cards, **changes)
+    return PlanInputs(shape, stage, nope_layers, world_size=len(gpus) or 1, gpus=gpus, **changes)
 
 
 # --- shapes and parameters ---
@@ -461,16 +461,16 @@ def test_memory_parts_of_the_guides_stage_1() -> None:
     assert need.weights == 2 * frozen + 4 * trainable
     assert (need.gradients, need.optimizer) == (4 * trainable, 8 * trainable)
     assert need.weight_copies == 2 * 13 * (77_076_992 - 2560 - 2 * 2048)
-    # One chunk: 1024 rows of logits on a card, in fp32 and in bf16; bf16 hidden states and their gradient.
+    # One chunk: 1024 rows of logits on a GPU, in fp32 and in bf16; bf16 hidden states and their gradient.
     assert need.logits == (4 + 2) * 1024 * 151936 + 2 * 2 * 3 * 4096 * 2048
     assert made.tokens_per_step == 4 * 3 * 4096
     assert made.fits is True
     check_fits(made)
 
 
-def test_stage_1_of_the_guide_fits_both_cards_of_its_server_and_a_fourth_row_only_the_a800() -> None:
-    for card in (A800, A40):
-        made = make_plan(qwen("Qwen2.5-3B", 1, (card,), per_device_batch=3, seq_len=4096))
+def test_stage_1_of_the_guide_fits_both_gpus_of_its_server_and_a_fourth_row_only_the_a800() -> None:
+    for gpu in (A800, A40):
+        made = make_plan(qwen("Qwen2.5-3B", 1, (gpu,), per_device_batch=3, seq_len=4096))
         assert 30 * GIB < made.memory.peak_bytes < 40 * GIB
         check_fits(made)
     check_fits(make_plan(qwen("Qwen2.5-3B", 1, (A800,), per_device_batch=4, seq_len=4096)))
@@ -499,9 +499,9 @@ def test_qwen25_7b_stage_2_on_one_a40_is_refused_with_numbers_and_a_way_out() ->
     ]
     assert [make_plan(way).fits for way in ways] == [True, True]
     assert make_plan(replace(ways[1], shape=known_shape("Qwen/Qwen2.5-3B"))).fits is False
-    card = int(re.search(r"cards with (\d+) GiB", message)[1])
-    for gib, fits in ((card, True), (card - 1, False)):
-        inputs = replace(one_row, accumulation=2, gpus=(("card", gib * 1024),))
+    gpu = int(re.search(r"GPUs with (\d+) GiB", message)[1])
+    for gib, fits in ((gpu, True), (gpu - 1, False)):
+        inputs = replace(one_row, accumulation=2, gpus=(("GPU", gib * 1024),))
         assert make_plan(inputs).fits is fits
 
 
@@ -542,7 +542,7 @@ def test_unknown_memory_is_no_verdict() -> None:
     assert made.fits is None and suggest(made.inputs) == ""
     check_fits(made)
     assert any("not known" in line for line in plan_lines(made))
-    # A known card beside it still counts.
+    # A known GPU beside it still counts.
     assert make_plan(qwen("Qwen3-32B", 2, (("NVIDIA Odd", None), A40))).fits is False
 
 
@@ -584,14 +584,14 @@ def apply_flags(inputs: PlanInputs, words: str) -> PlanInputs:
 
 
 def too_big() -> list[PlanInputs]:
-    """Runs that do not fit and could: every shape, both stages, both cards, long and short rows."""
+    """Runs that do not fit and could: every shape, both stages, both GPUs, long and short rows."""
     found = []
     for name in KNOWN_SHAPES:
         for stage in (1, 2):
-            for cards in ((A40,), (A800,) * 4):
+            for gpus in ((A40,), (A800,) * 4):
                 for rows, seq_len in ((12, 4096), (2, 65536)):
                     sizes = {"per_device_batch": rows, "seq_len": seq_len}
-                    inputs = qwen(name.removeprefix("Qwen/"), stage, cards, **sizes)
+                    inputs = qwen(name.removeprefix("Qwen/"), stage, gpus, **sizes)
                     if not make_plan(inputs).fits and suggest(inputs).startswith("what fits"):
                         found.append(inputs)
     return found
@@ -628,14 +628,14 @@ def test_rows_are_halved_until_one_fits() -> None:
     assert make_plan(replace(changed, seq_len=changed.seq_len * 2)).fits is False
 
 
-def test_more_cards_are_offered_instead_of_accumulation() -> None:
+def test_more_gpus_are_offered_instead_of_accumulation() -> None:
     inputs = qwen("Qwen2.5-3B", 1, (A40,) * 2, per_device_batch=6)
     text = suggest(inputs)
-    assert "--per_device_train_batch_size 3 --gradient_accumulation_steps 2 (or 2 times as many cards" in text
+    assert "--per_device_train_batch_size 3 --gradient_accumulation_steps 2 (or 2 times as many GPUs" in text
     assert make_plan(replace(inputs, per_device_batch=3, world_size=4, gpus=(A40,) * 4)).fits is True
 
 
-def test_small_cards_among_large_ones_are_named() -> None:
+def test_small_gpus_among_large_ones_are_named() -> None:
     mixed = make_plan(qwen("Qwen2.5-3B", 1, (A800, A40, A800), per_device_batch=4))
     assert [room.label for room in mixed.rooms] == ["2 x NVIDIA A800 80GB PCIe", "1 x NVIDIA A40"]
     assert [room.label for room in mixed.tight_rooms] == ["1 x NVIDIA A40"]
@@ -760,7 +760,7 @@ def all_tables() -> dict[str, list[str]]:
 def test_tables_of_all_shapes_are_aligned_and_at_most_100_columns_wide() -> None:
     for name, lines in all_tables().items():
         assert max(map(len, lines)) <= 100, name
-        part = re.compile(r"^(memory/card)?\s+\w[\w' ]*\s{2,}[\d.]+ GiB")
+        part = re.compile(r"^(memory/GPU)?\s+\w[\w' ]*\s{2,}[\d.]+ GiB")
         gib = [line.index("GiB") for line in lines if part.match(line)]
         assert len(gib) == 8 and len(set(gib)) == 1, lines
 
@@ -801,13 +801,13 @@ def test_the_table_names_selective_checkpointing() -> None:
     assert "gradient checkpointing selective" in lines
 
 
-def test_where_ddp_does_not_fit_the_plan_tells_how_many_cards_do_when_sharded() -> None:
+def test_where_ddp_does_not_fit_the_plan_tells_how_many_gpus_do_when_sharded() -> None:
     """Qwen2.5-7B whole: 28 GB of masters, 57 of moments, 28 of gradients; an A40 has 41.6 GiB to use."""
     one = qwen("Qwen2.5-7B", 2, (A40,))
-    cards = int(re.search(r"(\d+) such cards with --parallel fsdp", suggest(one))[1])
-    assert 3 <= cards <= 6
+    gpus = int(re.search(r"(\d+) such GPUs with --parallel fsdp", suggest(one))[1])
+    assert 3 <= gpus <= 6
     modest = replace(one, per_device_batch=1, gradient_checkpointing=True, parallel="fsdp")
-    for count, fits in ((cards, True), (cards - 1, False)):
+    for count, fits in ((gpus, True), (gpus - 1, False)):
         assert make_plan(replace(modest, world_size=count, gpus=(A40,) * count)).fits is fits
     eight = replace(one, world_size=8, gpus=(A800,) * 8, per_device_batch=1, gradient_checkpointing=True)
     assert make_plan(eight).fits is False

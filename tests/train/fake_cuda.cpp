@@ -1,4 +1,4 @@
-// A card that computes nothing, for tests/fake_cuda.py: enough of one that torch's CPU build lets fake CUDA tensors
+// A GPU that computes nothing, for tests/fake_cuda.py: enough of one that torch's CPU build lets fake CUDA tensors
 // through its device guards and its autograd engine. To be preloaded.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
@@ -7,14 +7,14 @@
 namespace at {
 using namespace c10;
 
-struct OneCard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
-  Device card() const { return Device(DeviceType::CUDA, 0); }
-  Device exchangeDevice(Device) const override { return card(); }
-  Device getDevice() const override { return card(); }
-  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, card()); }
-  Stream exchangeStream(Stream) const noexcept override { return Stream(Stream::DEFAULT, card()); }
+struct OneGpu : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  Device GPU() const { return Device(DeviceType::CUDA, 0); }
+  Device exchangeDevice(Device) const override { return GPU(); }
+  Device getDevice() const override { return GPU(); }
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, GPU()); }
+  Stream exchangeStream(Stream) const noexcept override { return Stream(Stream::DEFAULT, GPU()); }
 };
-impl::DeviceGuardImplRegistrar guard(DeviceType::CUDA, new OneCard());
+impl::DeviceGuardImplRegistrar guard(DeviceType::CUDA, new OneGpu());
 
 struct CUDAHooks : CUDAHooksInterface {  // torch looks it up by this name
   explicit CUDAHooks(CUDAHooksArgs) {}

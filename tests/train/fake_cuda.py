@@ -1,7 +1,7 @@
 """Run by test_fake_cuda.py in a process of its own: training steps on fake CUDA tensors, which have shapes,
 dtypes and devices but no numbers.
 
-usage: LD_PRELOAD=fake_card.so fake_cuda.py OUT    (torch asks for its CUDA part once, when it is imported)
+usage: LD_PRELOAD=fake_gpu.so fake_cuda.py OUT    (torch asks for its CUDA part once, when it is imported)
 
 Any operation on tensors of two devices raises, and so does whatever would make the host wait for a number of the
 device (``.item()``, ``.tolist()``, a truth value). What kernels do inside is not run.
@@ -38,7 +38,7 @@ from flare.plan.trainable import Trainable
 from flare.train import trainer as trainer_module
 from flare.train.trainer import Trainer
 
-CARD = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 TINY = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True,
@@ -93,14 +93,14 @@ class Event:
 
 
 def storages(tensors: object) -> Iterator[torch.UntypedStorage]:
-    """Of the card's tensors among these."""
+    """Of the GPU's tensors among these."""
     for tensor in torch.utils._pytree.tree_leaves(tensors):
-        if isinstance(tensor, torch.Tensor) and tensor.device == CARD:
+        if isinstance(tensor, torch.Tensor) and tensor.device == GPU:
             yield tensor.untyped_storage()
 
 
 class LivingBytes(TorchDispatchMode):
-    """Bytes of the card's tensors that operations make, as long as they live, and their peak."""
+    """Bytes of the GPU's tensors that operations make, as long as they live, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,8 +127,8 @@ class LivingBytes(TorchDispatchMode):
         self.alive -= size
 
 
-def on_card(module: torch.nn.Module) -> torch.nn.Module:
-    """Put fake tensors of the card in the place of a module's (meta) ones; a shared weight stays shared."""
+def on_gpu(module: torch.nn.Module) -> torch.nn.Module:
+    """Put fake tensors of the GPU in the place of a module's (meta) ones; a shared weight stays shared."""
     made: dict[int, torch.Tensor] = {}
     with MODE:
         for owner in module.modules():
@@ -137,7 +137,7 @@ def on_card(module: torch.nn.Module) -> torch.nn.Module:
                     if tensor is None:
                         continue
                     if id(tensor) not in made:
-                        made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=CARD)
+                        made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=GPU)
                         if isinstance(tensor, torch.nn.Parameter):
                             made[id(tensor)] = torch.nn.Parameter(made[id(tensor)])
                     held[name] = made[id(tensor)]
@@ -155,7 +155,7 @@ def trainer_of(
     seq_len: int,
     precision: str = "bf16",
 ) -> Trainer:
-    """As the session puts it together, on one card."""
+    """As the session puts it together, on one GPU."""
     name = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[config["model_type"]]
     settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     config_class = getattr(modeling_nope, f"{name}NopeConfig")
@@ -163,7 +163,7 @@ def trainer_of(
         causal_lm = getattr(modeling_nope, f"{name}NopeForCausalLM")._from_config(
             config_class(**settings, nope_layers=nope), attn_implementation="sdpa"
         )
-    on_card(causal_lm)
+    on_gpu(causal_lm)
     with MODE:
         set_trainable(causal_lm, Trainable.of("all" if stage == 2 else nope), precision)
     causal_lm.train()
@@ -179,7 +179,7 @@ def trainer_of(
     rows = Rows(seq_len, config["vocab_size"])
     with MODE:
         no_stop = Path(tempfile.gettempdir()) / "no-stop"
-        trainer = bare_trainer(model, rows, options, World(0, 0, 1, CARD), [2 * micro], no_stop)
+        trainer = bare_trainer(model, rows, options, World(0, 0, 1, GPU), [2 * micro], no_stop)
     trainer.outcomes.take = lambda keep=0: []  # the one place where the host reads numbers, a step late
     return trainer
 
@@ -195,11 +195,11 @@ def outcome(steps: int, trainer: Trainer) -> str:
             for _ in range(steps):
                 trainer._step()
             batch = trainer.loader.take(trainer.progress.rows).batches[0]
-            trainer.parts.model.score(**trainer_module.to_device(batch, CARD))
+            trainer.parts.model.score(**trainer_module.to_device(batch, GPU))
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
     places = {t.device for state in trainer.parts.optimizer.state.values() for t in state.values()}
-    return "fine" if places == {CARD} and trainer.outcomes.lag == 1 else f"{places}, lag {trainer.outcomes.lag}"
+    return "fine" if places == {GPU} and trainer.outcomes.lag == 1 else f"{places}, lag {trainer.outcomes.lag}"
 
 
 @contextlib.contextmanager
@@ -233,15 +233,15 @@ def planted(case: str) -> dict[str, str]:
 def loss_peaks(head_trains: bool, half_dtype: torch.dtype) -> list[int]:
     """[bytes that the loss of 4096 tokens makes at its fullest, the plan's number], Qwen's vocabulary."""
     shape = known_shape("Qwen/Qwen2.5-0.5B")
-    plan = PlanInputs(shape, 2, (1,), seq_len=4096, gpus=(("card", 81559),)).microbatch
+    plan = PlanInputs(shape, 2, (1,), seq_len=4096, gpus=(("GPU", 81559),)).microbatch
     with MODE:
-        hidden = torch.empty(4096, shape.hidden_size, dtype=half_dtype, device=CARD, requires_grad=True) + 0
+        hidden = torch.empty(4096, shape.hidden_size, dtype=half_dtype, device=GPU, requires_grad=True) + 0
         dtype = torch.float32 if head_trains else half_dtype
-        weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=dtype, device=CARD, requires_grad=head_trains)
-        labels = torch.empty(4096, dtype=torch.int64, device=CARD)
+        weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=dtype, device=GPU, requires_grad=head_trains)
+        labels = torch.empty(4096, dtype=torch.int64, device=GPU)
         with LivingBytes() as living:
             linear_cross_entropy_sum(hidden, weight, labels)
-    return [living.peak, loss_bytes(shape, replace(plan, fp16=half_dtype == torch.float16), head_trains, on_card=True)]
+    return [living.peak, loss_bytes(shape, replace(plan, fp16=half_dtype == torch.float16), head_trains, on_gpu=True)]
 
 
 def step_peaks(model: str, layers: int, stage: int, checkpointing: bool) -> list[int]:
@@ -255,7 +255,7 @@ def step_peaks(model: str, layers: int, stage: int, checkpointing: bool) -> list
             trainer._step()
     inputs = PlanInputs(
         shape, stage, tuple(nope), seq_len=4096, per_device_batch=2, accumulation=2, document_mask=False,
-        gradient_checkpointing=checkpointing, gpus=(("card", 81559),), attn_implementation="varlen",
+        gradient_checkpointing=checkpointing, gpus=(("GPU", 81559),), attn_implementation="varlen",
     )  # fmt: skip
     need = memory(inputs)
     resident = need.weights + ADAM_STATE_BYTES * inputs.what_trains.params(shape)

@@ -1,4 +1,4 @@
-"""Training steps on fake CUDA tensors in bf16 and fp16: what a machine without a card can show of the code for cards.
+"""Training steps on fake CUDA tensors in bf16 and fp16: what a machine without a GPU can show of the code for GPUs.
 
 Shown: devices, dtypes and shapes of every operation's arguments fit, the host asks the device for no number between
 log lines, and the memory of the tensors that are made is the plan's. Not shown: what kernels do, and anything of
@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What a process with a card that computes nothing found; see tests/train/fake_cuda.py."""
+    """What a process with a GPU that computes nothing found; see tests/train/fake_cuda.py."""
     place = tmp_path_factory.mktemp("fake_cuda")
     library, out = place / "fake_cuda.so", place / "found.json"
     compile_it = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", f"-I{TORCH / 'include'}", str(SOURCE)]
@@ -45,7 +45,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_steps_mix_no_devices_and_wait_for_nothing(found: dict) -> None:
     """Two families, both stages, packed rows by the varlen kernel and by SDPA, with and without checkpointing: two
     steps of two micro-batches, clipping, the update and its flag, and a scoring pass."""
-    assert found["torch"] == ["cuda", False]  # torch itself would still say that there is no card
+    assert found["torch"] == ["cuda", False]  # torch itself would still say that there is no GPU
     assert len(found["cases"]) == 10
     assert set(found["cases"].values()) == {"fine"}, found["cases"]
 
@@ -57,13 +57,13 @@ def test_a_tensor_left_on_the_host_and_a_number_in_mid_step_are_caught(found: di
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("head_trains", [False, True])
-def test_the_loss_on_a_card_takes_the_memory_of_the_plan(found: dict, head_trains: bool, precision: str) -> None:
+def test_the_loss_on_a_gpu_takes_the_memory_of_the_plan(found: dict, head_trains: bool, precision: str) -> None:
     """Four chunks at Qwen's vocabulary; before, 2 bytes a logit were left from the chunk before."""
     made, planned = found["loss"][f"{precision}, head trains: {head_trains}"]
     assert made == pytest.approx(planned, rel=0.001)
 
 
-def test_a_step_on_a_card_takes_the_memory_of_the_plan(found: dict) -> None:
+def test_a_step_on_a_gpu_takes_the_memory_of_the_plan(found: dict) -> None:
     """Widths of real models, six layers, rows of 4096 by the varlen kernel, two micro-batches: within 1 %."""
     assert len(found["step"]) == 3
     for case, (made, planned) in found["step"].items():

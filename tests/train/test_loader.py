@@ -85,16 +85,16 @@ def test_the_next_step_is_prepared_without_being_asked_for() -> None:
     assert rows.read.acquire(timeout=30)
 
 
-def test_memory_is_pinned_by_a_thread_that_is_bound_to_the_ranks_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda and pinning are recorded, not run: the current card is each thread's own, and card 0 is not ours."""
+def test_memory_is_pinned_by_a_thread_that_is_bound_to_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda and pinning are recorded, not run: the current GPU is each thread's own, and GPU 0 is not ours."""
     calls: list[tuple[str, object]] = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda card: calls.append((threading.current_thread().name, card)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: calls.append((threading.current_thread().name, gpu)))
     monkeypatch.setattr(
         torch.Tensor, "pin_memory", lambda self: calls.append(("pinned", self.is_contiguous())) or self
     )
-    card = torch.device("cuda", 1)
-    StepLoader(Rows(4), RowOrder(0, 4), (3, 1), 1, micro=2, pin=card).take(0)
-    assert calls[0] == ("prefetch_0", card)
+    gpu = torch.device("cuda", 1)
+    StepLoader(Rows(4), RowOrder(0, 4), (3, 1), 1, micro=2, pin=gpu).take(0)
+    assert calls[0] == ("prefetch_0", gpu)
     assert len(calls) > 1
     assert set(calls[1:]) == {("pinned", True)}
 

@@ -127,7 +127,7 @@ def test_a_start_records_its_resolved_config_and_can_be_repeated_by_it(
         ("rope_theta", 10000.0, "default, settled"),
     ):
         assert (name, options[name], content["sources"][name]) == (name, value, source)
-    assert content["run"] == {"init_from": str(base), "processes": 1, "hosts": 1, "cards_of_this_host": []}
+    assert content["run"] == {"init_from": str(base), "processes": 1, "hosts": 1, "gpus_of_this_host": []}
 
     again = train("--config", f"{recorded}#options", "--experiment_name", "again")
     assert again.returncode == 0, again.stderr
@@ -436,8 +436,8 @@ def test_bin_format_holds_the_same_weights(train_flags: list[str], tmp_path: Pat
 # -- data ---------------------------------------------------------------------------------------------------------
 
 
-def test_data_prepared_without_cards_is_what_the_run_starts_from(train_flags: list[str], tmp_path: Path) -> None:
-    """With the flags of a GPU run, on a machine without cards, and an output directory that cannot be made."""
+def test_data_prepared_without_gpus_is_what_the_run_starts_from(train_flags: list[str], tmp_path: Path) -> None:
+    """With the flags of a GPU run, on a machine without GPUs, and an output directory that cannot be made."""
     flags = [*train_flags, "--cache_dir", tmp_path / "c"]
     result = train(*flags, "--gpu_type", "A800", "--base_output_dir", "/proc/flare", "--prepare_only")
     assert result.returncode == 0, result.stderr

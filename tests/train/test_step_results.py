@@ -1,4 +1,4 @@
-"""Numbers that the host reads a step late, as on a card: here on the CPU, whose fused AdamW obeys the same flag."""
+"""Numbers that the host reads a step late, as on a GPU: here on the CPU, whose fused AdamW obeys the same flag."""
 
 import json
 import time

@@ -102,7 +102,7 @@ def test_bf16_loss_sums_the_heads_gradient_in_fp32() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
-def test_the_cards_way_to_a_chunks_gradient_equals_float64(dtype: torch.dtype, tolerance: float) -> None:
+def test_the_gpus_way_to_a_chunks_gradient_equals_float64(dtype: torch.dtype, tolerance: float) -> None:
     """Its arithmetic, on the CPU. bf16: each number within half a bf16 step of float64 on the same logits, also where
     the target's probability is near 1."""
     torch.manual_seed(0)

@@ -168,7 +168,7 @@ def _commit_asked_for(spec: SourceSpec) -> str | None:
     name, revision = spec.dataset_name, spec.dataset_revision
     if revision is None or COMMIT.fullmatch(revision):
         return revision
-    try:  # the card's download leaves a note in the cache of what the revision is
+    try:  # the GPU's download leaves a note in the cache of what the revision is
         return Path(hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)).parent.name
     except RemoteEntryNotFoundError:
         return HfApi().dataset_info(name, revision=revision).sha

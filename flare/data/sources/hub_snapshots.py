@@ -92,6 +92,6 @@ def cached_snapshot(spec: SourceSpec) -> Path | None:
             )
         except (LocalEntryNotFoundError, HFValidationError):
             continue
-        if any(kind_of(file) for file in Path(snapshot).rglob("*")):  # not only the card
+        if any(kind_of(file) for file in Path(snapshot).rglob("*")):  # not only the data set card
             return Path(snapshot)
     return None

@@ -23,7 +23,7 @@ from flare.distributed import process_group
 from flare.distributed.process_group import World
 
 KEPT_STEPS = 4
-"""Steps behind the one that is read whose rows stay: a rank reads one step ahead, and a card's host may be two steps
+"""Steps behind the one that is read whose rows stay: a rank reads one step ahead, and a GPU's host may be two steps
 ahead of another rank's. So a block must have the rows of five steps, or the window could fill up with what is kept."""
 
 

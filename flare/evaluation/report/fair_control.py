@@ -10,7 +10,7 @@ SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_grad_norm",
 )  # fmt: skip
-"""Options that change what is learned. How the work was shared (cards, micro-batch, kernels) does not."""
+"""Options that change what is learned. How the work was shared (GPUs, micro-batch, kernels) does not."""
 IDENTITY = ("max_seq_length", "packing", "train_layers")
 TOLERANCE = 0.01
 """Relative, of steps and tokens: early stopping and odd last batches are no other training."""

@@ -83,7 +83,7 @@ class TokenScorer:
     def _score_full(
         self, input_ids: torch.Tensor, asked: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # A passkey asks for a few tokens after a long context: its logits alone could fill the card.
+        # A passkey asks for a few tokens after a long context: its logits alone could fill the GPU.
         keep = {"logits_to_keep": input_ids.shape[1] - int(asked.any(0).int().argmax())} if self.keeps_last else {}
         logits = self.model(input_ids, use_cache=False, **keep).logits
         rows, targets = logits[asked[:, -logits.shape[1] :].to(logits.device)], targets.to(logits.device)
