@@ -20,8 +20,8 @@ set -- ${words[@]+"${words[@]}"}
 flare_python "$FLARE_HOME/requirements-dev.txt"
 cd "$FLARE_HOME"
 if [ -n "$fast" ]; then
-  "$PYTHON" -m ruff check --quiet .
-  "$PYTHON" -m ruff format --check --quiet . || flare_fail 1 "run: $PYTHON -m ruff format ."
+  "$PYTHON" -m ruff check --quiet --no-cache .
+  "$PYTHON" -m ruff format --check --quiet --no-cache . || flare_fail 1 "run: $PYTHON -m ruff format ."
   for name in "${FAST[@]}"; do set -- "$@" "tests/$name.py"; done
   set -- "$@" --deselect tests/plan/test_plan.py::test_peak_memory
 fi

@@ -1,13 +1,19 @@
 """Fixtures: tiny models, a small corpus, flags of a run that takes seconds."""
 
+import atexit
 import json
 import os
 import random
+import shutil
+import tempfile
 from pathlib import Path
 
 # One thread a process: OpenMP's threads of two processes on the same cores wait for each other a hundred
 # times longer than they work. Set before anything imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The hub's caches are the tests' own: HOME may be read-only, and what a user has cached must not decide a test.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="flare-tests-hf-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 from hypothesis import HealthCheck, settings
