@@ -1,6 +1,5 @@
 """Fixtures: tiny models, a small corpus, flags of a run that takes seconds."""
 
-import atexit
 import json
 import os
 import random
@@ -13,7 +12,6 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 # The hub's caches are the tests' own: HOME may be read-only, and what a user has cached must not decide a test.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="flare-tests-hf-")
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,6 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("some", max_examples=25, **fixed)
     settings.register_profile("many", max_examples=2000, suppress_health_check=[HealthCheck.too_slow], **fixed)
     settings.load_profile("many" if config.getoption("--faults") else "some")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
