@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -181,7 +182,7 @@ esac
     )
     smi.chmod(0o755)
     result = subprocess.run(
-        ["bash", "-c", f". {REPO}/env.sh && flare_torch_indexes"],
+        ["bash", "-c", f". {shlex.quote(str(REPO))}/env.sh && flare_torch_indexes"],
         capture_output=True, text=True, env=script_environment(PATH=f"{tmp_path}:{os.environ['PATH']}"),
     )  # fmt: skip
     assert " ".join((result.stdout + result.stderr).split()) == words
@@ -253,8 +254,8 @@ def test_every_command_of_the_guide_parses_and_plans(command: str, tmp_path: Pat
     """With the guide's GPUs and without its network, as far as the plan."""
     import sys
 
-    line = command.replace("python ", f"{sys.executable} ", 1)
-    line = re.sub(r"^\./run_training.sh", f"bash {REPO}/run_training.sh", line)
+    line = command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+    line = re.sub(r"^\./run_training.sh", f"bash {shlex.quote(str(REPO))}/run_training.sh", line)
     environment = script_environment(
         PYTHON=sys.executable, FLARE_OUTPUT_DIR=str(tmp_path), HF_HOME=str(tmp_path / "hf"), **guide_server(tmp_path)
     )

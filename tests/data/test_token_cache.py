@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from flare.child_process import child_environment
+from flare.data.sources import base as sources_module
 from flare.data.sources.base import SourceSpec
 from flare.data.sources.open import open_source
 from flare.data.token_cache.build import Builder, Ledger, build_token_cache
@@ -175,8 +176,8 @@ def test_bytes_do_not_depend_on_how_a_file_is_cut(
     one.write_bytes(b"".join(file.read_bytes() for file in sorted(folder.glob("*.jsonl"))))
     whole = contents(cache_of(one, base, tmp_path / "whole", max_bad_rows=0.5))
     for most_bytes, workers in ((1, 1), (700, 2)):
-        monkeypatch.setattr(base, "LEAST_PIECE_BYTES", most_bytes)
-        monkeypatch.setattr(base, "PIECE_BYTES", most_bytes)
+        monkeypatch.setattr(sources_module, "LEAST_PIECE_BYTES", most_bytes)
+        monkeypatch.setattr(sources_module, "PIECE_BYTES", most_bytes)
         assert len(open_source(SourceSpec(str(one)), tmp_path / f"c{most_bytes}").pieces()) > 5
         cut = cache_of(one, base, tmp_path / f"c{most_bytes}", max_bad_rows=0.5, num_workers=workers)
         assert contents(cut) == whole

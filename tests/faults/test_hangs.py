@@ -16,7 +16,7 @@ def test_a_hanging_process_is_ended_with_its_stacks(zygote: Zygote, flags: list[
     ended = zygote.run(*flags, "--step_timeout", 1, fault=("hang_in_step", 6))
     assert ended.returncode == 5
     (error,) = ended.errors
-    assert "step 6 did not end within 1 s: rank 0 is in prefetch.py:" in error
+    assert "step 6 did not end within 1 s: rank 0 is in loader.py:" in error
     assert stage(run)["status"] == "failed"
     assert stage(run)["error"] in error
     stacks = (run / "logs" / "stacks-rank0.txt").read_text()

@@ -195,7 +195,7 @@ FABRIC_RANK = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from flare import distributed
+from flare.distributed import process_group
 from flare.errors import run_script
 if os.environ["RANK"] == os.environ.get("ABSENT"):
     dist.all_reduce = lambda *a, **k: time.sleep(60)

@@ -15,7 +15,8 @@ from flare.checkpoint.tensor_files import TensorReader
 from flare.config.options import Options
 from flare.errors import CheckpointError, EnvError
 from flare.nope.weight_files import save_tensors
-from flare.optim import adamw_8bit, optimizer
+from flare.optim import adamw_8bit
+from flare.optim import optimizer as optimizer_module
 from flare.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, take_step
 from flare.plan import optimizer_state
 from flare.plan.inputs import PlanInputs
@@ -49,10 +50,10 @@ def run(optimizer: torch.optim.Optimizer, steps: range = range(5)) -> dict[str, 
     """Steps with gradients that depend on the step only; returns the parameters."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        for _, parameter in optimizer._named(optimizer):
+        for _, parameter in optimizer_module._named(optimizer):
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         take_step(optimizer, 1e-3 / (step + 1))
-    return {name: parameter.detach() for name, parameter in optimizer._named(optimizer)}
+    return {name: parameter.detach() for name, parameter in optimizer_module._named(optimizer)}
 
 
 def stored(optimizer: torch.optim.Optimizer, directory: Path) -> TensorReader:
@@ -148,7 +149,7 @@ def test_the_update_is_torchaos_bit_for_bit() -> None:
     ]
     theirs = AdamW8bit(groups, lr=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(run(ours).values(), run(theirs).values(), strict=True))
-    kinds = {name: type(theirs.state[p]["exp_avg"]).__name__ for name, p in optimizer._named(theirs)}
+    kinds = {name: type(theirs.state[p]["exp_avg"]).__name__ for name, p in optimizer_module._named(theirs)}
     assert kinds == {"wide": "OptimState8bit", "tall": "OptimState8bit", "small": "Tensor", "bias": "Tensor"}
 
 
@@ -170,7 +171,7 @@ def test_the_compiled_update_of_gpus_is_the_eager_one_of_cpus() -> None:
     eager, compiled = build(only=(64, 512)), build(only=(64, 512))
     weights = run(eager)["only"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer, "is_8bit", lambda optimizer: False)  # no care for the CPU
+        patch.setattr(optimizer_module, "is_8bit", lambda optimizer: False)  # no care for the CPU
         torch.testing.assert_close(run(compiled)["only"], weights, rtol=1e-4, atol=1e-5)
         peak = allocated_peak(lambda: take_step(compiled, 1e-3))
     assert peak == pytest.approx(optimizer_state.COMPILED_UPDATE_BYTES * 64 * 512, rel=0.02)
@@ -186,7 +187,7 @@ def test_a_loaded_state_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     weights = run(first, range(3))
     second = build(seed=1)
     load_optimizer_tensors(second, stored(first, tmp_path))
-    for name, parameter in optimizer._named(second):
+    for name, parameter in optimizer_module._named(second):
         parameter.data.copy_(weights[name])
     assert all(torch.equal(weight, whole[name]) for name, weight in run(second, range(3, 6)).items())
 
@@ -201,7 +202,7 @@ def test_files_hold_plain_tensors_by_name(tmp_path: Path) -> None:
     assert tensors["bias|exp_avg"].dtype == torch.float32 and tensors["wide|step"] == 5
     codes, scale = tensors["wide|exp_avg|codes"].long(), tensors["wide|exp_avg|scale"]
     numbers = tensors["table|exp_avg"][codes] * scale.repeat_interleave(256, 1)
-    moment = next(optimizer.state[p]["exp_avg"] for name, p in optimizer._named(optimizer) if name == "wide")
+    moment = next(optimizer.state[p]["exp_avg"] for name, p in optimizer_module._named(optimizer) if name == "wide")
     assert torch.equal(numbers, moment.dequantize())
 
 
@@ -211,7 +212,7 @@ def test_fp32_moments_are_rounded_and_8_bit_ones_decoded(tmp_path: Path) -> None
     run(plain)
     load_optimizer_tensors(eight, stored(plain, tmp_path / "plain"))
     load_optimizer_tensors(back, stored(eight, tmp_path / "eight"))
-    for (name, p), (_, q) in zip(optimizer._named(plain), optimizer._named(back), strict=True):
+    for (name, p), (_, q) in zip(optimizer_module._named(plain), optimizer_module._named(back), strict=True):
         for key in adamw_8bit.MOMENTS:
             one, other = plain.state[p][key], back.state[q][key]
             if block_size(p.shape) is None:

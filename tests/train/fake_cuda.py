@@ -25,6 +25,7 @@ from benchmarks.bare_trainer import bare_trainer
 from flare.config.options import Options
 from flare.data.order import RowOrder
 from flare.data.training_rows import Batch, TrainRows
+from flare.distributed import ddp
 from flare.distributed.process_group import World
 from flare.model.attention import use_kernel
 from flare.model.linear_cross_entropy import linear_cross_entropy_sum
@@ -180,7 +181,7 @@ def trainer_of(
     with MODE:
         no_stop = Path(tempfile.gettempdir()) / "no-stop"
         trainer = bare_trainer(model, rows, options, World(0, 0, 1, GPU), [2 * micro], no_stop)
-    trainer.outcomes.take = lambda keep=0: []  # the one place where the host reads numbers, a step late
+    trainer.pending.take = lambda keep=0: []  # the one place where the host reads numbers, a step late
     return trainer
 
 
@@ -194,12 +195,12 @@ def outcome(steps: int, trainer: Trainer) -> str:
         with MODE:
             for _ in range(steps):
                 trainer._step()
-            batch = trainer.loader.take(trainer.progress.rows).batches[0]
-            trainer.parts.model.score(**trainer_module.to_device(batch, GPU))
+            batch = trainer.loader.take(trainer.train_state.rows).batches[0]
+            trainer.components.model.score(**trainer_module.to_device(batch, GPU))
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
-    places = {t.device for state in trainer.parts.optimizer.state.values() for t in state.values()}
-    return "fine" if places == {GPU} and trainer.outcomes.lag == 1 else f"{places}, lag {trainer.outcomes.lag}"
+    places = {t.device for state in trainer.components.optimizer.state.values() for t in state.values()}
+    return "fine" if places == {GPU} and trainer.pending.lag == 1 else f"{places}, lag {trainer.pending.lag}"
 
 
 @contextlib.contextmanager
@@ -214,7 +215,7 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 def planted(case: str) -> dict[str, str]:
     """What becomes of two mistakes: labels left on the host, and a number asked for in mid-step."""
-    moved, reduce = trainer_module.to_device, trainer_module.distributed.clip_gradients
+    moved, reduce = trainer_module.to_device, ddp.clip_gradients
 
     def labels_stay(tensors: dict, device: torch.device) -> dict:
         return moved(tensors, device) | {"labels": tensors["labels"]}
@@ -225,7 +226,7 @@ def planted(case: str) -> dict[str, str]:
 
     with replaced(trainer_module, "to_device", labels_stay):
         mixed = outcome(1, tiny(*CASES[case]))
-    with replaced(trainer_module.distributed, "clip_gradients", asks):
+    with replaced(ddp, "clip_gradients", asks):
         waits = outcome(1, tiny(*CASES[case]))
     return {"labels on the host": mixed, "a number in mid-step": waits}
 
