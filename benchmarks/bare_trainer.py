@@ -8,8 +8,9 @@ from flare.data.training_rows import TrainRows
 from flare.distributed.process_group import World
 from flare.model.training_model import TrainingModel
 from flare.optim.optimizer import build_optimizer, build_schedule
-from flare.train.components import Parts
-from flare.train.trainer import Progress, Trainer
+from flare.train.components import Callbacks, Components
+from flare.train.train_state import TrainState
+from flare.train.trainer import Trainer
 
 
 def bare_trainer(
@@ -19,16 +20,16 @@ def bare_trainer(
     world: World,
     rows_by_rank: Sequence[int],
     stop_dir: Path,
-    progress: Progress | None = None,
+    train_state: TrainState | None = None,
 ) -> Trainer:
     """A trainer that reads and evaluates the same rows, to ``options.max_steps``.
 
     Args:
         rows_by_rank: of each step; together they are the global batch.
         stop_dir: where a file ``STOP`` would end it; nothing is written there.
-        progress: where it begins; at step 0 when None.
+        train_state: where training starts; at step 0 when None.
     """
-    parts = Parts(
+    components = Components(
         model=model,
         optimizer=build_optimizer(model.trainable_parameters(), options),
         schedule=build_schedule(options, options.max_steps),
@@ -38,4 +39,4 @@ def bare_trainer(
         global_batch_size=sum(rows_by_rank),
         rows_by_rank=rows_by_rank,
     )
-    return Trainer(parts, options, world, progress or Progress(), lambda progress: None, stop_dir)
+    return Trainer(components, options, world, train_state or TrainState(), Callbacks(), stop_dir)

@@ -156,7 +156,7 @@ def train_flare(
     with tempfile.TemporaryDirectory() as scratch:
         trainer = bare_trainer(model, rows, options, world, counts, Path(scratch))
         trainer.train()
-    return trainer.progress.history
+    return trainer.train_state.history
 
 
 def run_flare(workload: Workload) -> tuple[list[float], list[float]]:

@@ -1,7 +1,8 @@
-"""What a trainer is made of, and how its held-out rows are scored."""
+"""The components and callbacks of a trainer, and its evaluation of the held-out rows."""
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +19,13 @@ from flare.errors import FlareError
 from flare.model.inputs import host_tensors, to_device
 from flare.model.training_model import TrainingModel
 from flare.train.loader import cut
+from flare.train.metrics import MetricsWriter
+from flare.train.train_state import TrainState
 
 
-@dataclass
-class Parts:
-    """What a trainer is made of."""
+@dataclass(frozen=True)
+class Components:
+    """What a trainer works with."""
 
     model: TrainingModel
     optimizer: torch.optim.Optimizer
@@ -31,24 +34,42 @@ class Parts:
     eval_rows: PackedRows
     max_steps: int
     global_batch_size: int
-    rows_by_rank: Sequence[int] | None = None  # of a step, summing to the global batch; None: equal
+    rows_by_rank: Sequence[int] | None = None  # of a step, their sum is the global batch; None: equal
     model_flops_per_token: float | None = None
     executed_flops_per_token: float | None = None
     peak_flops: float | None = None  # of all GPUs together, per second
-    more_evaluation: Callable[[int, Callable[[], float]], dict] | None = None
-    """What an evaluation records besides the loss, given the step and the way to get the loss. A collective."""
 
 
-def evaluate_rows(parts: Parts, options: Options, world: World, rows_by_rank: Sequence[int]) -> tuple[float, float]:
-    """(mean NLL in nats, share of targets that are the argmax) over the held-out rows, by all ranks together."""
-    rows = np.arange(len(parts.eval_rows))[: options.max_eval_samples]
+@dataclass(frozen=True)
+class Callbacks:
+    """What a trainer calls while it runs."""
+
+    save: Callable[[TrainState], None] = lambda train_state: None
+    """Writes a checkpoint. Called on every rank."""
+    metrics: MetricsWriter | None = None
+    """On rank 0 only."""
+    watch_step: Callable[[int], AbstractContextManager] = nullcontext
+    """The watchdog: a context manager around the step with this number."""
+    write_bad_rows: Callable[[int, np.ndarray], None] = lambda step, rows: None
+    """Called with a step and its row indices when the loss or the gradient norm is not finite."""
+    evaluate_more: Callable[[int, Callable[[], float]], dict] | None = None
+    """What an evaluation records besides the loss, given the step and a function that computes the loss. Called on
+    every rank."""
+
+
+def evaluate_rows(
+    components: Components, options: Options, world: World, rows_by_rank: Sequence[int]
+) -> tuple[float, float]:
+    """(mean NLL in nats, share of targets that are the argmax) of the held-out rows. A collective."""
+    model, held_out = components.model, components.eval_rows
+    rows = np.arange(len(held_out))[: options.max_eval_samples]
     portions = [portion(rows, rows_by_rank, rank) for rank in range(world.size)]
+    counts = [len(rows_of_rank) for rows_of_rank in portions] if is_sharded(model) else None
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # NLLs, hits, targets
-    parts.model.eval()
-    micro, in_step = options.per_device_train_batch_size, is_sharded(parts.model)
-    for batch in cut(parts.eval_rows, portions[world.rank], micro, [len(p) for p in portions] if in_step else None):
+    model.eval()
+    for batch in cut(held_out, portions[world.rank], options.per_device_train_batch_size, counts):
         tensors = to_device(host_tensors(batch), world.device)
-        losses, correct = parts.model.score(**tensors)
+        losses, correct = model.score(**tensors)
         sums += torch.stack([losses.double().sum(), correct.sum().double(), (tensors["labels"] >= 0).sum().double()])
     loss_sum, hits, targets = process_group.sum_in_place(sums).tolist()
     if not math.isfinite(loss_sum):

@@ -13,7 +13,7 @@ COLLECT_STEPS = 100
 
 
 @contextlib.contextmanager
-def steady_collection() -> Iterator[Callable[[], None]]:
+def collect_at_intervals() -> Iterator[Callable[[], None]]:
     """Gives a function to call after each step; the collector is as before when the block ends."""
     was_enabled = gc.isenabled()
     steps = 0

@@ -61,6 +61,13 @@ class Throughput:
             self.seconds += time.perf_counter() - self._t0
             self._t0 = None
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock for a block, such as an evaluation."""
+        self.stop()
+        yield
+        self.start()
+
     def add(self, tokens: int) -> None:
         """Count tokens that were trained on."""
         self.tokens += tokens

@@ -20,7 +20,7 @@ from flare.plan.balance import Balance
 WARM_UP_PASSES, TIMED_PASSES = 1, 3
 
 
-def settle_balance(option: str, num_rows: int, world: World, record: dict | None, work: Callable[[], int]) -> Balance:
+def choose_balance(option: str, num_rows: int, world: World, record: dict | None, work: Callable[[], int]) -> Balance:
     """Rows of each rank for a run with ``--balance option``. A collective: all ranks decide alike.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is the same run: decided before weights are loaded."""
+"""Finds the checkpoint to resume from and checks that it belongs to this run, before weights are loaded."""
 
 from pathlib import Path
 
@@ -6,18 +6,18 @@ from flare.checkpoint import directory as ckpt
 from flare.checkpoint.directory import Checkpoint
 from flare.data.corpus import what_changed
 from flare.distributed import process_group
+from flare.distributed.process_group import World
 from flare.errors import CheckpointError, ConfigError
 from flare.logs import log
 from flare.run.resolve import check_identity
 from flare.run.run import Run
-from flare.train.saver import Saver
-from flare.train.train_state import Progress
+from flare.train.train_state import TrainState
 
 
 def find_checkpoint(run: Run) -> Checkpoint | None:
-    """The one that ``--resume`` names, or the newest whole one; None for a fresh start.
+    """The checkpoint that ``--resume`` names, or the newest complete one. None for a new run.
 
-    Raises: CheckpointError when there are only damaged ones.
+    Raises: CheckpointError when all checkpoints are damaged.
     """
     resume, experiment = run.options.resume, run.experiment
     if resume not in ("auto", "never"):
@@ -33,50 +33,60 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
         log.warning(f"skipped a damaged checkpoint: {reason}")
     if chosen is None and skipped:
         raise CheckpointError(
-            f"no valid checkpoint in {experiment.root.name!r} ({skipped[0]}); start anew with --overwrite_output_dir"
+            f"no valid checkpoint in {experiment.root.name!r} ({skipped[0]}); start again with --overwrite_output_dir"
         )
     return chosen
 
 
-def read_progress(resume_from: Checkpoint | None, saver: Saver) -> Progress:
-    """Progress to go on from; what is saved keeps the checkpoint's global batch. A collective.
+def read_train_state(
+    resume_from: Checkpoint | None, run: Run, world: World, identity: dict, data: dict[str, str]
+) -> tuple[TrainState, int]:
+    """(train state to continue from, global batch size to continue with). A collective.
 
+    Args:
+        identity, data: as in ``StageFacts``.
     Raises: CheckpointError for a checkpoint of another run.
     """
     if resume_from is None:
-        return Progress()
-    run, world, state = saver.run, saver.world, resume_from.state()
-    reasons = {"data": what_changed(state.get("data"), saver.data)}
-    check_identity(saver.identity, state["identity"], resume_from.path.name, reasons)
-    _keep_global_batch(saver, state)
-    log.info(f"resumes from {resume_from.path.name}, {state['progress']['tokens']:,} tokens seen")
-    _log_changes(state["options"], run.settings())
+        return TrainState(), run.global_batch_size
+    content = resume_from.state()
+    reasons = {"data": what_changed(content.get("data"), data)}
+    check_identity(identity, content["identity"], resume_from.path.name, reasons)
+    global_batch_size = _kept_global_batch_size(content, run.global_batch_size, world.size)
+    log.info(f"resumes from {resume_from.path.name}, {content['progress']['tokens']:,} tokens seen")
+    _log_changed_options(content["options"], run.settings())
     checkpoints = run.experiment.checkpoints
     for name in process_group.on_main(world, lambda: ckpt.set_aside_newer(checkpoints, resume_from.step)):
         log.warning(f"{name} is newer than the checkpoint to resume: renamed to superseded-{name}")
-    progress = Progress(**state["progress"])
+    train_state = TrainState(**content["progress"])
     kept = {c.step for c in ckpt.list_checkpoints(checkpoints)}
-    if run.options.early_stopping_patience and progress.best_step not in kept:
-        progress.forget_best()  # its weights were not kept: the run had no patience then
-    return progress
+    if run.options.early_stopping_patience and train_state.best_step not in kept:
+        train_state.forget_best()  # its weights were not kept because the run had no patience then
+    return train_state, global_batch_size
 
 
-def _log_changes(then: dict, now: dict) -> None:
-    """Name what resumes with another value; what must not change has been refused before."""
+def _log_changed_options(then: dict, now: dict) -> None:
+    """Log the options whose value changed. Changes that are not allowed were refused before."""
     silent = ("resume", "dry_run", "overwrite_output_dir", "experiment_name", "base_output_dir")
     changes = [f"{k} {then[k]} -> {now[k]}" for k in now if k in then and then[k] != now[k] and k not in silent]
     if changes:
         log.warning(f"resumes with changes: {', '.join(changes)}")
 
 
-def _keep_global_batch(saver: Saver, state: dict) -> None:
-    """The recorded global batch goes on, on any number of processes; changed flags are refused."""
-    then, now, processes = state["global_batch_size"], saver.global_batch_size, saver.world.size
+def _kept_global_batch_size(content: dict, now: int, processes: int) -> int:
+    """The checkpoint's global batch size, for any number of processes.
+
+    Args:
+        content: of the checkpoint's trainer_state.json.
+        now: the global batch size according to the flags.
+    Raises: CheckpointError when the flags changed, ConfigError when there are more processes than rows.
+    """
+    then = content["global_batch_size"]
     if now == then:
-        return
-    if saver.rows_per_process != state.get("rows_per_process", then // state["world_size"]):
+        return then
+    if now // processes != content.get("rows_per_process", then // content["world_size"]):
         raise CheckpointError(
-            f"checkpoint-{state['progress']['step']} was trained with a global batch of {then} rows, the flags "
+            f"checkpoint-{content['progress']['step']} was trained with a global batch of {then} rows, the flags "
             f"now give {now}; keep --global_batch_size {then}"
         )
     if then < processes:
@@ -85,4 +95,4 @@ def _keep_global_batch(saver: Saver, state: dict) -> None:
         f"the global batch stays {then} rows, as this run began; the flags would give {now} on {processes} "
         f"process{'es' * (processes > 1)}"
     )
-    saver.global_batch_size = then
+    return then

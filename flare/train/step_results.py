@@ -1,8 +1,8 @@
-"""What steps came to, on the way from the device to the host: loss, gradient norm, votes to stop.
+"""Results of training steps on their way from the device to the host: loss, gradient norm, votes to stop.
 
-On a GPU the host may not wait for a step before it has queued the next one. So the numbers travel by an
-asynchronous copy and are read a step later (``lag`` 1), on all ranks at the same place; until then the device itself
-keeps the optimizer from taking over what is not finite.
+On a GPU the host must not wait for a step before it has queued the next one. So the numbers are copied
+asynchronously and read one step later (``lag`` 1), on all ranks at the same place in the code. Until then a flag on
+the device keeps the optimizer from applying an update that is not finite.
 """
 
 import math
@@ -18,8 +18,8 @@ from flare.optim.loss_scale import LEAST_SCALE, LossScale
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a step began, and the rows it took: what is said of it when it goes wrong."""
+class StepStart:
+    """The train state before a step, and the indices of the step's rows: used in the error when the step fails."""
 
     step: int
     rows: int
@@ -27,14 +27,14 @@ class Place:
     row_indices: np.ndarray
 
 
-class Outcome(NamedTuple):
-    """Of one optimizer step, the same on every rank."""
+class StepResult(NamedTuple):
+    """The result of one optimizer step, the same on every rank."""
 
     loss: float
     grad_norm: float
     stop: bool
     loss_scale: float | None = None
-    """In fp16, that of the next step."""
+    """The loss scale of the next step, in fp16."""
     good_steps: float = 0
 
     @property
@@ -43,17 +43,17 @@ class Outcome(NamedTuple):
 
     @property
     def overflow(self) -> bool:
-        """Whether only the gradients are not finite, in fp16: a smaller loss scale helps, if there is one."""
+        """Whether, in fp16, only the gradients are not finite and the loss scale can still be lowered."""
         scale = self.loss_scale
         return scale is not None and scale >= LEAST_SCALE and math.isfinite(self.loss) and not self.finite
 
 
-class Outcomes:
-    """Steps whose numbers the host has not read yet.
+class PendingResults:
+    """Results of steps that the host has not read yet.
 
     Args:
-        lag: steps that may be queued before the host reads the first one's numbers; 0: read each at once.
-        loss_scale: of fp16; it is updated by each step that is put here.
+        lag: how many steps may be queued before the host reads the first one's numbers; 0: read each at once.
+        loss_scale: of fp16; each ``put`` updates it.
     """
 
     def __init__(self, device: torch.device, lag: int, loss_scale: LossScale | None = None) -> None:
@@ -61,45 +61,51 @@ class Outcomes:
         self.loss_scale = loss_scale
         self.pin = device.type == "cuda"
         self.failed = torch.zeros((), device=device)
-        """1 from the first step on whose numbers end the run: the loss or the gradient norm is not finite."""
+        """1 from the first step whose loss or gradient norm is not finite and ends the run."""
         self.found_inf = self.failed
-        """The same, and 1 for a step whose fp16 gradients overflow; a fused optimizer leaves such updates out."""
-        self._pending: deque[tuple[Place, torch.Tensor, torch.cuda.Event | None]] = deque()
+        """Also 1 for a step whose fp16 gradients overflow. A fused optimizer skips the update when this is 1."""
+        self._pending: deque[tuple[StepStart, torch.Tensor, torch.cuda.Event | None]] = deque()
 
-    def put(self, place: Place, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool) -> None:
-        """Add a step. ``loss`` is this rank's part, ``grad_norm`` the same everywhere, ``stop`` this rank's vote.
+    def put(self, start: StepStart, loss: torch.Tensor, grad_norm: torch.Tensor, stop: bool) -> None:
+        """Add a step. A collective.
 
-        A norm that is not finite on one rank alone (a broken GPU) is so for all: they must go on alike.
+        A norm that is not finite on one rank only (a broken GPU) becomes not finite on all, so that all ranks take
+        the same path.
+
+        Args:
+            loss: this rank's share of the step's loss; the shares are summed.
+            grad_norm: the same on every rank.
+            stop: this rank's vote to stop.
         """
         votes, norm = torch.full_like(loss, float(stop), dtype=torch.float64), grad_norm.double()
-        parts = process_group.sum_in_place(torch.stack([loss.double(), votes, norm - norm]))  # 0, or NaN
-        numbers = torch.stack([parts[0], torch.where(norm.isfinite(), norm + parts[2], norm), parts[1]])
-        numbers = self._settle(numbers)
+        sums = process_group.sum_in_place(torch.stack([loss.double(), votes, norm - norm]))  # norm - norm: 0, or NaN
+        numbers = torch.stack([sums[0], torch.where(norm.isfinite(), norm + sums[2], norm), sums[1]])
+        numbers = self._update_flags(numbers)
         event = None
         if self.pin:
             numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((place, numbers, event))
+        self._pending.append((start, numbers, event))
 
-    def take(self, keep: int = 0) -> list[tuple[Place, Outcome]]:
-        """(place, outcome) of all steps but the ``keep`` newest, oldest first; waits for them."""
+    def take(self, keep: int = 0) -> list[tuple[StepStart, StepResult]]:
+        """All steps except the ``keep`` newest, oldest first. Waits for their numbers."""
         taken = []
         while len(self._pending) > keep:
-            place, numbers, event = self._pending.popleft()
+            start, numbers, event = self._pending.popleft()
             if event:
                 event.synchronize()
             loss, grad_norm, votes, *scale = numbers.tolist()
-            taken.append((place, Outcome(loss, grad_norm, votes > 0, *scale)))
+            taken.append((start, StepResult(loss, grad_norm, votes > 0, *scale)))
         return taken
 
-    def _settle(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Decide on the device what becomes of a step's update; its numbers, with what the loss scale is now."""
+    def _update_flags(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Set ``failed`` and ``found_inf`` on the device. Returns the numbers, in fp16 with the new loss scale."""
         fails = 1 - torch.isfinite(numbers).all().float()
         scale, overflow = self.loss_scale, torch.zeros_like(fails)
         if scale:
             overflow = fails * numbers[0].isfinite()
-            scale.update(fails)  # as GradScaler, which sees gradients only: those of a loss that is not finite are not
+            scale.update(fails)  # as GradScaler, which sees only gradients: a loss that is not finite makes them so
             overflow = overflow * (scale.scale >= LEAST_SCALE)
             numbers = torch.cat([numbers, torch.stack([scale.scale, scale.good_steps]).double()])
         self.failed = torch.maximum(self.failed, fails - overflow)

@@ -32,7 +32,7 @@ from flare.nope.load import load_causal_lm
 from flare.nope.probe import verify_nope
 from flare.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from flare.plan.trainable import Trainable
-from flare.train.step_results import Outcomes
+from flare.train.step_results import PendingResults
 
 LAYERS = [1, 3]
 CASES = {
@@ -129,19 +129,19 @@ def flagged_updates(base: Path, world: World) -> dict:
     for flagged in (False, True):
         model = load_in_place(base, *how, world)
         optimizer = build_optimizer(model.trainable_parameters(), Options(learning_rate=1e-3))
-        outcomes = Outcomes(world.device, lag=1)
+        pending = PendingResults(world.device, lag=1)
         for poisoned in (False, True)[: 1 + flagged]:
             factor = float("inf") if poisoned and world.rank == 1 else 1.0
             loss = model(*rows_of(model, 2)) * factor
             loss.backward()
             norm = ddp.clip_gradients([p for _, p in model.trainable_parameters()], 1.0)
-            outcomes.put("", loss.detach(), norm, stop=False)
+            pending.put("", loss.detach(), norm, stop=False)
             if flagged:
-                optimizer.found_inf = outcomes.failed
+                optimizer.found_inf = pending.failed
             optimizer.step()
             optimizer.zero_grad()
         states.append({**model_tensors(model.causal_lm), **optimizer_tensors(optimizer)})
-    return {"same": same_tensors(*states), "seen": not outcomes.take()[-1][1].loss < float("inf")}
+    return {"same": same_tensors(*states), "seen": not pending.take()[-1][1].loss < float("inf")}
 
 
 def canary(base: Path, directory: Path, world: World) -> list[str]:

@@ -61,7 +61,7 @@ def die_at_step(step: int) -> None:
     learning_rate = Trainer._learning_rate
 
     def dying(trainer: Trainer) -> float:
-        if trainer.progress.step + 1 == step:
+        if trainer.train_state.step + 1 == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return learning_rate(trainer)
 
@@ -91,10 +91,10 @@ def slow_save(seconds: float) -> None:
 
     checkpoint = Saver.checkpoint
 
-    def slow(saver: Saver, progress: object) -> None:
+    def slow(saver: Saver, train_state: object) -> None:
         if saver.world.is_main:
             time.sleep(seconds)
-        checkpoint(saver, progress)
+        checkpoint(saver, train_state)
 
     Saver.checkpoint = slow
 

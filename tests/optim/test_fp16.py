@@ -28,7 +28,7 @@ from flare.optim.optimizer import optimizer_tensors
 from flare.plan.trainable import Trainable
 from flare.run.resolve import settle
 from flare.run.run import Hardware
-from flare.train.step_results import Outcomes
+from flare.train.step_results import PendingResults
 from flare.train.trainer import Trainer
 from tests.conftest import write_base
 from tests.fake_nvidia_smi import install
@@ -134,7 +134,7 @@ def test_losses_and_gradients_are_those_of_fp32(
     whole = trainer(load(directory, [1, 3], STAGES[stage]), cache, tmp_path)
     half = fp16(directory, cache, tmp_path, stage)
     if checkpointing:
-        checkpoint_layers(half.parts.model.causal_lm, checkpointing == "selective")
+        checkpoint_layers(half.components.model.causal_lm, checkpointing == "selective")
     expected, found = gradients(whole), gradients(half)
     floor = 1e-2 * torch.stack([g.norm() for g in expected.values()]).norm()
     for name, gradient in expected.items():
@@ -142,7 +142,7 @@ def test_losses_and_gradients_are_those_of_fp32(
         assert (found[name] - gradient).norm() < 1e-2 * max(gradient.norm(), floor), name
     assert half.window[0].loss == pytest.approx(whole.window[0].loss, rel=1e-3)
     assert half.window[0].grad_norm == pytest.approx(whole.window[0].grad_norm, rel=1e-2)  # unscaled
-    dtypes = {p.dtype for p in half.parts.model.parameters()}
+    dtypes = {p.dtype for p in half.components.model.parameters()}
     assert dtypes == ({torch.float32} if stage == 2 else {torch.float32, torch.float16})
 
 
@@ -170,7 +170,7 @@ def test_scales_and_skipped_steps_are_those_of_autocast_and_torchs_grad_scaler(
         load(directory, [], Trainable(True), precision="fp16"), cache, tmp_path, max_steps=14, max_grad_norm=1.0
     )
     forward = ours.module.forward
-    ours.module.forward = lambda **batch: forward(**batch) * (1e6 if ours.progress.step in bad else 1.0)
+    ours.module.forward = lambda **batch: forward(**batch) * (1e6 if ours.train_state.step in bad else 1.0)
     model = PLAIN[family].from_pretrained(directory)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     scaler = torch.amp.GradScaler("cpu", growth_interval=3)
@@ -194,7 +194,7 @@ def test_scales_and_skipped_steps_are_those_of_autocast_and_torchs_grad_scaler(
         assert outcome.loss_scale == scales[-1], step
         assert outcome.overflow == (step in bad)
         assert outcome.loss / factor == pytest.approx(loss.item(), rel=2e-3)
-    assert ours.progress.overflow_steps == 3
+    assert ours.train_state.overflow_steps == 3
     assert scales[:4] == [2.0**16, 2.0**16, 2.0**15, 2.0**14] and max(scales[4:]) >= 2.0**15
 
 
@@ -216,11 +216,11 @@ def test_an_overflow_leaves_8_bit_moments_as_they_were(cache: TokenCache, tmp_pa
     wide = write_base(tmp_path / "wide", hidden_size=128, intermediate_size=256)
     runner = fp16(wide, cache, tmp_path, optim="adamw_torch_8bit")
     forward = runner.module.forward
-    runner.module.forward = lambda **batch: forward(**batch) * (1e7 if runner.progress.step == 1 else 1.0)
+    runner.module.forward = lambda **batch: forward(**batch) * (1e7 if runner.train_state.step == 1 else 1.0)
     held = []
     for _ in range(3):
         runner._step()
-        tensors = optimizer_tensors(runner.parts.optimizer) | weights(runner)
+        tensors = optimizer_tensors(runner.components.optimizer) | weights(runner)
         held.append({name: tensor.clone() for name, tensor in tensors.items()})
     assert any(name.endswith("|codes") for name in held[0])
     assert all(torch.equal(tensor, held[1][name]) for name, tensor in held[0].items())
@@ -234,7 +234,7 @@ def test_an_overflow_leaves_8_bit_moments_as_they_were(cache: TokenCache, tmp_pa
 def runner(request: pytest.FixtureRequest, base: Path, cache: TokenCache, tmp_path: Path) -> Trainer:  # noqa: F811
     """Reads each step's numbers at once, or a step later as on a GPU."""
     runner = fp16(base, cache, tmp_path)
-    runner.outcomes = Outcomes(torch.device("cpu"), request.param, runner.loss_scale)
+    runner.pending = PendingResults(torch.device("cpu"), request.param, runner.loss_scale)
     return runner
 
 
@@ -243,20 +243,20 @@ def test_an_overflow_is_passed_over_counted_and_halves_the_scale(
 ) -> None:
     """Step 2 of three, whatever --skip_nonfinite is; with a lag the device decides, and the host learns it later."""
     forward = runner.module.forward
-    runner.module.forward = lambda **batch: forward(**batch) * (1e7 if runner.progress.step == 1 else 1.0)
+    runner.module.forward = lambda **batch: forward(**batch) * (1e7 if runner.train_state.step == 1 else 1.0)
     held = [weights(runner)]
     with caplog.at_level("INFO", logger="flare"):
         for _ in range(3):
             runner._step()
             held.append(weights(runner))
-        runner._read_outcomes()
+        runner._read_results()
     changed = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(held)]
     assert changed == [True, False, True]
-    adam_steps = {state["step"].item() for state in runner.parts.optimizer.state.values()}
+    adam_steps = {state["step"].item() for state in runner.components.optimizer.state.values()}
     assert adam_steps == {2.0}
-    progress = runner.progress
-    assert (progress.step, progress.rows, progress.overflow_steps, progress.skipped_steps) == (3, 12, 1, 0)
-    assert (progress.loss_scale, progress.good_steps) == (2.0**15, 1)
+    state = runner.train_state
+    assert (state.step, state.rows, state.overflow_steps, state.skipped_steps) == (3, 12, 1, 0)
+    assert (state.loss_scale, state.good_steps) == (2.0**15, 1)
     assert len(runner.window) == 3
     assert "step 2: the gradients overflow fp16, no update; loss scale 32768 from here on" in caplog.text
 
@@ -270,7 +270,7 @@ def test_the_log_has_the_scale_and_a_norm_that_json_can_hold(
     runner.loss_scale.scale.fill_(2.0**40)
     runner._step()
     runner._log()
-    (record,) = runner.progress.history
+    (record,) = runner.train_state.history
     assert (record["grad_norm"], record["loss_scale"], record["overflow_steps"]) == (None, 2.0**39, 1)
     json.dumps(record, allow_nan=False)
 
@@ -283,7 +283,7 @@ def test_a_loss_that_is_not_finite_is_an_error_in_fp16_too(runner: Trainer) -> N
         for _ in range(2):
             runner._step()
     assert all(torch.equal(weight, before[name]) for name, weight in weights(runner).items())
-    assert runner.progress.overflow_steps == 0
+    assert runner.train_state.overflow_steps == 0
 
 
 def test_gradients_that_overflow_at_any_scale_are_an_error(runner: Trainer) -> None:
@@ -300,7 +300,7 @@ def test_gradients_that_overflow_at_any_scale_are_an_error(runner: Trainer) -> N
     with pytest.raises(FlareError, match=r"step 2: loss [\d.]+ and gradient norm nan are not finite"):
         for _ in range(4):
             runner._step()
-    assert (runner.progress.step, runner.progress.overflow_steps) == (1, 1)
+    assert (runner.train_state.step, runner.train_state.overflow_steps) == (1, 1)
     assert all(torch.equal(weight, before[name]) for name, weight in weights(runner).items())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flare.distributed import process_group
-from flare.train.rank_speed import settle_balance
+from flare.train.rank_speed import choose_balance
 
 SIZE, ROWS, SLOWDOWN = 400, 2, 4
 
@@ -25,7 +25,7 @@ def main() -> None:
                 matrix @ matrix
         return ROWS
 
-    decided = settle_balance("measure", 12, world, None, work)
+    decided = choose_balance("measure", 12, world, None, work)
     everyone = process_group.gather_objects(decided.as_dict())
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(everyone))

@@ -1,16 +1,17 @@
-"""Run under torchrun: train with outcomes that are read a step late; rank 1 alone is asked to stop in its third step.
+"""Run under torchrun: train with results that are read a step late; only rank 1 is asked to stop, in its third step.
 
 usage: late_stop.py BASE CORPUS CACHE OUT    (writes how, at which step and with which checkpoints each rank ended)
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from flare.distributed import process_group
-from flare.train.step_results import Outcomes
+from flare.train.step_results import PendingResults
 from tests.train.rank_gradients import leave, make_trainer
 
 
@@ -20,19 +21,19 @@ def main() -> None:
         base, str(corpus), cache_dir, out.parent, max_steps=50, per_device_train_batch_size=2, global_batch_size=4,
         eval_steps=None,
     )  # fmt: skip
-    runner.outcomes = Outcomes(torch.device("cpu"), lag=1)
+    runner.pending = PendingResults(torch.device("cpu"), lag=1)
     saved = []
-    runner.save = lambda progress: saved.append(progress.step)
+    runner.callbacks = replace(runner.callbacks, save=lambda train_state: saved.append(train_state.step))
     step = runner._step
 
     def third_step_is_asked_to_stop() -> None:
-        if runner.progress.step == 2 and runner.world.rank == 1:
+        if runner.train_state.step == 2 and runner.world.rank == 1:
             runner.stop_request.signal_name = "SIGTERM"
         step()
 
     runner._step = third_step_is_asked_to_stop
     ended = runner.train()
-    everyone = process_group.gather_objects([ended, runner.progress.step, saved])
+    everyone = process_group.gather_objects([ended, runner.train_state.step, saved])
     if runner.world.is_main:
         out.write_text(json.dumps(everyone))
     leave()

@@ -23,7 +23,8 @@ from flare.nope.config_json import with_nope
 from flare.nope.load import load_tokenizer
 from flare.plan.balance import equal
 from flare.plan.trainable import Trainable
-from flare.train.trainer import Progress, Trainer
+from flare.train.train_state import TrainState
+from flare.train.trainer import Trainer
 
 
 def make_trainer(
@@ -33,7 +34,7 @@ def make_trainer(
     scratch: Path,
     parallel: str = "ddp",
     precision: str = "fp32",
-    progress: Progress | None = None,
+    train_state: TrainState | None = None,
     **changes: object,
 ) -> Trainer:
     """A trainer of a tiny model on this rank of the run that torchrun started."""
@@ -47,7 +48,7 @@ def make_trainer(
     size = changes.pop("global_batch_size")
     rows_by_rank = changes.pop("rows_by_rank", None) or equal(size, world.size).rows
     options = Options(**({"learning_rate": 1e-3, "max_seq_length": 32, "max_grad_norm": 0.0} | changes))
-    return bare_trainer(model, rows, options, world, rows_by_rank, scratch, progress)
+    return bare_trainer(model, rows, options, world, rows_by_rank, scratch, train_state)
 
 
 def leave() -> None:
@@ -66,8 +67,8 @@ def main() -> None:
     batch |= {"rows_by_rank": [int(rows) for rows in shares[0].split(",")]} if shares else {}
     runner = make_trainer(Path(base), corpus, Path(cache_dir), Path(out).parent, parallel, max_steps=1, **batch)
     caught = {}
-    runner.parts.optimizer.register_step_pre_hook(
-        lambda *_: caught.update({n: whole(p.grad).clone() for n, p in runner.parts.model.trainable_parameters()})
+    runner.components.optimizer.register_step_pre_hook(
+        lambda *_: caught.update({n: whole(p.grad).clone() for n, p in runner.components.model.trainable_parameters()})
     )
     loss = runner._step().loss
     if runner.world.is_main:

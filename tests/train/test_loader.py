@@ -11,7 +11,7 @@ import torch
 from flare.data.order import RowOrder
 from flare.data.packing import Batch
 from flare.model.inputs import host_tensors
-from flare.train.garbage_collection import COLLECT_STEPS, steady_collection
+from flare.train.garbage_collection import COLLECT_STEPS, collect_at_intervals
 from flare.train.loader import StepLoader
 
 LENGTH = 8
@@ -110,7 +110,7 @@ def test_garbage_is_collected_at_its_interval_and_the_collector_is_given_back() 
     collections: list[int] = []
     gc.callbacks.append(lambda phase, info: collections.append(info["generation"]) if phase == "stop" else None)
     try:
-        with steady_collection() as after_step:
+        with collect_at_intervals() as after_step:
             after_step()
             assert not gc.isenabled()
             assert gc.get_freeze_count() > 0

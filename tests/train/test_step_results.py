@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from flare.errors import FlareError
 from flare.files import write_json
 from flare.plan.trainable import Trainable
 from flare.train.metrics import Throughput, perplexity
-from flare.train.step_results import Outcomes
+from flare.train.step_results import PendingResults
 from flare.train.trainer import Trainer
 from tests.processes import torchrun
 from tests.train.test_training import cache, load, trainer  # noqa: F401 (a fixture)
@@ -20,7 +21,7 @@ from tests.train.test_training import cache, load, trainer  # noqa: F401 (a fixt
 
 def lagging(base: Path, cache: TokenCache, tmp_path: Path, **changes: object) -> Trainer:  # noqa: F811
     runner = trainer(load(base, [1, 3], Trainable(True)), cache, tmp_path, **changes)
-    runner.outcomes = Outcomes(torch.device("cpu"), lag=1)
+    runner.pending = PendingResults(torch.device("cpu"), lag=1)
     return runner
 
 
@@ -29,24 +30,24 @@ def poison(runner: Trainer, step: int) -> None:
     forward = runner.module.forward
 
     def poisoned(**batch: torch.Tensor) -> torch.Tensor:
-        return forward(**batch) * (float("inf") if runner.progress.step == step else 1.0)
+        return forward(**batch) * (float("inf") if runner.train_state.step == step else 1.0)
 
     runner.module.forward = poisoned
 
 
 def weights(runner: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in runner.parts.model.trainable_parameters()}
+    return {name: p.detach().clone() for name, p in runner.components.model.trainable_parameters()}
 
 
 def test_a_lag_changes_no_loss_and_no_weight(base: Path, cache: TokenCache, tmp_path: Path) -> None:  # noqa: F811
     late, prompt = lagging(base, cache, tmp_path), trainer(load(base, [1, 3], Trainable(True)), cache, tmp_path)
-    outcomes = []
+    results = []
     for _ in range(4):
         known = late._step()
-        assert known == (outcomes[-1] if outcomes else None)  # the step before
-        outcomes.append(prompt._step())
-    late._read_outcomes()
-    assert late.window == outcomes
+        assert known == (results[-1] if results else None)  # the step before
+        results.append(prompt._step())
+    late._read_results()
+    assert late.window == results
     for name, weight in weights(prompt).items():
         assert torch.equal(weight, weights(late)[name]), name
 
@@ -67,7 +68,7 @@ def test_what_is_not_finite_never_reaches_the_weights_though_the_host_learns_it_
     with pytest.raises(FlareError, match=r"step 3: loss inf .*weights were not updated"):
         runner._step()
     assert all(torch.equal(weight, before[name]) for name, weight in weights(runner).items())
-    assert (runner.progress.step, runner.progress.rows) == (2, 8)  # what a status file then says is true
+    assert (runner.train_state.step, runner.train_state.rows) == (2, 8)  # what a status file then says is true
 
 
 def test_nothing_is_saved_before_its_step_is_known_to_be_good(
@@ -78,7 +79,7 @@ def test_nothing_is_saved_before_its_step_is_known_to_be_good(
     runner = lagging(base, cache, tmp_path, save_steps=1)
     poison(runner, step=2)
     saved: list[int] = []
-    runner.save = lambda progress: saved.append(progress.step)
+    runner.callbacks = replace(runner.callbacks, save=lambda train_state: saved.append(train_state.step))
     with pytest.raises(FlareError, match="step 3"):
         runner.train()
     assert saved == [1, 2]

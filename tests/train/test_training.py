@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -196,12 +197,12 @@ def test_ten_steps_without_nope_layers_equal_a_plain_pytorch_loop(
 def gradients(runner: Trainer) -> dict[str, torch.Tensor]:
     """Gradients of the first step, caught before the update."""
     caught: dict[str, torch.Tensor] = {}
-    parameters = dict(runner.parts.model.trainable_parameters())
+    parameters = dict(runner.components.model.trainable_parameters())
 
     def catch(*_: object) -> None:
         caught.update({n: p.grad.clone() for n, p in parameters.items()})
 
-    runner.parts.optimizer.register_step_pre_hook(catch)
+    runner.components.optimizer.register_step_pre_hook(catch)
     runner._step()
     return caught
 
@@ -328,7 +329,7 @@ def test_nan_stops_before_the_update(cache: TokenCache, base: Path, tmp_path: Pa
         runner._step()
     for name, parameter in model.trainable_parameters():
         assert torch.equal(parameter, before[name]) or "model.norm" in name
-    assert runner.progress.step == 0
+    assert runner.train_state.step == 0
 
 
 def test_skipped_steps_leave_the_weights_and_one_more_ends_the_run(
@@ -337,20 +338,20 @@ def test_skipped_steps_leave_the_weights_and_one_more_ends_the_run(
     """Steps 2, 3 and 4 of ten are infinite; two may be."""
     model = load(base, [1], Trainable(True))
     runner = trainer(model, cache, tmp_path, skip_nonfinite=2)
-    told: list[int] = []
-    runner.keep_rows = lambda step, rows: told.append(step)
+    reported: list[int] = []
+    runner.callbacks = replace(runner.callbacks, write_bad_rows=lambda step, rows: reported.append(step))
     forward, weights = model.forward, []
     bad = (1, 2, 3)
-    runner.module.forward = lambda **batch: forward(**batch) * (torch.inf if runner.progress.step in bad else 1.0)
+    runner.module.forward = lambda **batch: forward(**batch) * (torch.inf if runner.train_state.step in bad else 1.0)
     for _ in range(3):
         runner._step()
         weights.append(model.causal_lm.model.norm.weight.detach().clone())
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
-    assert (runner.progress.step, runner.progress.rows, runner.progress.skipped_steps) == (3, 12, 2)
+    assert (runner.train_state.step, runner.train_state.rows, runner.train_state.skipped_steps) == (3, 12, 2)
     assert len(runner.window) == 1  # what is not finite is never logged as a number
     with pytest.raises(FlareError, match=r"step 4: loss inf .*look at these rows in logs/"):
         runner._step()
-    assert told == [2, 3, 4]
+    assert reported == [2, 3, 4]
     assert torch.equal(weights[0], model.causal_lm.model.norm.weight)
 
 
@@ -370,7 +371,7 @@ def test_ranks_wait_for_each_other_under_the_steps_clock_only(
     waits: list[list[int]] = []
     all_max = process_group.all_max
     monkeypatch.setattr(process_group, "all_max", lambda values: waits.append(running.copy()) or all_max(values))
-    one.step_watch = watch
+    one.callbacks = replace(one.callbacks, watch_step=watch)
     one.train()
     assert waits == [[1], [2]]
 
