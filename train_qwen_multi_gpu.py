@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flare.config.parse import Resolved, resolve
+from flare.config.parse import ResolvedOptions, resolve
 from flare.cpu import wait_without_spinning
 from flare.errors import run_script
 from flare.logs import quiet_torchao
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     return start(resolved)
 
 
-def prepare(resolved: Resolved) -> int:
+def prepare(resolved: ResolvedOptions) -> int:
     """Make the data that a run starts from and say what it is. No GPU is looked at."""
     from flare.train.prepare_data import prepare_only
 
@@ -40,20 +40,20 @@ def prepare(resolved: Resolved) -> int:
     return 0
 
 
-def start(resolved: Resolved) -> int:
-    """Choose the hardware, settle the run, then train here or start workers."""
+def start(resolved: ResolvedOptions) -> int:
+    """Choose the hardware, resolve the run, then train here or start workers."""
     from flare.launch import launch
-    from flare.launch.hardware import choose_gpus, hardware_of, leave_out_small_gpus
-    from flare.launch.nodes import check_hosts
+    from flare.launch.hardware import choose_gpus, choose_hardware, exclude_small_gpus
+    from flare.launch.nodes import check_node_variables
     from flare.plan.plan import check_fits
-    from flare.run.resolve import settle
+    from flare.run.resolve import resolve_run
 
-    check_hosts(not resolved.name_is_default)
+    check_node_variables(not resolved.name_is_default)
     selection = choose_gpus(resolved.options)
-    run = settle(resolved, hardware_of(resolved.options, selection))
+    run = resolve_run(resolved, choose_hardware(resolved.options, selection))
     if selection:
-        selection = leave_out_small_gpus(run, selection)
-        run = settle(resolved, hardware_of(resolved.options, selection))
+        selection = exclude_small_gpus(run, selection)
+        run = resolve_run(resolved, choose_hardware(resolved.options, selection))
     hardware = run.hardware
     for line in selection.describe() if selection else ():
         print(line, file=sys.stderr)
@@ -62,8 +62,8 @@ def start(resolved: Resolved) -> int:
         print(f"command: {launch.shell_command(SCRIPT, run, selection)}")
         return 0
     check_fits(run.plan())
-    with launch.claimed_name(run.resolved) as named:
-        return launch_run(settle(named, hardware), selection)
+    with launch.reserved_experiment_name(run.resolved) as named:
+        return launch_run(resolve_run(named, hardware), selection)
 
 
 def show_plan(run: "Run") -> None:
@@ -98,15 +98,15 @@ def launch_run(run: "Run", selection: "Selection | None") -> int:
     return launch.start_workers(SCRIPT, run)
 
 
-def join(resolved: Resolved) -> int:
+def join(resolved: ResolvedOptions) -> int:
     """Be one of torchrun's workers; in a dry run the first of them prints the plan."""
     from flare.distributed.process_group import end_process
-    from flare.launch.worker_environment import told_options, worker_hardware
-    from flare.run.resolve import settle
+    from flare.launch.worker_environment import options_from_launcher, worker_hardware
+    from flare.run.resolve import resolve_run
     from flare.train.worker import run_worker
 
-    resolved = told_options(resolved)
-    run = settle(resolved, worker_hardware(resolved.options))
+    resolved = options_from_launcher(resolved)
+    run = resolve_run(resolved, worker_hardware(resolved.options))
     if not resolved.options.dry_run:
         end_process(run_worker(run))
     if os.environ["RANK"] == "0":

@@ -62,7 +62,6 @@ def main() -> None:
         found = {name: median(values) for name, values in rates.items()} | {"rounds": rates}
         found |= {"ideal": SEQ_LEN * sum(1 / p for p in paces), "seconds_per_row": paces}
         out.write_text(json.dumps(found | {"rows": {name: list(counts) for name, counts in shares.items()}}))
-    process_group.barrier()
     process_group.stop()
 
 
@@ -84,7 +83,7 @@ def one_pass(model: Slowed, rows: RandomRows):
 
 def pace(model: Slowed, rows: RandomRows, world: World) -> float:
     """Seconds of a row; both ranks measure at the same time."""
-    process_group.barrier()
+    torch.distributed.barrier()
     return seconds_per_row(one_pass(model, rows), world.device)
 
 

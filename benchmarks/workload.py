@@ -184,7 +184,6 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     if workload.processes > 1:
         world = process_group.start(use_cuda=False, timeout_sec=600)
     history = train_flare(model, workload, rows, world, equal(workload.batch_size, world.size).rows)
-    process_group.barrier()
     process_group.stop()
     tokens = workload.batch_size * workload.seq_len
     return [tokens / r["tokens_per_sec"] for r in history], [r["loss"] for r in history]

@@ -92,10 +92,10 @@ class Demo:
         self.step("pretrain the base with RoPE everywhere", self.base.final_model, self.pretrain)
         self.step("remove RoPE from chosen layers", self.patched, self.patch)
         self.step("stage 1: train the NoPE layers, two processes", self.stage1_model, self.stage1)
-        self.step("stage 2: train everything", self.demo.result_of(2), self.stage2)
+        self.step("stage 2: train everything", self.demo.final_model_of(2), self.stage2)
         if self.with_control:
             self.step("control, stage 1: the same layers, RoPE kept", self.control_stage1_model, self.control_stage1)
-            self.step("control, stage 2: everything, RoPE kept", self.control.result_of(2), self.control_stage2)
+            self.step("control, stage 2: everything, RoPE kept", self.control.final_model_of(2), self.control_stage2)
         self.verdict_is_told = not self.is_compared()  # the evaluation ends with it
         self.step("evaluate", self.results if self.is_compared() else None, self.evaluate)
 

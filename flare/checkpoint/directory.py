@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flare.checkpoint.tensor_files import write_tensors
-from flare.distributed.process_group import World, on_main, together
+from flare.distributed.process_group import World, run_on_all_ranks, run_on_main_rank
 from flare.errors import CheckpointError, EnvError, first_line
 from flare.files import write_json
 from flare.nope.config_json import write_config
@@ -147,12 +147,12 @@ def write_checkpoint(
     part = target.with_name(f".tmp-{target.name}")
 
     def write() -> None:
-        on_main(world, lambda: _begin(part))
+        run_on_main_rank(world, lambda: _begin(part))
         written = [path for stem, tensors in state.items() for path in write_tensors(tensors, part, stem, world)]
         entries: dict[str, dict] = {}
-        for sealed in together(world, lambda: {path.name: _seal(path) for path in written}):
+        for sealed in run_on_all_ranks(world, lambda: {path.name: _seal(path) for path in written}):
             entries |= sealed
-        on_main(world, lambda: _commit(part, target, files, entries, facts))
+        run_on_main_rank(world, lambda: _commit(part, target, files, entries, facts))
 
     _whole_or_not(write, part, world)
 
@@ -190,7 +190,7 @@ def _whole_or_not(write: Callable[[], None], part: Path, world: World) -> None:
         write()
     except (OSError, EnvError) as error:
         failure = _disk_error(part.parent, error)
-        on_main(world, lambda: shutil.rmtree(part, ignore_errors=True))
+        run_on_main_rank(world, lambda: shutil.rmtree(part, ignore_errors=True))
         raise failure from error
 
 
@@ -273,10 +273,10 @@ def export_model(
     part = target.with_name(f".tmp-{target.name}")
 
     def write() -> None:
-        on_main(world, lambda: _begin(part))
+        run_on_main_rank(world, lambda: _begin(part))
         written = weights(part)
-        together(world, lambda: [_sync(path) for path in written])
-        on_main(world, lambda: _replace(part, target, files))
+        run_on_all_ranks(world, lambda: [_sync(path) for path in written])
+        run_on_main_rank(world, lambda: _replace(part, target, files))
 
     _whole_or_not(write, part, world)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flare.distributed.fsdp import is_sharded, local_rows, whole
-from flare.distributed.process_group import World, raise_first
+from flare.distributed.fsdp import full_tensor, is_sharded, local_row_range
+from flare.distributed.process_group import World, raise_first_failure
 from flare.errors import CheckpointError, first_line, is_out_of_memory
 from flare.files import write_json
 from flare.nope.config_json import weight_files
@@ -79,7 +79,7 @@ def write_tensors(
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         failure = failure or _failure_of(write_json, index, content)
         written.append(index)
-    raise_first(failure)
+    raise_first_failure(failure)
     return written
 
 
@@ -88,7 +88,7 @@ def write_pickled(
 ) -> list[Path]:
     """Write named tensors to one file of torch.save, whole in rank 0's memory. Otherwise as ``write_tensors``."""
     held = _gathered(tensors, TensorFile(path.name, tuple(tensors), 0), world, dtype)
-    raise_first(_failure_of(_save_pickled, held, path) if world.is_main else None)
+    raise_first_failure(_failure_of(_save_pickled, held, path) if world.is_main else None)
     return [path] if world.is_main else []
 
 
@@ -107,7 +107,7 @@ def _gathered(
     """The file's tensors, whole, in its owner's memory; one at a time on a GPU. A collective for sharded ones."""
     held = {}
     for name in file.tensors:
-        tensor = whole(tensors[name]) if is_sharded(tensors[name]) or file.owner == world.rank else None
+        tensor = full_tensor(tensors[name]) if is_sharded(tensors[name]) or file.owner == world.rank else None
         if file.owner == world.rank:
             held[name] = tensor.detach().to("cpu", dtype or tensor.dtype)
     return held
@@ -174,7 +174,7 @@ class TensorReader:
         if shape != list(target.shape):
             raise CheckpointError(f"{self.where}: {name} has shape {shape}, the model asks for {list(target.shape)}")
         if is_sharded(target):
-            first, last = local_rows(target)
+            first, last = local_row_range(target)
             target.to_local().copy_(source[first:last])
         else:
             target.copy_(source[...] if shape else self.read(name))

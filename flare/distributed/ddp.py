@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from flare.distributed.fsdp import is_sharded, whole
+from flare.distributed.fsdp import full_tensor, is_sharded
 from flare.distributed.process_group import (
     World,
 )
@@ -46,4 +46,4 @@ def reduce_gradients(module: torch.nn.Module, now: bool) -> Iterator[None]:
 
 def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clip the gradients to this norm over all parameters and shards. Returns the norm before, shape ()."""
-    return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))

@@ -59,7 +59,7 @@ def _gather_for(model: torch.nn.Module, method: str) -> None:
     setattr(model, method, gather_and_reshard)
 
 
-def materialise(model: torch.nn.Module, device: torch.device) -> None:
+def materialize(model: torch.nn.Module, device: torch.device) -> None:
     """Give a model on the meta device, sharded or not, memory of its own; weights are to be filled in afterwards.
 
     What is no weight is computed anew: cos and sin of the rotary embedding follow from the configuration.
@@ -76,17 +76,17 @@ def is_sharded(tensor_or_module: object) -> bool:
     return isinstance(tensor_or_module, (DTensor, FSDPModule))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with all its rows. A collective when it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a sharded tensor, in its own memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_rows(tensor: DTensor) -> tuple[int, int]:
+def local_row_range(tensor: DTensor) -> tuple[int, int]:
     """First row of this rank's shard, and the one after its last: chunks of equal size, the last ones shorter."""
     mesh, rows = tensor.device_mesh, tensor.shape[0]
     chunk = -(-rows // mesh.size())

@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 from flare.errors import EnvError, first_line
 
-LIMIT_SEC = 30.0
+TIMEOUT_SEC = 30.0
 """What the trial may take, the connections between all ranks included (issue 3)."""
 ELEMENTS = 2**18
 """fp32 numbers of the trial, 1 MiB: enough to go the way that gradients go, not a shortcut for tiny messages."""
 
 
-def meet(timeout_sec: float) -> tuple[dist.Store, int, int]:
+def wait_for_ranks(timeout_sec: float) -> tuple[dist.Store, int, int]:
     """Wait until every rank is there. Returns (store, rank, world size).
 
     Ranks may come minutes apart: a host may tokenise first. So this wait has the run's timeout, the trial's
@@ -46,16 +46,18 @@ def meet(timeout_sec: float) -> tuple[dist.Store, int, int]:
     return store, rank, size
 
 
-def check_fabric(store: dist.Store, rank: int, size: int, device: torch.device, limit_sec: float = LIMIT_SEC) -> None:
+def run_preflight_check(
+    store: dist.Store, rank: int, size: int, device: torch.device, timeout_sec: float = TIMEOUT_SEC
+) -> None:
     """All-reduce over a process group of its own, which is gone afterwards. Every rank calls it.
 
-    Raises: EnvError when the sum is wrong or not there after ``limit_sec``; it says where to look.
+    Raises: EnvError when the sum is wrong or not there after ``timeout_sec``; it says where to look.
     """
     failures: list[BaseException] = []
 
     def trial() -> None:
         try:
-            _all_reduce(store, rank, size, device, limit_sec)
+            _all_reduce(store, rank, size, device, timeout_sec)
         except BaseException as error:
             failures.append(error)
 
@@ -63,10 +65,10 @@ def check_fabric(store: dist.Store, rank: int, size: int, device: torch.device, 
     thread = threading.Thread(target=trial, name="fabric check", daemon=True)
     t0 = time.monotonic()
     thread.start()
-    thread.join(limit_sec)
+    thread.join(timeout_sec)
     if not thread.is_alive() and not failures:
         return
-    problem = f"did not end within {limit_sec:g} s"
+    problem = f"did not end within {timeout_sec:g} s"
     if failures:
         problem = f"failed after {time.monotonic() - t0:.1f} s ({first_line(failures[0])})"
     # Destructors of a hung process group would wait for it for ever; the error is told before exit handlers run.
@@ -74,13 +76,13 @@ def check_fabric(store: dist.Store, rank: int, size: int, device: torch.device, 
     raise EnvError(f"the first all-reduce of {size} processes {problem}; {_where_to_look(store, size, device)}")
 
 
-def _all_reduce(store: dist.Store, rank: int, size: int, device: torch.device, limit_sec: float) -> None:
+def _all_reduce(store: dist.Store, rank: int, size: int, device: torch.device, timeout_sec: float) -> None:
     """The trial itself: connect, sum 1 + 2 + ... + size, compare."""
     use_cuda = device.type == "cuda"
     if use_cuda:
         torch.cuda.set_device(device)  # it is a thread's own setting
     # NCCL's watchdog ends the process when its timeout passes: not before our limit has given the reason.
-    timeout = timedelta(seconds=limit_sec * (2 if use_cuda else 1))
+    timeout = timedelta(seconds=timeout_sec * (2 if use_cuda else 1))
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
         store=dist.PrefixStore("trial", store),

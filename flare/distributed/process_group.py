@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from flare.distributed.preflight import LIMIT_SEC, check_fabric, meet
+from flare.distributed.preflight import TIMEOUT_SEC, run_preflight_check, wait_for_ranks
 from flare.errors import ConfigError, EnvError, FlareError, first_line, is_out_of_memory, while_phase
 from flare.gpus.nvidia_smi import Gpu
 from flare.gpus.selection import check_gpu
@@ -55,7 +55,7 @@ def start(
     use_cuda: bool,
     timeout_sec: int,
     planned: Sequence[Gpu] = (),
-    fabric_limit_sec: float = LIMIT_SEC,
+    preflight_timeout_sec: float = TIMEOUT_SEC,
     needs_bf16: bool = False,
 ) -> World:
     """Bind this process to its GPU and join the process group (none for a single process).
@@ -63,7 +63,7 @@ def start(
     Args:
         timeout_sec: of the run's collectives.
         planned: the GPUs of the plan, in the order of local ranks; nothing is compared when empty.
-        fabric_limit_sec: of the trial all-reduce.
+        preflight_timeout_sec: of the trial all-reduce.
         needs_bf16: the run computes in it.
 
     Raises: EnvError for another GPU than planned, one without bf16 where it is needed, or processes
@@ -76,8 +76,8 @@ def start(
         bind_gpu(local_rank, planned, needs_bf16)
     store = None
     if size > 1:
-        store, rank, size = meet(timeout_sec)
-        check_fabric(store, rank, size, device, fabric_limit_sec)
+        store, rank, size = wait_for_ranks(timeout_sec)
+        run_preflight_check(store, rank, size, device, preflight_timeout_sec)
         dist.init_process_group(
             "nccl" if use_cuda else "gloo",
             store=dist.PrefixStore("run", store),
@@ -111,7 +111,7 @@ def bind_gpu(local_rank: int, planned: Sequence[Gpu], needs_bf16: bool = False) 
         )
 
 
-def check_agreement(world: World, settings: dict[str, object]) -> None:
+def check_same_settings(world: World, settings: dict[str, object]) -> None:
     """Every rank of the run has the same settings. A collective: all ranks raise, or none.
 
     Raises: ConfigError naming the first setting that differs, with two ranks and their hosts.
@@ -152,14 +152,14 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
 
-def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The same tensor, summed over ranks. On a GPU it is only queued: no host sync."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def all_max(values: list[float]) -> list[float]:
+def all_reduce_max(values: list[float]) -> list[float]:
     """Maxima over ranks, in float64."""
     if not dist.is_initialized():
         return values
@@ -171,12 +171,6 @@ def all_max(values: list[float]) -> list[float]:
 def is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def gather_objects(item: object) -> list:
@@ -203,15 +197,15 @@ def _waiting_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(hours=WAIT_HOURS))
 
 
-def on_main(world: World, work: Callable[[], T]) -> T:
+def run_on_main_rank(world: World, work: Callable[[], T]) -> T:
     """Do something on rank 0 only; its (small, picklable) result or its error reaches every rank.
 
     A collective: every rank calls it. So all ranks go on together or fail together.
     """
-    return together(world, lambda: work() if world.is_main else None)[0]
+    return run_on_all_ranks(world, lambda: work() if world.is_main else None)[0]
 
 
-def together(world: World, work: Callable[[], T]) -> list[T]:
+def run_on_all_ranks(world: World, work: Callable[[], T]) -> list[T]:
     """Do something on every rank; everyone's (small, picklable) result, by rank. A collective.
 
     Raises: on every rank the same error, that of the first rank that failed.
@@ -234,7 +228,7 @@ def together(world: World, work: Callable[[], T]) -> list[T]:
     return list(results)
 
 
-def raise_first(failure: Exception | None) -> None:
+def raise_first_failure(failure: Exception | None) -> None:
     """Raise on every rank what failed on the first rank that failed, if any did. A collective."""
     _raise_first_of(gather_objects(failure))
 

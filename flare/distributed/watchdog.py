@@ -171,7 +171,7 @@ class Watchdog:
                 self._ask_for_stacks(signs[rank]["pid"], self.stacks_file(rank))
             absent = [rank for rank in everyone if rank not in signs]
             self.on_hang(
-                f"{what}: {who_hangs(signs, absent + silent)}; stacks of the ranks: {self.stacks}/"
+                f"{what}: {describe_hang(signs, absent + silent)}; stacks of the ranks: {self.stacks}/"
                 "stacks-rank*.txt; the last checkpoint is good; if a step may take that long, give "
                 "--step_timeout and --ddp_timeout"
             )
@@ -201,7 +201,7 @@ class Watchdog:
                 time.sleep(0.05)
 
 
-def who_hangs(signs: dict[int, dict], silent: list[int]) -> str:
+def describe_hang(signs: dict[int, dict], silent: list[int]) -> str:
     """Ranks that leave no sign of life; else those that do not wait for others; else where all are."""
     known = {rank: f" (pid {sign['pid']} on {sign['host']})" for rank, sign in signs.items()}
     if silent:

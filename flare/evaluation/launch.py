@@ -10,11 +10,11 @@ from flare.errors import ConfigError, FlareError, print_error
 from flare.evaluation.options import EvaluationSettings
 from flare.gpus.selection import Selection, select_environment
 from flare.gpus.specs import lacks_bf16
-from flare.launch.agent import received, run_agent
-from flare.launch.hardware import check_torch_sees_cuda, choose_gpus, hardware_of
+from flare.launch.agent import received_signal, run_agent
+from flare.launch.hardware import check_torch_sees_cuda, choose_gpus, choose_hardware
 from flare.launch.nodes import num_nodes
 from flare.launch.worker_environment import DEVICE_VARIABLE, GPUS_VARIABLE, worker_hardware
-from flare.launch.worker_errors import end_with_launcher, first_failure, tell_launcher
+from flare.launch.worker_errors import first_failure, report_to_launcher, stop_when_launcher_dies
 from flare.run.run import Hardware
 
 
@@ -28,7 +28,7 @@ def start(script: Path, settings: EvaluationSettings, argv: list[str]) -> int:
     selection = None if settings.device == "cpu" else choose_gpus(settings)
     for line in selection.describe() if selection else ():
         print(line, file=sys.stderr)
-    hardware = hardware_of(settings, selection)
+    hardware = choose_hardware(settings, selection)
     _export_environment(hardware, selection)
     if hardware.use_cuda:
         check_torch_sees_cuda()
@@ -53,7 +53,7 @@ def _start_workers(script: Path, argv: list[str], local_world_size: int) -> int:
     try:
         run_agent(script, argv, local_world_size)
     except SignalException as error:
-        return 128 + received(error)
+        return 128 + received_signal(error)
     except ChildFailedError as error:
         failure = first_failure(error, "the lines above")
         print_error(failure.message)
@@ -90,7 +90,7 @@ def join(settings: EvaluationSettings) -> int:
     from flare.logs import start_logging
 
     start_logging(process_group.rank_from_environment(), int(os.environ["WORLD_SIZE"]))
-    end_with_launcher()
+    stop_when_launcher_dies()
     try:
         hardware = worker_hardware(settings)
         world = process_group.start(hardware.use_cuda, settings.ddp_timeout, hardware.gpus)
@@ -98,9 +98,9 @@ def join(settings: EvaluationSettings) -> int:
         code = Evaluation(with_precision(settings, hardware.use_cuda, old), world, world.device).run()
         process_group.stop()
         if code:
-            tell_launcher("not everything could be evaluated; the report says what and why", code)
+            report_to_launcher("not everything could be evaluated; the report says what and why", code)
     except FlareError as error:
-        if tell_launcher(str(error), error.exit_code):
+        if report_to_launcher(str(error), error.exit_code):
             return error.exit_code
         raise
     return code

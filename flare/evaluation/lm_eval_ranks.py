@@ -64,7 +64,7 @@ class SharedHFLM(HFLM):
 
     def _answer_together(self, kind: str, arguments: list[tuple]) -> list[list]:
         """Everyone's answers, by rank. A collective; all ranks raise, or none."""
-        return process_group.together(self.world, lambda: self._answer(kind, arguments))
+        return process_group.run_on_all_ranks(self.world, lambda: self._answer(kind, arguments))
 
     def _answer(self, kind: str, arguments: list[tuple]) -> list:
         requests = [Instance(request_type=kind, doc={}, arguments=given, idx=i) for i, given in enumerate(arguments)]

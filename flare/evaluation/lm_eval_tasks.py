@@ -49,7 +49,7 @@ def run_lm_eval(model: nn.Module, tokenizer, settings: EvaluationSettings, world
         max_length=settings.max_length,
         batch_size=settings.batch_size,
     )
-    return process_group.together(world, lambda: _evaluate(lm, settings) if world.is_main else lm.serve())[0]
+    return process_group.run_on_all_ranks(world, lambda: _evaluate(lm, settings) if world.is_main else lm.serve())[0]
 
 
 def _evaluate(lm, settings: EvaluationSettings) -> dict:

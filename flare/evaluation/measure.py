@@ -205,7 +205,7 @@ class Measurement:
             self.save(self.results)
         if settings.generate_tokens:
             identity = {"tokens": settings.generate_tokens}
-            work = lambda: process_group.on_main(world, self._samples)  # noqa: E731
+            work = lambda: process_group.run_on_main_rank(world, self._samples)  # noqa: E731
             self.results["samples"] = self._part("samples", "", identity, work)["rows"]
 
     def _samples(self) -> dict:
@@ -222,7 +222,7 @@ class Measurement:
         identity = self.identity | more | {"kind": kind, "texts": self.texts_identity.get(name)}
         title = f"{kind} {name}".strip()
         place = self.place
-        part = process_group.on_main(place.world, lambda: place.parts.read(title, identity))
+        part = process_group.run_on_main_rank(place.world, lambda: place.parts.read(title, identity))
         if part is not None:
             log.info(f"{self.who.label}, {title}: finished before, taken from {place.parts.directory}")
             return part
@@ -230,7 +230,7 @@ class Measurement:
             part = work()
         except FlareError as error:
             raise PartFailed(str(error)) from error
-        process_group.on_main(place.world, lambda: place.parts.write(title, identity, part))
+        process_group.run_on_main_rank(place.world, lambda: place.parts.write(title, identity, part))
         return part
 
     def _fail(self, name: str, error: FlareError | str) -> None:
@@ -269,4 +269,4 @@ class Measurement:
     def _throughput(self) -> None:
         add_throughput(self.results, list(self.scores.values()), self.device)
         peak = self.results["throughput"]["peak_memory_bytes"]
-        self.results["throughput"]["peak_memory_bytes"] = int(process_group.all_max([float(peak)])[0])
+        self.results["throughput"]["peak_memory_bytes"] = int(process_group.all_reduce_max([float(peak)])[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flare.distributed.process_group import raise_first, rank_from_environment
+from flare.distributed.process_group import raise_first_failure, rank_from_environment
 from flare.errors import ConfigError, FlareError
 from flare.evaluation.options import EvaluationSettings
 from flare.evaluation.report.fair_control import Training, training_of
@@ -138,7 +138,7 @@ def hold_stored_model_to_canary(directory: Path) -> None:
             hold_to_canary(load_causal_lm(directory), directory)
         except FlareError as error:
             failure = error
-    raise_first(failure)
+    raise_first_failure(failure)
 
 
 def probe(model: torch.nn.Module) -> list[int] | None:

@@ -39,16 +39,16 @@ class Evaluation:
     def __init__(self, settings: EvaluationSettings, world: World, device: torch.device | None) -> None:
         self.settings, self.world = settings, world
         if settings.lm_eval_tasks:
-            process_group.on_main(world, lambda: check_lm_eval(settings.lm_eval_tasks))
-        process_group.on_main(world, lambda: check_writable("--output_dir", settings.output_dir))
+            process_group.run_on_main_rank(world, lambda: check_lm_eval(settings.lm_eval_tasks))
+        process_group.run_on_main_rank(world, lambda: check_writable("--output_dir", settings.output_dir))
         self.parts = FinishedParts(settings.output_dir)
         self.place = Place(world, device, self.parts)
         names = [settings.model_path, *settings.compare_to]
         # Rank 0 downloads, the others find it done.
-        process_group.on_main(world, lambda: [str(local_model_dir(n, settings.cache_dir)) for n in names])
+        process_group.run_on_main_rank(world, lambda: [str(local_model_dir(n, settings.cache_dir)) for n in names])
         self.milestones = milestones([local_model_dir(n, settings.cache_dir) for n in names], names)
         self.results_file = settings.output_dir / "evaluation_results.json"
-        self.environment = process_group.on_main(
+        self.environment = process_group.run_on_main_rank(
             world, _environment
         )  # asks git and nvidia-smi: once, not once a model
 
@@ -58,7 +58,7 @@ class Evaluation:
         model = self._measure(self.milestones[0], task, with_extras=True)
         results = model.results
         others = [self._measure_other(who, task, results) for who in self.milestones[1:]]
-        process_group.on_main(self.world, lambda: self._conclude(model, others, not task.failed))
+        process_group.run_on_main_rank(self.world, lambda: self._conclude(model, others, not task.failed))
         return EXIT_DATA if task.failed else 0
 
     def _load_task(self) -> Task:
@@ -84,8 +84,8 @@ class Evaluation:
             texts.extend(load_texts(request, settings.max_samples_per_dataset, settings.data_mirror))
             return texts_identity(texts)
 
-        expected = process_group.on_main(self.world, read)
-        found = process_group.together(self.world, lambda: expected if self.world.is_main else read())
+        expected = process_group.run_on_main_rank(self.world, read)
+        found = process_group.run_on_all_ranks(self.world, lambda: expected if self.world.is_main else read())
         if set(found) != {expected}:
             raise DataError(f"data set {request.name!r} is not the same on every process")
         return texts
@@ -108,7 +108,7 @@ class Evaluation:
         return measured
 
     def _save(self, results: dict) -> None:
-        process_group.on_main(self.world, lambda: write_results(results, self.results_file))
+        process_group.run_on_main_rank(self.world, lambda: write_results(results, self.results_file))
 
     # -- comparison and report -----------------------------------------------------------------------
 

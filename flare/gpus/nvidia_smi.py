@@ -66,15 +66,15 @@ def query_gpus(timeout_sec: float = TIMEOUT_SEC, visible: str | None = None) -> 
         EnvError: nvidia-smi is missing, hangs, fails, or prints something else than a list of GPUs.
     """
     t0 = time.monotonic()
-    output = _ask_nvidia_smi([f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"], timeout_sec)
+    output = run_nvidia_smi([f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"], timeout_sec)
     gpus = _parse_gpus(output)
     if visible and "MIG-" in visible:
         left_sec = max(0.1, timeout_sec - (time.monotonic() - t0))
-        gpus += _parse_mig_devices(_ask_nvidia_smi(["-L"], left_sec), gpus)
+        gpus += _parse_mig_devices(run_nvidia_smi(["-L"], left_sec), gpus)
     return gpus
 
 
-def _ask_nvidia_smi(arguments: list[str], timeout_sec: float) -> str:
+def run_nvidia_smi(arguments: list[str], timeout_sec: float) -> str:
     """What ``nvidia-smi ARGUMENTS`` prints. Raises EnvError, one line, when it does not do its work."""
     command = ["nvidia-smi", *arguments]
     pipe = subprocess.PIPE

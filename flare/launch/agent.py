@@ -40,7 +40,7 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
         max_restarts=0,
         logs_specs=logs or DefaultLogsSpecs(),
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT,SIGUSR1",
-        **_grant_shutdown(LaunchConfig),
+        **shutdown_timeout_arguments(LaunchConfig),
         **rendezvous(),
     )
     signal.signal(signal.SIGINT, _on_interrupt)
@@ -56,7 +56,7 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
         ) from error
 
 
-def _grant_shutdown(config_class: type) -> dict[str, int]:
+def shutdown_timeout_arguments(config_class: type) -> dict[str, int]:
     """What grants workers ``SHUTDOWN_TIMEOUT_SEC``; torch 2.11 has none: there it is a method's default."""
     if "shutdown_timeout" in config_class.__dataclass_fields__:
         return {"shutdown_timeout": SHUTDOWN_TIMEOUT_SEC}
@@ -75,7 +75,7 @@ def _on_interrupt(_number: int, _frame: object) -> None:
     raise SignalException(INTERRUPTED, sigval=signal.SIGTERM)
 
 
-def received(error: "SignalException") -> signal.Signals:
+def received_signal(error: "SignalException") -> signal.Signals:
     """The signal that this process got. Ctrl-C goes on to workers as SIGTERM: one that is still starting then ends
     without a traceback."""
     return signal.SIGINT if error.args == (INTERRUPTED,) else error.sigval

@@ -29,7 +29,7 @@ def choose_gpus(options: Options) -> Selection | None:
     return select_gpus(request, query_gpus(visible=visible), visible)
 
 
-def leave_out_small_gpus(run: Run, selection: Selection) -> Selection:
+def exclude_small_gpus(run: Run, selection: Selection) -> Selection:
     """When the user named no GPUs: those that can hold the run, if some can and some cannot."""
     if run.options.gpu_ids is not None or run.options.gpu_type is not None:
         return selection
@@ -42,7 +42,7 @@ def leave_out_small_gpus(run: Run, selection: Selection) -> Selection:
     return replace(selection, gpus=rest, skipped=[*selection.skipped, *skipped])
 
 
-def hardware_of(options: Options, selection: Selection | None) -> Hardware:
+def choose_hardware(options: Options, selection: Selection | None) -> Hardware:
     """GPUs and number of processes of this run.
 
     Raises: ConfigError for more processes than GPUs.

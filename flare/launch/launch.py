@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flare.config.parse import Resolved
+from flare.config.parse import ResolvedOptions
 from flare.errors import FlareError, print_error
 from flare.gpus.selection import Selection, select_environment
-from flare.launch.agent import kill_workers, received, run_agent
+from flare.launch.agent import kill_workers, received_signal, run_agent
 from flare.launch.nodes import master, node_rank, num_nodes
 from flare.launch.worker_environment import DEVICE_VARIABLE
 from flare.launch.worker_errors import first_failure
@@ -58,7 +58,7 @@ def _without_dry_run(argv: list[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def claimed_name(resolved: Resolved) -> Iterator[Resolved]:
+def reserved_experiment_name(resolved: ResolvedOptions) -> Iterator[ResolvedOptions]:
     """A default name that is this launch's alone: of two in one second the later gets ``_2``.
 
     The directory is made here, and removed again if nothing was written into it.
@@ -75,7 +75,7 @@ def claimed_name(resolved: Resolved) -> Iterator[Resolved]:
         except FileExistsError:
             continue
     try:
-        yield resolved.with_name(root.name)
+        yield resolved.with_experiment_name(root.name)
     finally:
         with contextlib.suppress(OSError):
             root.rmdir()
@@ -99,8 +99,8 @@ def start_workers(script: Path, run: Run) -> int:
         if _ended_cleanly(experiment, stage):
             return 0
         kill_workers()  # that are left when another signal came while they were waited for: the third one
-        _record_failure(experiment, stage, f"ended by signal {received(error).name}")
-        return 128 + received(error)
+        _record_failure(experiment, stage, f"ended by signal {received_signal(error).name}")
+        return 128 + received_signal(error)
     except ChildFailedError as error:
         return _report_failure(error, Path(logs.root_log_dir), experiment, stage)
     return 0

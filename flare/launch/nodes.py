@@ -48,7 +48,7 @@ def _number(name: str, default: int, low: int, high: int) -> int:
     return int(text)
 
 
-def check_hosts(name_was_given: bool) -> None:
+def check_node_variables(name_was_given: bool) -> None:
     """The variables that several hosts need, before anything is started.
 
     Raises: ConfigError for what is missing. A default experiment name is the clock's: hosts would differ.
@@ -88,11 +88,11 @@ def gloo_environment() -> dict[str, str]:
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return {}
-    interface = interface_towards(*(master() if num_nodes() > 1 else ("127.0.0.1", DEFAULT_PORT)))
+    interface = interface_to(*(master() if num_nodes() > 1 else ("127.0.0.1", DEFAULT_PORT)))
     return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
 
-def interface_towards(address: str, port: int) -> str | None:
+def interface_to(address: str, port: int) -> str | None:
     """Name of the interface that this host reaches ``address`` (IPv4 or a name) through; None when unknown."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

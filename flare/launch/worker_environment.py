@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict
 
 from flare.config.options import Options
-from flare.config.parse import Resolved
+from flare.config.parse import ResolvedOptions
 from flare.gpus.nvidia_smi import Gpu
 from flare.gpus.selection import Selection, select_environment
 from flare.launch.nodes import gloo_environment, num_nodes
@@ -17,8 +17,8 @@ from flare.run.run import Hardware, Run
 
 DEVICE_VARIABLE = "FLARE_DEVICE"
 GPUS_VARIABLE = "FLARE_PLANNED_GPUS"
-SETTLED_VARIABLE = "FLARE_SETTLED"
-SETTLED_OPTIONS = ("per_device_train_batch_size", "global_batch_size", "gradient_checkpointing", "parallel")
+RESOLVED_VARIABLE = "FLARE_RESOLVED_OPTIONS"
+RESOLVED_OPTIONS = ("per_device_train_batch_size", "global_batch_size", "gradient_checkpointing", "parallel")
 
 
 def export_environment(run: Run, selection: Selection | None) -> dict[str, str]:
@@ -26,7 +26,7 @@ def export_environment(run: Run, selection: Selection | None) -> dict[str, str]:
     variables = {
         DEVICE_VARIABLE: "cuda" if run.hardware.use_cuda else "cpu",
         GPUS_VARIABLE: json.dumps([asdict(gpu) for gpu in run.hardware.gpus]),
-        SETTLED_VARIABLE: json.dumps({name: getattr(run.options, name) for name in SETTLED_OPTIONS}),
+        RESOLVED_VARIABLE: json.dumps({name: getattr(run.options, name) for name in RESOLVED_OPTIONS}),
     }
     variables |= gloo_environment()
     if selection:
@@ -35,10 +35,10 @@ def export_environment(run: Run, selection: Selection | None) -> dict[str, str]:
     return variables
 
 
-def told_options(resolved: Resolved) -> Resolved:
+def options_from_launcher(resolved: ResolvedOptions) -> ResolvedOptions:
     """The options of a worker: those of its command line, with what the launcher settled."""
-    told = json.loads(os.environ.get(SETTLED_VARIABLE, "{}"))
-    return resolved.settled(**told)
+    told = json.loads(os.environ.get(RESOLVED_VARIABLE, "{}"))
+    return resolved.with_values(**told)
 
 
 def worker_hardware(options: Options) -> Hardware:

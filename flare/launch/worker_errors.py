@@ -13,13 +13,13 @@ from flare.launch.worker_environment import DEVICE_VARIABLE
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
-def end_with_launcher() -> None:
+def stop_when_launcher_dies() -> None:
     """From a worker: when the launcher dies, killed or not, get SIGTERM and so stop with a checkpoint (Linux)."""
     if DEVICE_VARIABLE in os.environ and ERROR_FILE_VARIABLE in os.environ:
         end_with_parent(signal.SIGTERM)
 
 
-def tell_launcher(message: str, exit_code: int) -> bool:
+def report_to_launcher(message: str, exit_code: int) -> bool:
     """From a worker: leave the error for the launcher to show. False when no launcher of ours is there."""
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path or DEVICE_VARIABLE not in os.environ:

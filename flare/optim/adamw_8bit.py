@@ -7,7 +7,7 @@ said by ``flare.plan.optimizer_state``: they are made here, before torchao would
 import torch
 from torch.distributed.tensor import DTensor
 
-from flare.distributed.fsdp import is_sharded, local_part
+from flare.distributed.fsdp import is_sharded, local_tensor
 from flare.plan.optimizer_state import block_size
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
@@ -31,7 +31,7 @@ def _zeros(parameter: torch.Tensor, signed: bool) -> torch.Tensor:
     """A moment of this parameter, sharded as it is."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    block, local = block_size(parameter.shape), local_part(parameter.detach())
+    block, local = block_size(parameter.shape), local_tensor(parameter.detach())
     if block is None or local.numel() == 0:  # more ranks than rows: this one has none
         return torch.zeros_like(parameter.detach())
     moment = OptimState8bit.zeros(local.shape, signed, block, local.device, local.dtype)
@@ -43,20 +43,20 @@ def is_8bit(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torchao.")
 
 
-def parts_8bit(parameter: torch.Tensor, moment: torch.Tensor) -> dict[str, torch.Tensor]:
+def tensors_of_8bit_moment(parameter: torch.Tensor, moment: torch.Tensor) -> dict[str, torch.Tensor]:
     """An 8-bit moment of a parameter (R, ...) as plain tensors that share its memory, rows sharded as the parameter's.
 
     ``codes`` (R, ...) uint8 and ``scale`` (R, blocks of a row) fp32: an element is table[code] x scale of its block.
     """
-    local = local_part(moment)
+    local = local_tensor(moment)
     if not local.numel():
-        return blank_parts_8bit(parameter)
+        return empty_tensors_of_8bit_moment(parameter)
     return _sharded_parts(parameter, local.codes, local.scale)
 
 
-def blank_parts_8bit(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+def empty_tensors_of_8bit_moment(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """Room for the parts of a moment of this parameter."""
-    local = local_part(parameter.detach())
+    local = local_tensor(parameter.detach())
     codes = torch.zeros_like(local, dtype=torch.uint8)
     return _sharded_parts(parameter, codes, local.new_zeros(local.numel() // block_size(parameter.shape)))
 
@@ -74,23 +74,23 @@ def _sharded_parts(parameter: torch.Tensor, codes: torch.Tensor, scale: torch.Te
     }
 
 
-def code_table(key: str) -> torch.Tensor:
+def quantization_map(key: str) -> torch.Tensor:
     """What the 256 codes of this moment mean: fp32, ascending."""
     from torchao.optim import subclass_8bit
 
     return torch.tensor(subclass_8bit.get_qmap_signed() if MOMENTS[key] else subclass_8bit.get_qmap_unsigned())
 
 
-def decode(codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, moment: torch.Tensor) -> None:
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, moment: torch.Tensor) -> None:
     """Write the numbers that an 8-bit moment's parts stand for into an fp32 moment. Needs no torchao."""
-    codes, scale, target = local_part(codes), local_part(scale), local_part(moment)
+    codes, scale, target = local_tensor(codes), local_tensor(scale), local_tensor(moment)
     numbers = table.to(target.device)[codes.int()].view(*scale.shape, -1) * scale.unsqueeze(-1)
     target.copy_(numbers.view_as(target))
 
 
-def encode(numbers: torch.Tensor, moment: torch.Tensor) -> None:
+def quantize(numbers: torch.Tensor, moment: torch.Tensor) -> None:
     """Round an fp32 moment into an 8-bit one."""
-    local_part(moment).copy_(local_part(numbers))
+    local_tensor(moment).copy_(local_tensor(numbers))
 
 
 def _sharded_like(parameter: DTensor, local: torch.Tensor, shape: torch.Size) -> DTensor:

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 import torch
 
-from flare.distributed.fsdp import local_part
+from flare.distributed.fsdp import local_tensor
 
 INITIAL_SCALE, GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 """torch.amp.GradScaler's defaults."""
-LEAST_SCALE = 1.0
+MIN_SCALE = 1.0
 """Gradients that overflow when they are not enlarged are not the scale's fault."""
 
 RANGE_HINT = "; fp16 ends at 65,504: --precision fp32, or bf16 where GPUs have it, goes further"
@@ -36,7 +36,7 @@ class LossScale:
 
     def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Divide the (fp32) gradients by the scale, which is a power of two: no digit is lost."""
-        gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+        gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
         torch._foreach_mul_(gradients, self.scale.reciprocal())
 
     def update(self, overflow: torch.Tensor) -> None:

@@ -12,13 +12,13 @@ from flare.errors import CheckpointError
 from flare.logs import log
 from flare.optim.adamw_8bit import (
     MOMENTS,
-    blank_parts_8bit,
     build_adamw_8bit,
-    code_table,
-    decode,
-    encode,
+    dequantize,
+    empty_tensors_of_8bit_moment,
     is_8bit,
-    parts_8bit,
+    quantization_map,
+    quantize,
+    tensors_of_8bit_moment,
 )
 from flare.plan.optimizer_state import EIGHT_BIT, block_size
 
@@ -57,7 +57,7 @@ def build_schedule(options: Options, max_steps: int) -> Callable[[int], float]:
     return scheduler.lr_lambdas[0]
 
 
-def take_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Update the parameters by their gradients, at this learning rate.
 
     torchao compiles its update, once for each shape of a parameter; on a CPU that takes longer than short runs do.
@@ -80,8 +80,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     codes mean is there once, ``table|exp_avg``.
     """
     eight_bit = is_8bit(optimizer)
-    tensors = {f"table|{key}": code_table(key) for key in MOMENTS} if eight_bit else {}
-    for name, parameter in _named(optimizer):
+    tensors = {f"table|{key}": quantization_map(key) for key in MOMENTS} if eight_bit else {}
+    for name, parameter in named_parameters(optimizer):
         for key, value in optimizer.state[parameter].items():
             tensors |= _stored(f"{name}|{key}", parameter, value, eight_bit)
     return tensors
@@ -99,10 +99,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, reader: TensorReade
     if eight_bit != bool(tables):
         how = "rounded to 8 bits" if eight_bit else "in fp32, as 8 bits had rounded them"
         log.info(f"AdamW's moments go on {how}")
-    elif any(not torch.equal(table, code_table(key)) for key, table in tables.items()):
+    elif any(not torch.equal(table, quantization_map(key)) for key, table in tables.items()):
         raise CheckpointError(f"{reader.where}: its 8-bit optimizer state means other numbers in this torchao")
     left -= {f"table|{key}" for key in tables}
-    for name, parameter in _named(optimizer):
+    for name, parameter in named_parameters(optimizer):
         state = optimizer.state[parameter] if eight_bit else _fp32_state(parameter)
         for key, value in state.items():
             left -= _load(reader, f"{name}|{key}", parameter, value, eight_bit, tables.get(key))
@@ -111,7 +111,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, reader: TensorReade
         raise KeyError(f"optimizer state of unknown parameters: {sorted(left)[0]}")
 
 
-def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for group in optimizer.param_groups:
         yield from zip(group["names"], group["params"], strict=True)
 
@@ -126,7 +126,7 @@ def _stored(place: str, parameter: torch.Tensor, value: torch.Tensor, eight_bit:
     """One entry of the state as a checkpoint names it; the tensors share its memory."""
     if not (eight_bit and value.ndim and block_size(parameter.shape)):
         return {place: value}
-    return {f"{place}|{part}": tensor for part, tensor in parts_8bit(parameter, value).items()}
+    return {f"{place}|{part}": tensor for part, tensor in tensors_of_8bit_moment(parameter, value).items()}
 
 
 def _load(
@@ -149,11 +149,11 @@ def _load(
     elif eight_bit:
         parts = {place: torch.zeros_like(parameter.detach())}
     else:
-        parts = {f"{place}|{part}": tensor for part, tensor in blank_parts_8bit(parameter).items()}
+        parts = {f"{place}|{part}": tensor for part, tensor in empty_tensors_of_8bit_moment(parameter).items()}
     for name, tensor in parts.items():
         reader.copy_into(name, tensor)
     if has_blocks and eight_bit and table is None:
-        encode(*parts.values(), value)
+        quantize(*parts.values(), value)
     elif has_blocks and table is not None and not eight_bit:
-        decode(*parts.values(), table, value)
+        dequantize(*parts.values(), table, value)
     return set(parts)

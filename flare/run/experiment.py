@@ -60,7 +60,7 @@ class Experiment:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
 
-    def result_of(self, stage: int) -> Path | None:
+    def final_model_of(self, stage: int) -> Path | None:
         """The final model of a stage, or None while there is none or the stage goes on."""
         status = self.read_metrics().get("stages", {}).get(str(stage), {}).get("status", "finished")
         if status != "finished":
@@ -70,7 +70,7 @@ class Experiment:
             candidates.append(self.final_model)
         return next((path for path in candidates if (path / "config.json").is_file()), None)
 
-    def batch_to_continue(self) -> int | None:
+    def saved_global_batch_size(self) -> int | None:
         """Rows of an optimizer step of the run that lies here, as its newest checkpoint says; None without one."""
         states = [
             (p.parent.name.partition("-")[2], p) for p in self.checkpoints.glob("checkpoint-*/trainer_state.json")
@@ -127,7 +127,7 @@ class Experiment:
         for path in (self.checkpoints, self.logs, self.tensorboard):
             path.mkdir(parents=True, exist_ok=True)
 
-    def overwritten_by(self, stage: int) -> list[Path]:
+    def paths_to_overwrite(self, stage: int) -> list[Path]:
         """What ``--overwrite_output_dir`` deletes before a run of this stage; a stage-1 result stays for stage 2."""
         if stage == 2 and self.recorded_stage() == 1:
             return []
@@ -147,13 +147,13 @@ class Experiment:
 
     def clear(self, stage: int) -> None:
         """Delete what a run of this stage wrote."""
-        for path in self.overwritten_by(stage):
+        for path in self.paths_to_overwrite(stage):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
-    def hand_over(self) -> None:
+    def move_results_to_stage1(self) -> None:
         """Move stage 1's checkpoints and final model into ``stage1/``. Can be repeated after a crash."""
         if self.recorded_stage() != 1:
             return
@@ -214,7 +214,7 @@ def check_is_directory(root: Path) -> None:
             raise ConfigError(f"{path} is {what}, not an experiment's directory; choose another --experiment_name")
 
 
-def stage_one_sibling(experiment: Experiment) -> Experiment | None:
+def stage1_sibling(experiment: Experiment) -> Experiment | None:
     """NAME_stage1 beside NAME_stage2, whether it is there or not."""
     name = experiment.root.name
     if not name.endswith("_stage2"):
@@ -222,13 +222,13 @@ def stage_one_sibling(experiment: Experiment) -> Experiment | None:
     return Experiment(experiment.root.with_name(name.removesuffix("_stage2") + "_stage1"))
 
 
-def stage_one_result(experiment: Experiment) -> Path | None:
+def stage1_result(experiment: Experiment) -> Path | None:
     """Where stage 2 of this experiment starts from: its own stage 1, or its ``_stage1`` sibling's.
 
     Raises: CheckpointError when such a stage 1 exists and has no final model yet.
     """
-    for candidate in filter(None, (experiment, stage_one_sibling(experiment))):
-        result = candidate.result_of(1)
+    for candidate in filter(None, (experiment, stage1_sibling(experiment))):
+        result = candidate.final_model_of(1)
         if result is not None:
             return result
         if candidate.recorded_stage() == 1:

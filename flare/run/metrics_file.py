@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flare.files import write_json
-from flare.run.experiment import Experiment, stage_one_sibling
+from flare.run.experiment import Experiment, stage1_sibling
 
 SCHEMA_VERSION = 1
 
@@ -34,7 +34,7 @@ def recorded_stages(experiment: Experiment) -> dict[str, dict]:
     Stage 1 may be an experiment of its own, NAME_stage1 beside NAME_stage2, if stage 2 says that it started there.
     """
     stages = experiment.read_metrics().get("stages", {})
-    sibling = stage_one_sibling(experiment)
+    sibling = stage1_sibling(experiment)
     if "1" in stages or sibling is None or sibling.root.name not in Path(_start_of(stages)).parts:
         return stages
     first = sibling.read_metrics().get("stages", {})
@@ -45,7 +45,7 @@ def _start_of(stages: dict[str, dict]) -> str:
     return str(stages.get("2", {}).get("starts_from", ""))
 
 
-def last_rate(experiment: Experiment, stage: int) -> tuple[int, float | None]:
+def last_throughput(experiment: Experiment, stage: int) -> tuple[int, float | None]:
     """(steps that this stage has done, tokens/s over the last of them that were logged; None before any was)."""
     history = experiment.read_metrics().get("stages", {}).get(str(stage), {}).get("history", [])
     rates = [record["tokens_per_sec"] for record in history if record.get("tokens_per_sec")]

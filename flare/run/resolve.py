@@ -1,6 +1,6 @@
 """Settle what a run is, from options and files alone, before a weight or a document is loaded.
 
-The launcher and every worker call ``settle`` and come to the same ``Run``. Nothing is written here.
+The launcher and every worker call ``resolve_run`` and come to the same ``Run``. Nothing is written here.
 """
 
 import functools
@@ -9,7 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from flare.config.options import SELECTIVE, Options
-from flare.config.parse import Resolved
+from flare.config.parse import ResolvedOptions
 from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.gpus.specs import lacks_bf16
 from flare.hub import local_model_dir, read_hub_config, read_model_config
@@ -21,13 +21,13 @@ from flare.plan.model_shape import ModelShape, known_shape
 from flare.plan.optimizer_state import BLOCKS, EIGHT_BIT, block_size
 from flare.plan.trainable import Trainable
 from flare.run.batch import default_micro_batch, global_batch_size, micro_batch_choices
-from flare.run.experiment import Experiment, check_is_directory, check_output_dir, stage_one_result
-from flare.run.metrics_file import last_rate
+from flare.run.experiment import Experiment, check_is_directory, check_output_dir, stage1_result
+from flare.run.metrics_file import last_throughput
 from flare.run.optional_packages import check_compiler, check_torchao
 from flare.run.run import Hardware, Run, choose_attention
 
 
-def settle(resolved: Resolved, hardware: Hardware) -> Run:
+def resolve_run(resolved: ResolvedOptions, hardware: Hardware) -> Run:
     """Resolve model, layers, stage hand-over and batch arithmetic.
 
     Raises: FlareError kinds for everything that can be told without loading; nothing has been changed then.
@@ -39,13 +39,13 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
     parse_weights(options.balance, hardware.world_size)
     experiment = Experiment(options.experiment_dir)
     _check_stage_order(experiment, options)
-    name, reason = choose_start(resolved, experiment)
+    name, reason = choose_init_from(resolved, experiment)
     init_from, raw = open_model(name, options)
     where = str(init_from or name)
     _check_overwrite(experiment, options, init_from)
     nope_layers = choose_nope_layers(resolved, raw, where)
     if nope_layers_of(raw):
-        resolved = keep_theta(resolved, raw, where)
+        resolved = use_theta_of_model(resolved, raw, where)
         options = resolved.options
     config = with_nope(raw, nope_layers, options.rope_theta, where)
     _check_length(options, config)
@@ -62,15 +62,15 @@ def settle(resolved: Resolved, hardware: Hardware) -> Run:
         trainable=Trainable.parse(options.train_layers, options.stage, nope_layers, depth),
         precision=precision,
         precision_reason=precision_reason,
-        last_rate=(0, None) if options.overwrite_output_dir else last_rate(experiment, options.stage),
-        global_batch_size=global_batch_size(options, hardware.world_size, experiment.batch_to_continue()),
+        last_throughput=(0, None) if options.overwrite_output_dir else last_throughput(experiment, options.stage),
+        global_batch_size=global_batch_size(options, hardware.world_size, experiment.saved_global_batch_size()),
     )
     choose_attention(options.attn_implementation, hardware.use_cuda, run.precision)
     if options.compile:
         check_compiler(hardware.use_cuda)
     if options.optim == EIGHT_BIT:
         _check_8bit(run)
-    return settle_layout(run)
+    return resolve_layout(run)
 
 
 def _check_8bit(run: Run) -> None:
@@ -89,7 +89,7 @@ def _check_resume(resume: str) -> None:
         raise CheckpointError(f"--resume {resume} is no complete checkpoint (no manifest.json)")
 
 
-def settle_layout(run: Run) -> Run:
+def resolve_layout(run: Run) -> Run:
     """Turn ``auto`` of micro-batch, gradient checkpointing and ddp or fsdp into what the plan finds to fit.
 
     Rows of a step are the same whatever fits: a smaller micro-batch means more accumulation. A smaller micro-batch
@@ -116,7 +116,7 @@ def _check_overwrite(experiment: Experiment, options: Options, init_from: Path |
     """``--overwrite_output_dir`` must not delete what the run starts from."""
     if not options.overwrite_output_dir:
         return
-    doomed = [path.resolve() for path in experiment.overwritten_by(options.stage)]
+    doomed = [path.resolve() for path in experiment.paths_to_overwrite(options.stage)]
     starts = [init_from] if init_from else []
     if options.resume not in ("auto", "never"):
         starts.append(Path(options.resume))
@@ -164,17 +164,17 @@ def _check_stage_order(experiment: Experiment, options: Options) -> None:
         )
 
 
-def choose_start(resolved: Resolved, experiment: Experiment) -> tuple[str, str]:
+def choose_init_from(resolved: ResolvedOptions, experiment: Experiment) -> tuple[str, str]:
     """Name or directory of the weights that a stage starts from, and the sentence that says why.
 
     The order of stage 2 is the contract's (section 3).
     """
     options = resolved.options
     name = options.model_name_or_path
-    if options.stage == 2 and not resolved.given_for_stage("model_name_or_path"):
-        result = stage_one_result(experiment)
+    if options.stage == 2 and not resolved.is_set_for_stage("model_name_or_path"):
+        result = stage1_result(experiment)
         if result is not None:
-            # The experiment's own result has moved when this is read: Experiment.hand_over.
+            # The experiment's own result has moved when this is read: Experiment.move_results_to_stage1.
             place = experiment.stage1 / "final_model" if result == experiment.final_model else result
             return str(result), f"stage 2 starts from the result of stage 1: {place}"
         reason = f"warning: no stage 1 result for {experiment.root.name!r}; stage 2 starts from the base model {name}"
@@ -183,7 +183,7 @@ def choose_start(resolved: Resolved, experiment: Experiment) -> tuple[str, str]:
     return name, reason
 
 
-def choose_nope_layers(resolved: Resolved, raw: dict, where: str) -> list[int]:
+def choose_nope_layers(resolved: ResolvedOptions, raw: dict, where: str) -> list[int]:
     """NoPE layers of the run: those that the starting model has, else those that the options name.
 
     Raises: ConfigError when the command line contradicts a model that has NoPE layers already.
@@ -193,7 +193,7 @@ def choose_nope_layers(resolved: Resolved, raw: dict, where: str) -> list[int]:
     depth = int(raw["num_hidden_layers"])
     if not existing:
         return parse_layers(options.no_rope_layers, depth)
-    if resolved.given("no_rope_layers"):
+    if resolved.is_on_command_line("no_rope_layers"):
         asked = parse_layers(options.no_rope_layers, depth)
         if asked != existing:
             raise ConfigError(
@@ -203,17 +203,17 @@ def choose_nope_layers(resolved: Resolved, raw: dict, where: str) -> list[int]:
     return existing
 
 
-def keep_theta(resolved: Resolved, raw: dict, where: str) -> Resolved:
+def use_theta_of_model(resolved: ResolvedOptions, raw: dict, where: str) -> ResolvedOptions:
     """The options with the RoPE base of a starting model that has NoPE layers: it was trained with that.
 
     Raises: ConfigError when the command line says another one.
     """
     theta, asked = theta_of(raw, where), resolved.options.rope_theta
-    if resolved.given("rope_theta") and asked != theta:
+    if resolved.is_on_command_line("rope_theta") and asked != theta:
         raise ConfigError(
             f"--rope_theta {asked:g} contradicts {where}, whose rope_theta is {theta:g}; leave the flag out"
         )
-    return resolved.settled(rope_theta=theta)
+    return resolved.with_values(rope_theta=theta)
 
 
 def _check_length(options: Options, config: dict) -> None:

@@ -3,7 +3,7 @@
 import time
 
 from flare.config.options import FIELDS, SECTIONS
-from flare.config.parse import Resolved
+from flare.config.parse import ResolvedOptions
 from flare.files import write_json
 from flare.nope.config_json import theta_of
 from flare.nope.layers import format_layers
@@ -17,11 +17,11 @@ def write_resolved_config(run: Run) -> None:
     It is a file of named configurations: ``--config FILE#options`` starts the same run. ``sources`` says of each
     option which level of precedence gave it, and ``run`` what it meant here.
     """
-    resolved = settled_options(run)
+    resolved = resolved_options(run)
     values, hardware = vars(resolved.options), run.hardware
     content = {
         "options": {
-            section: {name: values[name] for name, spec in FIELDS.items() if spec.metadata["section"] == section}
+            section: {name: values[name] for name, spec in FIELDS.items() if spec.section == section}
             for section in SECTIONS
         },
         "sources": {name: resolved.sources.get(name, "default") for name in FIELDS},
@@ -36,9 +36,9 @@ def write_resolved_config(run: Run) -> None:
     write_json(run.experiment.logs / f"resolved_config-stage{run.options.stage}-{stamp}.json", content)
 
 
-def settled_options(run: Run) -> Resolved:
+def resolved_options(run: Run) -> ResolvedOptions:
     """The run's options with ``auto``, and what the model decides, replaced by what they came to."""
-    return run.resolved.settled(
+    return run.resolved.with_values(
         precision=run.precision,
         attn_implementation=run.attention,
         no_rope_layers=format_layers(list(run.nope_layers)).split(),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flare.config.options import Options
-from flare.config.parse import Resolved
+from flare.config.parse import ResolvedOptions
 from flare.cpu import read_available_ram
 from flare.errors import ConfigError
 from flare.gpus.nvidia_smi import Gpu
@@ -39,7 +39,7 @@ class Hardware:
 class Run:
     """Everything about a run that is settled before it starts."""
 
-    resolved: Resolved
+    resolved: ResolvedOptions
     hardware: Hardware
     experiment: Experiment
     init_from: Path | None  # None only in a dry run whose model has not been downloaded
@@ -50,7 +50,7 @@ class Run:
     precision: str
     global_batch_size: int
     precision_reason: str = "as asked"
-    last_rate: tuple[int, float | None] = (0, None)  # of this stage so far: ``metrics_file.last_rate``
+    last_throughput: tuple[int, float | None] = (0, None)  # of this stage so far: ``metrics_file.last_throughput``
 
     @property
     def options(self) -> Options:
@@ -78,7 +78,7 @@ class Run:
 
     def with_layout(self, micro: int, checkpointing: bool | str, parallel: str) -> "Run":
         """The same run, its rows of a step too, with this micro-batch, gradient checkpointing, ddp or fsdp."""
-        resolved = self.resolved.settled(
+        resolved = self.resolved.with_values(
             per_device_train_batch_size=micro,
             gradient_checkpointing=checkpointing,
             parallel=parallel,
@@ -86,7 +86,7 @@ class Run:
         )
         return replace(self, resolved=resolved)
 
-    def common_settings(self) -> dict[str, object]:
+    def shared_settings(self) -> dict[str, object]:
         """What every rank must have the same, on whichever host it was started."""
         names = ("per_device_train_batch_size", "gradient_checkpointing", "parallel", "max_steps", "num_train_epochs")
         names += ("resume", "balance", "compile")
@@ -117,7 +117,7 @@ class Run:
         """What the run needs, from its configuration alone."""
         options, hardware = self.options, self.hardware
         micro = self.micro_batch_size
-        steps_done, tokens_per_sec = self.last_rate
+        steps_done, tokens_per_sec = self.last_throughput
         return make_plan(
             PlanInputs(
                 shape=ModelShape.from_config(self.config, self.model_name),

@@ -20,7 +20,7 @@ from flare.checkpoint.tensor_files import TensorReader, restore_weights
 from flare.config.options import SELECTIVE, Options
 from flare.data.packing import PackedRows
 from flare.distributed import ddp, process_group
-from flare.distributed.fsdp import is_sharded, whole
+from flare.distributed.fsdp import full_tensor, is_sharded
 from flare.distributed.process_group import World
 from flare.errors import CheckpointError
 from flare.evaluation.during_training import LengthCurve
@@ -60,9 +60,9 @@ def gradients(model: TrainingModel, rows: list[torch.Tensor], world: World, mean
     """Loss, gradient norm and gradients of these rows of this rank, as the trainer scales them."""
     loss = model(*rows) * mean_over
     loss.backward()
-    found = {name: whole(p.grad) for name, p in model.trainable_parameters()}
+    found = {name: full_tensor(p.grad) for name, p in model.trainable_parameters()}
     norm = ddp.clip_gradients([p for _, p in model.trainable_parameters()], 1e9)
-    total = sum(process_group.together(world, loss.item)) / world.size if mean_over > 1 else loss.item()
+    total = sum(process_group.run_on_all_ranks(world, loss.item)) / world.size if mean_over > 1 else loss.item()
     return {"loss": torch.tensor(total), "norm": norm} | found
 
 
@@ -114,7 +114,7 @@ def round_trip(base: Path, out: Path, world: World) -> dict:
         load_optimizer_tensors(copied, TensorReader.of_state(out / "checkpoint-1", "optimizer"))
         again = {"model": model_tensors(other.causal_lm), "optimizer": optimizer_tensors(copied)}
         found[name] = all(
-            torch.equal(whole(tensor), whole(again[kind][key]))
+            torch.equal(full_tensor(tensor), full_tensor(again[kind][key]))
             for kind in state
             for key, tensor in state[kind].items()
         )
@@ -159,13 +159,16 @@ def canary(base: Path, directory: Path, world: World) -> list[str]:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
     how = (config, Trainable.of("all"), "fp32", "auto")
-    process_group.on_main(world, copy)
+    process_group.run_on_main_rank(world, copy)
     load_in_place(directory, *how, world)
-    process_group.on_main(world, edit)
+    process_group.run_on_main_rank(world, edit)
     with pytest.raises(CheckpointError) as caught:
         load_in_place(directory, *how, world)
     said = "is not the model of its nope_canary.json"
-    return ["loaded", *process_group.together(world, lambda: said if said in str(caught.value) else str(caught.value))]
+    return [
+        "loaded",
+        *process_group.run_on_all_ranks(world, lambda: said if said in str(caught.value) else str(caught.value)),
+    ]
 
 
 def length_curves(base: Path, world: World) -> list[list[list[dict]]]:
@@ -189,7 +192,7 @@ def documents(count: int, num_tokens: int) -> PackedRows:
 
 
 def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(whole(one[k]), whole(other[k])) for k in one)
+    return one.keys() == other.keys() and all(torch.equal(full_tensor(one[k]), full_tensor(other[k])) for k in one)
 
 
 def main() -> None:

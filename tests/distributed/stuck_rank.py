@@ -5,16 +5,18 @@ import os
 import sys
 from datetime import timedelta
 
+import torch
+
 from flare.distributed import peer_failure, process_group
 
 
 def main() -> int:
     world = process_group.start(use_cuda=False, timeout_sec=60)
     peer_failure.GRACE_SEC = 0.5
-    peer_failure.listen(world)
-    process_group.barrier()
+    peer_failure.watch_for_failures(world)
+    torch.distributed.barrier()
     if world.rank == 1:
-        peer_failure.call(world)
+        peer_failure.report_failure(world)
         sys.stdout.flush()
         os._exit(3)
     world.store.wait(["never"], timedelta(minutes=5))

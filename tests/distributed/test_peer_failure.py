@@ -29,7 +29,7 @@ class Patch(importlib.abc.MetaPathFinder):
             execute(module)
             step = module.Trainer._step
             def failing(self):
-                if self.progress.step == 2:
+                if self.train_state.step == 2:
                     import torch
                     raise torch.OutOfMemoryError(
                         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 44.5 GiB."

@@ -230,7 +230,7 @@ def test_the_tools_say_what_is_whole_and_break_nothing(harmed: Callable[[list], 
     code, error = told("verify", root)
     assert (code == 0) == (len(good) == len(list(directory.glob("checkpoint-*"))))
     assert len(error.splitlines()) == (code != 0)
-    Experiment(root).batch_to_continue()
+    Experiment(root).saved_global_batch_size()
     clean_leftovers(directory)
     assert {path: path.is_file() and path.read_bytes() for path in directory.rglob("*")} == before
     prune(directory, 1, set(good[-1:]))
@@ -278,5 +278,5 @@ def test_records_that_are_no_records_never_stop_a_start(
     experiment = Experiment(root)
     assert experiment.recorded_stage() in (None, 1, 2)
     for stage in (1, 2):
-        assert experiment.result_of(stage) in (None, root / "final_model", root / "stage1" / "final_model")
+        assert experiment.final_model_of(stage) in (None, root / "final_model", root / "stage1" / "final_model")
     assert isinstance(experiment.read_metrics(), dict)

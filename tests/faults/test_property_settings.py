@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from flare.config.config_file import parse_jsonc
 from flare.config.options import FIELDS, SECTIONS
 from flare.config.parse import resolve
+from flare.config.validate import parse_layer_words, parse_lengths, parse_weights
 from flare.errors import ConfigError, EnvError, FlareError
 from flare.gpus.nvidia_smi import Gpu, query_gpus
 from flare.gpus.selection import GpuRequest, parse_gpu_ids, select_gpus
@@ -48,18 +49,20 @@ def test_comments_change_nothing(value: object, comments: list[str]) -> None:
 
 def right_value(name: str) -> st.SearchStrategy:
     """Values that the option takes."""
-    rules = FIELDS[name].metadata
-    kind = rules.get("kind", "str")
-    low, high = rules.get("low", rules.get("above", 0)), rules.get("high", rules.get("below", 1000))
-    numbers = st.floats(low, high, exclude_min="above" in rules, exclude_max="below" in rules)
-    whole = st.integers(low, max(high, low + 1000) if "high" not in rules else high)
+    field = FIELDS[name]
+    low, high = field.ge or field.gt or 0, field.le or field.lt or 1000
+    numbers = st.floats(low, high, exclude_min=field.gt is not None, exclude_max=field.lt is not None)
+    whole = st.integers(low, max(high, low + 1000) if field.le is None else high)
     texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
-    strategies: dict[str, st.SearchStrategy] = {
-        "int": whole, "count": whole | st.just("auto"), "float": numbers, "bool": st.booleans(), "str": texts,
-        "switch": st.booleans() | st.just("auto"), "ids": st.just([0, 1]), "weights": st.just([0.5, 2.0]),
-        "layers": st.sampled_from((["1", "3-5"], ["every:4"], ["all"])), "lengths": st.just([16, 32]),
+    strategies: dict[object, st.SearchStrategy] = {
+        "int": whole, "float": numbers, "bool": st.booleans(), "str": texts,
+        parse_gpu_ids: st.just([0, 1]), parse_weights: st.just([0.5, 2.0]), parse_lengths: st.just([16, 32]),
+        parse_layer_words: st.sampled_from((["1", "3-5"], ["every:4"], ["all"])),
     }  # fmt: skip
-    return st.sampled_from(rules["choices"]) if "choices" in rules else strategies[kind]
+    if field.choices:
+        return st.sampled_from(field.choices)
+    values = strategies[field.parse or field.kind]
+    return values | st.just("auto") if field.words else values
 
 
 def entry(names: list[str]) -> st.SearchStrategy:
@@ -94,7 +97,7 @@ def test_right_values_arrive_by_rank(
 ) -> None:
     content: dict = {"stage": stage, "stages": {str(stage): special, str(3 - stage): {"save_steps": 77}}}
     for name, value in general.items():
-        block = content.setdefault(FIELDS[name].metadata["section"], {}) if in_sections else content
+        block = content.setdefault(FIELDS[name].section, {}) if in_sections else content
         block[name] = value
     found = options_of(tmp_path_factory.getbasetemp() / "right.json", json.dumps(content))
     for name, value in (general | special).items() if found else ():
@@ -124,8 +127,7 @@ def test_any_json_is_options_or_an_error(tmp_path_factory: pytest.TempPathFactor
 
 def is_plain(name: str) -> bool:
     """Whether an option of this name arrives as it was written."""
-    plain = ("int", "float", "str", "bool")
-    return name in FIELDS and name not in REPLACING and FIELDS[name].metadata.get("kind", "str") in plain
+    return name in FIELDS and name not in REPLACING and not FIELDS[name].parse and not FIELDS[name].words
 
 
 SHIPPED = (Path(__file__).resolve().parents[2] / "training_config.json").read_bytes()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flare.errors import ConfigError, EnvError, FlareError
 from flare.gpus.__main__ import format_table
-from flare.gpus.nvidia_smi import Gpu, _ask_nvidia_smi, query_gpus
+from flare.gpus.nvidia_smi import Gpu, query_gpus, run_nvidia_smi
 from flare.gpus.selection import (
     GpuRequest,
     Selection,
@@ -466,9 +466,9 @@ def test_both_nvidia_smi_calls_share_one_time_limit(server, monkeypatch):
 
     def ask(arguments, timeout_sec):
         limits.append(timeout_sec)
-        return _ask_nvidia_smi(arguments, timeout_sec)
+        return run_nvidia_smi(arguments, timeout_sec)
 
-    monkeypatch.setattr("flare.gpus.nvidia_smi._ask_nvidia_smi", ask)
+    monkeypatch.setattr("flare.gpus.nvidia_smi.run_nvidia_smi", ask)
     query_gpus(timeout_sec=50, visible=mig_uuid(0, 0))
     assert limits[0] == 50
     assert limits[1] < 50

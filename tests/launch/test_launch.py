@@ -21,21 +21,21 @@ from flare.config.parse import resolve
 from flare.distributed import process_group
 from flare.errors import ConfigError, EnvError
 from flare.gpus.nvidia_smi import Gpu
-from flare.launch.agent import SHUTDOWN_TIMEOUT_SEC, _grant_shutdown
+from flare.launch.agent import SHUTDOWN_TIMEOUT_SEC, shutdown_timeout_arguments
 from flare.launch.launch import shell_command
-from flare.launch.nodes import check_hosts, rendezvous
+from flare.launch.nodes import check_node_variables, rendezvous
 from flare.launch.worker_environment import (
     DEVICE_VARIABLE,
     GPUS_VARIABLE,
     export_environment,
-    told_options,
+    options_from_launcher,
     worker_hardware,
 )
 from flare.logs import start_logging
 from flare.nope.patch import patch_checkpoint
 from flare.plan.plan import check_fits
 from flare.plan.table import plan_lines
-from flare.run.resolve import settle
+from flare.run.resolve import resolve_run
 from flare.run.run import Hardware, Run
 from flare.train.session import Session
 from tests.config.test_mistakes import assert_one_line, guide_server, launch
@@ -117,7 +117,7 @@ def test_a_gpu_without_bf16_stops_a_run_that_needs_it(
 
 def run_of(hardware: Hardware, base: Path, tmp_path: Path, *flags: object) -> Run:
     defaults = ["--model_name_or_path", base, "--base_output_dir", tmp_path / "out", "--max_seq_length", 64]
-    return settle(resolve([str(word) for word in [*defaults, *flags]]), hardware)
+    return resolve_run(resolve([str(word) for word in [*defaults, *flags]]), hardware)
 
 
 def test_workers_are_told_the_gpus_and_what_auto_became(
@@ -129,11 +129,11 @@ def test_workers_are_told_the_gpus_and_what_auto_became(
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     os.environ["WORLD_SIZE"] = "2"
     typed = resolve([str(flag) for flag in flags])
-    worker = told_options(typed)
+    worker = options_from_launcher(typed)
     assert worker_hardware(worker.options) == run.hardware
     assert (worker.options.per_device_train_batch_size, worker.options.global_batch_size) == (12, 24)
     assert worker.options.gradient_checkpointing is False
-    assert worker.sources["per_device_train_batch_size"] == "command line, settled"
+    assert worker.sources["per_device_train_batch_size"] == "command line, resolved"
     assert typed.options.per_device_train_batch_size == "auto"
 
 
@@ -141,10 +141,10 @@ def test_the_theta_of_a_nope_model_goes_on(base: Path, tmp_path: Path) -> None:
     patch_checkpoint(base, tmp_path / "patched", [1], rope_theta=4321.0)
     one, file = Hardware(False, 1), tmp_path / "c.json"
     run = run_of(one, tmp_path / "patched", tmp_path, "--rope_theta", 4321)
-    assert settle(run.resolved, one).identity()["rope_theta"] == 4321  # settled twice, as every start is
+    assert resolve_run(run.resolved, one).identity()["rope_theta"] == 4321  # resolved twice, as every start is
     file.write_text('{"rope_theta": 5000}')
     run = run_of(one, tmp_path / "patched", tmp_path, "--config", file)
-    assert (run.options.rope_theta, run.resolved.sources["rope_theta"]) == (4321, "c.json, settled")
+    assert (run.options.rope_theta, run.resolved.sources["rope_theta"]) == (4321, "c.json, resolved")
     with pytest.raises(ConfigError, match=r"--rope_theta 5000 contradicts .*patched, whose rope_theta is 4321"):
         run_of(one, tmp_path / "patched", tmp_path, "--rope_theta", 5000)
 
@@ -204,8 +204,8 @@ if os.environ["RANK"] == os.environ.get("WRONG"):
     dist.all_reduce = lambda values, **k: true(values.mul_(2), **k)
 def main():
     world = process_group.start(False, 60, (), float(sys.argv[1]))
-    assert process_group.sum_in_place(torch.tensor([world.rank + 1.0])).tolist() == [3.0]
-    process_group.check_agreement(world, {"--seed": int(os.environ.get("SEED", 0)) * world.rank})
+    assert process_group.all_reduce_sum(torch.tensor([world.rank + 1.0])).tolist() == [3.0]
+    process_group.check_same_settings(world, {"--seed": int(os.environ.get("SEED", 0)) * world.rank})
     process_group.stop()
     return 0
 sys.exit(run_script(main))
@@ -258,7 +258,7 @@ def test_nccl_failure_names_the_usual_cure(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(preflight.atexit, "register", lambda *_: None)
     monkeypatch.setattr(preflight, "_all_reduce", lambda *_: time.sleep(5))
     with pytest.raises(EnvError) as error:
-        preflight.check_fabric(torch.distributed.HashStore(), 0, 2, torch.device("cuda", 0), 0.2)
+        preflight.run_preflight_check(torch.distributed.HashStore(), 0, 2, torch.device("cuda", 0), 0.2)
     assert "did not end within 0.2 s" in str(error.value)
     assert "NCCL_P2P_DISABLE=1" in str(error.value)
 
@@ -431,7 +431,7 @@ def test_every_block_of_the_examples_plans_on_the_guides_server(tmp_path: Path, 
     [
         ("#", ["#NAME needs a name; names: four_a800, four_a40, one_gpu"]),
         ("#four_a80", ["has no 'four_a80'; did you mean 'four_a800'?", "side_by_side_a40"]),
-        ("", ["holds several configurations; choose one with #NAME: four_a800"]),
+        ("", ["contains several configurations; choose one with #NAME: four_a800"]),
     ],
     ids=["none", "unknown", "the whole file"],
 )
@@ -440,7 +440,7 @@ def test_block_that_is_not_there_lists_the_names(name: str, words: list[str]) ->
 
 
 def test_a_file_of_one_configuration_has_no_names(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds one configuration without a name; leave #x out"):
+    with pytest.raises(ConfigError, match="contains one configuration without a name; leave #x out"):
         resolve(["--config", f"{empty(tmp_path)}#x"])
 
 
@@ -475,7 +475,7 @@ def test_hosts_variables_that_are_wrong_are_named(
 ) -> None:
     os.environ |= variables
     with pytest.raises(ConfigError) as error:
-        check_hosts(name_was_given=False)
+        check_node_variables(name_was_given=False)
     assert words in str(error.value)
 
 
@@ -559,11 +559,11 @@ def test_two_launches_at_once_do_not_collide(train_flags: list[str], tmp_path: P
 def test_two_default_names_of_one_second_are_two_experiments(
     clean_environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from flare.launch.launch import claimed_name
+    from flare.launch.launch import reserved_experiment_name
 
     resolved = resolve(["--base_output_dir", str(tmp_path)])
     name = resolved.options.experiment_name
-    with claimed_name(resolved) as first, claimed_name(resolved) as second:
+    with reserved_experiment_name(resolved) as first, reserved_experiment_name(resolved) as second:
         assert [first.options.experiment_name, second.options.experiment_name] == [name, f"{name}_2"]
         assert second.argv[-2:] == ["--experiment_name", f"{name}_2"]  # what workers and train_command.txt get
         (tmp_path / name / "training.log").touch()
@@ -681,6 +681,6 @@ def test_workers_are_granted_their_last_checkpoint_on_a_torch_that_takes_no_such
 
     monkeypatch.setattr(PContext.close, "__defaults__", (None, 30))
     expected = {} if "shutdown_timeout" not in LaunchConfig.__dataclass_fields__ else {"shutdown_timeout": 600}
-    assert _grant_shutdown(LaunchConfig) == expected
-    assert _grant_shutdown(OldLaunchConfig) == {}
+    assert shutdown_timeout_arguments(LaunchConfig) == expected
+    assert shutdown_timeout_arguments(OldLaunchConfig) == {}
     assert inspect.signature(PContext.close).parameters["timeout"].default == SHUTDOWN_TIMEOUT_SEC

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flare.distributed import process_group
-from flare.distributed.fsdp import local_part, whole
+from flare.distributed.fsdp import full_tensor, local_tensor
 from flare.train.step_results import PendingResults
 from flare.train.train_state import TrainState
 from tests.train.rank_gradients import leave, make_trainer
@@ -34,16 +34,16 @@ def main() -> None:
     def break_one(parameters: list) -> None:
         unscale(parameters)
         if runner.train_state.step == BROKEN and runner.world.rank == 1:
-            local_part(parameters[0].grad)[0] = float("inf")
+            local_tensor(parameters[0].grad)[0] = float("inf")
 
     runner.loss_scale.unscale = break_one
     scales, changed = [], []
     norm = runner.components.model.causal_lm.model.norm.weight
     for _ in range(STEPS):
-        before = whole(norm.detach()).clone()
+        before = full_tensor(norm.detach()).clone()
         runner._step()
         scales.append(runner.loss_scale.scale.item())
-        changed.append(not torch.equal(before, whole(norm.detach())))
+        changed.append(not torch.equal(before, full_tensor(norm.detach())))
     runner._read_results()
     count = runner.train_state.overflow_steps
     everyone = process_group.gather_objects({"scales": scales, "changed": changed, "overflow_steps": count})

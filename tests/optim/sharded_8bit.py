@@ -14,9 +14,9 @@ from torch.distributed.tensor import distribute_tensor
 from flare.checkpoint.tensor_files import TensorReader, write_tensors
 from flare.config.options import Options
 from flare.distributed import process_group
-from flare.distributed.fsdp import whole
+from flare.distributed.fsdp import full_tensor
 from flare.distributed.process_group import World
-from flare.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, take_step
+from flare.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_step, optimizer_tensors
 
 SHAPES = {"uneven": (33, 512), "one_row": (1, 4096), "vector": (5000,)}
 
@@ -45,14 +45,14 @@ def run(optimizer: torch.optim.Optimizer, steps: int = 3) -> torch.optim.Optimiz
                 gradient = torch.randn(parameter.shape, generator=generator)
                 shards = getattr(parameter, "device_mesh", None)
                 parameter.grad = distribute_tensor(gradient, shards, parameter.placements) if shards else gradient
-        take_step(optimizer, 1e-3)
+        optimizer_step(optimizer, 1e-3)
     return optimizer
 
 
 def state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Weights and moments, whole. A collective."""
     weights = {n: p.detach() for g in optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
-    return {name: whole(tensor).clone() for name, tensor in (weights | optimizer_tensors(optimizer)).items()}
+    return {name: full_tensor(tensor).clone() for name, tensor in (weights | optimizer_tensors(optimizer)).items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -66,10 +66,10 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 def read_back(out: Path, world: World, optimizer: torch.optim.Optimizer, sharded: bool, kind: str) -> dict:
     """The moments of an optimizer of this kind that has read what this one has written."""
     write_tensors(optimizer_tensors(optimizer), out, "optimizer", world)
-    process_group.barrier()
+    torch.distributed.barrier()
     other = build(sharded, kind)
     load_optimizer_tensors(other, TensorReader.of_state(out, "optimizer"))
-    process_group.barrier()
+    torch.distributed.barrier()
     return moments(other)
 
 

@@ -17,7 +17,7 @@ from flare.errors import CheckpointError, EnvError
 from flare.nope.weight_files import save_tensors
 from flare.optim import adamw_8bit
 from flare.optim import optimizer as optimizer_module
-from flare.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, take_step
+from flare.optim.optimizer import build_optimizer, load_optimizer_tensors, optimizer_step, optimizer_tensors
 from flare.plan import optimizer_state
 from flare.plan.inputs import PlanInputs
 from flare.plan.memory import memory, moments_bytes
@@ -50,10 +50,10 @@ def run(optimizer: torch.optim.Optimizer, steps: range = range(5)) -> dict[str, 
     """Steps with gradients that depend on the step only; returns the parameters."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        for _, parameter in optimizer_module._named(optimizer):
+        for _, parameter in optimizer_module.named_parameters(optimizer):
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        take_step(optimizer, 1e-3 / (step + 1))
-    return {name: parameter.detach() for name, parameter in optimizer_module._named(optimizer)}
+        optimizer_step(optimizer, 1e-3 / (step + 1))
+    return {name: parameter.detach() for name, parameter in optimizer_module.named_parameters(optimizer)}
 
 
 def stored(optimizer: torch.optim.Optimizer, directory: Path) -> TensorReader:
@@ -127,7 +127,7 @@ def update_bytes(shape: object, trainable: Trainable) -> int:
 def test_planned_temporaries_are_those_of_the_largest_tensor() -> None:
     optimizer = build(only=(512, 1024))
     run(optimizer, range(1))
-    peak = allocated_peak(lambda: take_step(optimizer, 1e-3))
+    peak = allocated_peak(lambda: optimizer_step(optimizer, 1e-3))
     assert peak == pytest.approx(optimizer_state.EAGER_UPDATE_BYTES * 512 * 1024, rel=0.02)
 
 
@@ -149,7 +149,7 @@ def test_the_update_is_torchaos_bit_for_bit() -> None:
     ]
     theirs = AdamW8bit(groups, lr=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(run(ours).values(), run(theirs).values(), strict=True))
-    kinds = {name: type(theirs.state[p]["exp_avg"]).__name__ for name, p in optimizer_module._named(theirs)}
+    kinds = {name: type(theirs.state[p]["exp_avg"]).__name__ for name, p in optimizer_module.named_parameters(theirs)}
     assert kinds == {"wide": "OptimState8bit", "tall": "OptimState8bit", "small": "Tensor", "bias": "Tensor"}
 
 
@@ -173,7 +173,7 @@ def test_the_compiled_update_of_gpus_is_the_eager_one_of_cpus() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer_module, "is_8bit", lambda optimizer: False)  # no care for the CPU
         torch.testing.assert_close(run(compiled)["only"], weights, rtol=1e-4, atol=1e-5)
-        peak = allocated_peak(lambda: take_step(compiled, 1e-3))
+        peak = allocated_peak(lambda: optimizer_step(compiled, 1e-3))
     assert peak == pytest.approx(optimizer_state.COMPILED_UPDATE_BYTES * 64 * 512, rel=0.02)
 
 
@@ -187,7 +187,7 @@ def test_a_loaded_state_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     weights = run(first, range(3))
     second = build(seed=1)
     load_optimizer_tensors(second, stored(first, tmp_path))
-    for name, parameter in optimizer_module._named(second):
+    for name, parameter in optimizer_module.named_parameters(second):
         parameter.data.copy_(weights[name])
     assert all(torch.equal(weight, whole[name]) for name, weight in run(second, range(3, 6)).items())
 
@@ -202,7 +202,9 @@ def test_files_hold_plain_tensors_by_name(tmp_path: Path) -> None:
     assert tensors["bias|exp_avg"].dtype == torch.float32 and tensors["wide|step"] == 5
     codes, scale = tensors["wide|exp_avg|codes"].long(), tensors["wide|exp_avg|scale"]
     numbers = tensors["table|exp_avg"][codes] * scale.repeat_interleave(256, 1)
-    moment = next(optimizer.state[p]["exp_avg"] for name, p in optimizer_module._named(optimizer) if name == "wide")
+    moment = next(
+        optimizer.state[p]["exp_avg"] for name, p in optimizer_module.named_parameters(optimizer) if name == "wide"
+    )
     assert torch.equal(numbers, moment.dequantize())
 
 
@@ -212,7 +214,9 @@ def test_fp32_moments_are_rounded_and_8_bit_ones_decoded(tmp_path: Path) -> None
     run(plain)
     load_optimizer_tensors(eight, stored(plain, tmp_path / "plain"))
     load_optimizer_tensors(back, stored(eight, tmp_path / "eight"))
-    for (name, p), (_, q) in zip(optimizer_module._named(plain), optimizer_module._named(back), strict=True):
+    for (name, p), (_, q) in zip(
+        optimizer_module.named_parameters(plain), optimizer_module.named_parameters(back), strict=True
+    ):
         for key in adamw_8bit.MOMENTS:
             one, other = plain.state[p][key], back.state[q][key]
             if block_size(p.shape) is None:

@@ -26,7 +26,7 @@ from flare.optim import loss_scale
 from flare.optim.loss_scale import LossScale
 from flare.optim.optimizer import optimizer_tensors
 from flare.plan.trainable import Trainable
-from flare.run.resolve import settle
+from flare.run.resolve import resolve_run
 from flare.run.run import Hardware
 from flare.train.step_results import PendingResults
 from flare.train.trainer import Trainer
@@ -442,9 +442,9 @@ def test_bf16_on_old_gpus_is_refused_in_one_line(base: Path, tmp_path: Path) -> 
 def test_attention_kernels_that_need_ampere_are_not_taken_in_fp16(base: Path, tmp_path: Path) -> None:
     flags = ["--model_name_or_path", str(base), "--base_output_dir", str(tmp_path), "--max_seq_length", "64"]
     flags += ["--precision", "fp16"]
-    assert settle(resolve(flags), Hardware(True, 1)).attention == "sdpa"
+    assert resolve_run(resolve(flags), Hardware(True, 1)).attention == "sdpa"
     with pytest.raises(ConfigError, match="varlen runs on GPUs in bf16 only"):
-        settle(resolve([*flags, "--attn_implementation", "varlen"]), Hardware(True, 1))
+        resolve_run(resolve([*flags, "--attn_implementation", "varlen"]), Hardware(True, 1))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from flare.data.sources.open import open_source
 from flare.data.token_cache.build import build_token_cache
 from flare.data.token_cache.cache import TokenSettings
 from flare.distributed import process_group
-from flare.distributed.fsdp import whole
+from flare.distributed.fsdp import full_tensor
 from flare.hub import read_model_config
 from flare.model.training_model import load_for_training, load_in_place
 from flare.nope.config_json import with_nope
@@ -57,7 +57,8 @@ def leave() -> None:
     A gloo thread may still have to drop the last reduced tensor, for which it needs the interpreter's lock; DDP's
     destructor, the last to hold the group, would wait for that thread with the lock held. So all meet once more.
     """
-    process_group.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     process_group.stop()
 
 
@@ -68,7 +69,9 @@ def main() -> None:
     runner = make_trainer(Path(base), corpus, Path(cache_dir), Path(out).parent, parallel, max_steps=1, **batch)
     caught = {}
     runner.components.optimizer.register_step_pre_hook(
-        lambda *_: caught.update({n: whole(p.grad).clone() for n, p in runner.components.model.trainable_parameters()})
+        lambda *_: caught.update(
+            {n: full_tensor(p.grad).clone() for n, p in runner.components.model.trainable_parameters()}
+        )
     )
     loss = runner._step().loss
     if runner.world.is_main:

@@ -67,7 +67,7 @@ def score_tails(
                 sums[window.input_length] = (nll + float(losses.sum()), count + len(losses))
         return sums
 
-    parts = process_group.together(engine.world, my_share)
+    parts = process_group.run_on_all_ranks(engine.world, my_share)
     return [_row(length, [part[length] for part in parts], len(long)) for length in lengths]
 
 

@@ -72,6 +72,8 @@ def score_continuations(
         return answers
 
     found = {
-        index: answer for part in process_group.together(engine.world, my_share) for index, answer in part.items()
+        index: answer
+        for part in process_group.run_on_all_ranks(engine.world, my_share)
+        for index, answer in part.items()
     }
     return [found[index] for index in range(len(pairs))]

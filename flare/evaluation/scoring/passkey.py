@@ -149,7 +149,9 @@ def generate_answers(engine: Engine, tokenizer, samples: list[Sample]) -> list[s
             texts += greedy_texts(model, tokenizer, prompts[first : first + sizes], settings, values)
         return dict(zip(mine, texts, strict=True))
 
-    found = {index: text for part in process_group.together(engine.world, my_share) for index, text in part.items()}
+    found = {
+        index: text for part in process_group.run_on_all_ranks(engine.world, my_share) for index, text in part.items()
+    }
     return [found[index] for index in range(len(samples))]
 
 

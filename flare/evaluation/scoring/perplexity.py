@@ -123,7 +123,7 @@ def score_documents(
             tally.add(scored, corpus)
         return tally
 
-    first, *others = process_group.together(world, my_share)
+    first, *others = process_group.run_on_all_ranks(world, my_share)
     for other in others:
         first.merge(other)
     return first.score(corpus)
