@@ -67,7 +67,7 @@ def _group_lines(title: str, actions: list[argparse.Action]) -> Iterator[str]:
     for action in actions:
         cells = [f"`{action.option_strings[-1]}`", _value(action), (action.help or "").replace("%%", "%")]
         if in_file:
-            cells.append(FIELDS[action.dest].metadata["section"] if action.dest in FIELDS else "")
+            cells.append(FIELDS[action.dest].section if action.dest in FIELDS else "")
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

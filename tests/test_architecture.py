@@ -8,7 +8,19 @@ import pytest
 from tests.processes import REPO
 
 PACKAGES = [
-    ["errors", "files", "terminal", "cpu", "child_process", "logs", "argument_parser", "hub", "__init__"],
+    [
+        "errors",
+        "files",
+        "terminal",
+        "cpu",
+        "child_process",
+        "logs",
+        "option_fields",
+        "option_values",
+        "argument_parser",
+        "hub",
+        "__init__",
+    ],
     ["nope", "gpus"],
     ["config", "distributed"],
     ["plan", "data", "checkpoint"],

@@ -1,4 +1,4 @@
-"""A config file: one configuration, or named ones that ``--config FILE#NAME`` chooses from."""
+"""A config file: one configuration, or several named ones from which ``--config FILE#NAME`` selects."""
 
 import json
 import re
@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from flare.config.options import FIELDS, SECTIONS
-from flare.config.validate import checked, other_tools_name
+from flare.config.validate import other_tools_name
 from flare.errors import ConfigError, first_line, nearest, one_line
+from flare.option_values import check_values
 
 
 @dataclass
 class ConfigFile:
-    """What a config file says, checked."""
+    """The checked options of a config file."""
 
-    name: str  # as errors and sources call it: FILE or FILE#NAME, without directories
+    name: str  # FILE or FILE#NAME without directories, for errors and sources
     values: dict[str, Any] = field(default_factory=dict)
-    by_stage: dict[str, dict[str, Any]] = field(default_factory=dict)  # of its "stages" blocks: "1", "2"
+    by_stage: dict[str, dict[str, Any]] = field(default_factory=dict)  # by key of "stages": "1", "2"
 
 
 def read_config_file(typed: str, problems: list[str]) -> ConfigFile:
-    """The configuration that ``--config FILE`` or ``--config FILE#NAME`` names; mistakes go to ``problems``."""
+    """The configuration of ``--config FILE`` or ``--config FILE#NAME``; mistakes are appended to ``problems``."""
     path, wanted = split_name(typed)
     file = ConfigFile(path.name if wanted is None else f"{path.name}#{wanted}")
     try:
@@ -31,10 +32,10 @@ def read_config_file(typed: str, problems: list[str]) -> ConfigFile:
         problems.append(str(error))
         return file
     if not isinstance(content, dict):
-        problems.append(f"{file.name} must hold an object {{...}}, got {type(content).__name__}")
+        problems.append(f"{file.name} must contain an object {{...}}, got {type(content).__name__}")
         return file
     stages = content.pop("stages", {})
-    file.values = checked_block(content, file.name, problems)
+    file.values = check_block(content, file.name, problems)
     if not isinstance(stages, dict):
         problems.append(f'stages in {file.name} must be an object {{"1": {{...}}, "2": {{...}}}}')
         return file
@@ -42,48 +43,48 @@ def read_config_file(typed: str, problems: list[str]) -> ConfigFile:
         if stage not in ("1", "2"):
             problems.append(f'unknown key "{one_line(stage)}" in {file.name} under stages; stages are "1" and "2"')
             continue
-        file.by_stage[stage] = checked_block(block, f"{file.name}: stages.{stage}", problems)
+        file.by_stage[stage] = check_block(block, f"{file.name}: stages.{stage}", problems)
         if "stage" in file.by_stage[stage]:
-            problems.append(f"stage in {file.name}: stages.{stage} says it again; leave it out there")
+            problems.append(f"stage in {file.name}: stages.{stage} repeats it; leave it out there")
     return file
 
 
 def split_name(typed: str) -> tuple[Path, str | None]:
-    """(path, block's name or None) of ``FILE#NAME``; a file whose own name holds a # is taken as it is."""
+    """(path, name of the configuration or None) of ``FILE#NAME``. A file that exists under the full name has none."""
     path, separator, name = typed.rpartition("#")
-    if not separator or is_there(Path(typed)):
+    if not separator or path_exists(Path(typed)):
         return Path(typed), None
     return Path(path), name
 
 
 def choose_block(content: Any, typed: str, wanted: str | None) -> Any:
-    """The block of this name, or the whole file when none is wanted.
+    """The configuration with the name ``wanted``, or the complete file for None.
 
-    Raises: ConfigError that lists the names when a file of blocks is not asked for one that it has.
+    Raises: ConfigError that lists the names when the file has several configurations and ``wanted`` is none of them.
     """
-    blocks = content if isinstance(content, dict) and _holds_blocks(content) else {}
+    blocks = content if isinstance(content, dict) and _has_named_blocks(content) else {}
     names = ", ".join(map(one_line, blocks))
     path = typed if wanted is None else typed.removesuffix(f"#{wanted}")
     if wanted is None:
         if blocks:
-            raise ConfigError(f"--config {typed} holds several configurations; choose one with #NAME: {names}")
+            raise ConfigError(f"--config {typed} contains several configurations; choose one with #NAME: {names}")
         return content
     if not blocks:
-        raise ConfigError(f"--config {typed}: {path} holds one configuration without a name; leave #{wanted} out")
+        raise ConfigError(f"--config {typed}: {path} contains one configuration without a name; leave #{wanted} out")
     if wanted not in blocks:
         what = f"has no {wanted!r}{nearest(wanted, blocks)}" if wanted else "needs a name"
         raise ConfigError(f"--config {path}#NAME {what}; names: {names}")
     return blocks[wanted]
 
 
-def _holds_blocks(content: dict[str, Any]) -> bool:
-    """Whether all keys are names of configurations: none is an option or a section, all hold objects."""
+def _has_named_blocks(content: dict[str, Any]) -> bool:
+    """Whether all keys are names of configurations: all values are objects, and no key is an option or a section."""
     known = {*FIELDS, *SECTIONS, "stages"}
     return bool(content) and all(isinstance(v, dict) and k not in known for k, v in content.items())
 
 
-def checked_block(block: Any, where: str, problems: list[str]) -> dict[str, Any]:
-    """Flatten one object of the file: options may lie in their section or beside the sections."""
+def check_block(block: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    """Checked options of one object of the file. An option may be in its section or at the top level."""
     if not isinstance(block, dict):
         problems.append(f"{where} must be an object {{...}}")
         return {}
@@ -99,31 +100,31 @@ def checked_block(block: Any, where: str, problems: list[str]) -> dict[str, Any]
             if name not in FIELDS:
                 meant = other_tools_name(name) or nearest(name, FIELDS)
                 problems.append(f'unknown key "{one_line(path)}" in {where}{meant}')
-            elif key in SECTIONS and FIELDS[name].metadata["section"] != key:
-                section = FIELDS[name].metadata["section"]
+            elif key in SECTIONS and FIELDS[name].section != key:
+                section = FIELDS[name].section
                 problems.append(f'"{path}" in {where}: {name} belongs under "{section}"')
             elif name in flat:
                 problems.append(f'"{name}" is given twice in {where} ({paths[name]} and {path})')
             else:
                 flat[name], paths[name] = item, path
-    return checked(flat, lambda n: f"{where}: {paths[n]}", problems)
+    return check_values(FIELDS, flat, lambda n: f"{where}: {paths[n]}", problems)
 
 
 COMMENT_OR_STRING = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
 
 def read_jsonc(path: Path) -> Any:
-    """The value in ``path``. Comments are blanked, not cut, so that positions in errors stay true.
+    """The value in ``path``. Comments are replaced by spaces, so that positions in errors stay right.
 
     Raises: ConfigError for a file that is missing, a directory, empty, not UTF-8 or not JSON.
     """
     shown = one_line(str(path))
-    if not is_there(path):
+    if not path_exists(path):
         raise ConfigError(f"config not found: {shown} (looked in {Path.cwd()})")
     if path.is_dir():
         raise ConfigError(f"config is a directory: {shown}; give a .json file")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # an editor's byte order mark is no mistake of the user
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
         raise ConfigError(f"{shown} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
@@ -133,16 +134,16 @@ def read_jsonc(path: Path) -> Any:
     return parse_jsonc(text, path.name)
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is a file or directory of this name, which may be no possible one."""
+def path_exists(path: Path) -> bool:
+    """Whether the file or directory exists; False for an impossible name, too."""
     try:
         return path.exists()
-    except OSError:  # far too long
+    except OSError:  # the name is too long
         return False
 
 
 def parse_jsonc(text: str, name: str) -> Any:
-    """The value of ``text``; ``name`` is what errors call it."""
+    """The value of ``text``; errors begin with ``name``."""
     plain = COMMENT_OR_STRING.sub(lambda m: m[0] if m[0][0] == '"' else " " * len(m[0]), text)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
@@ -160,7 +161,7 @@ def parse_jsonc(text: str, name: str) -> Any:
         return json.loads(plain, object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name} line {error.lineno} column {error.colno}: {_reason(plain, error)}") from error
-    except (ValueError, RecursionError) as error:  # numbers or nesting beyond all measure
+    except (ValueError, RecursionError) as error:  # too large a number, or nested too deeply
         raise ConfigError(f"{name} cannot be read: {first_line(error)}") from error
 
 

@@ -185,10 +185,7 @@ def settle(args: argparse.Namespace) -> EvaluationSettings:
 
 
 def _lengths(words: list[str]) -> tuple[int, ...]:
-    try:
-        return tuple(parse_lengths(words)) if words else ()
-    except ConfigError as error:
-        raise ConfigError(f"--context_lengths {error}") from error
+    return tuple(parse_lengths(words, "--context_lengths")) if words else ()
 
 
 def _check_device(args: argparse.Namespace) -> None:

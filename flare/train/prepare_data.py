@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from flare.config.options import Options
-from flare.config.parse import Resolved
+from flare.config.parse import ResolvedOptions
 from flare.data.cache_dir import default_cache_dir
 from flare.data.corpus import Corpus, open_corpus, split_specs
 from flare.data.mixture import MixedRows
@@ -24,7 +24,7 @@ from flare.logs import start_logging
 from flare.nope.load import load_tokenizer
 from flare.plan.model_shape import ModelShape
 from flare.run.experiment import Experiment
-from flare.run.resolve import choose_start
+from flare.run.resolve import choose_init_from
 from flare.run.run import Run
 
 AnyCorpus = Corpus | StreamedCorpus | StreamedMixture
@@ -146,7 +146,7 @@ def max_steps(run: Run, train_rows: TrainRows, global_batch_size: int) -> int:
     return options.max_steps
 
 
-def prepare_only(resolved: Resolved) -> list[str]:
+def prepare_only(resolved: ResolvedOptions) -> list[str]:
     """Make the token cache unless it is there; returns what it holds, line by line.
 
     Of a hub model only the tokenizer is downloaded.
@@ -155,7 +155,7 @@ def prepare_only(resolved: Resolved) -> list[str]:
     """
     options = resolved.options
     start_logging()
-    name, _reason = choose_start(resolved, Experiment(options.experiment_dir))
+    name, _reason = choose_init_from(resolved, Experiment(options.experiment_dir))
     directory = local_model_dir(name, options.cache_dir, TOKENIZER_FILES)
     config = read_model_config(directory)
     ModelShape.from_config(config, str(directory))  # refuses another family

@@ -74,7 +74,7 @@ def test_old_name_that_contradicts_a_new_one_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         resolve(["--output_dir", "/data/runs", "--experiment_name", "mine", "--base_output_dir", "/data"])
     assert str(error.value) == (
-        "--output_dir means --experiment_name runs, and --experiment_name mine is given; leave --output_dir out"
+        "--output_dir means --experiment_name runs, but --experiment_name is mine; leave --output_dir out"
     )
     assert resolve(["--output_dir", "/data/a", "--experiment_name", "a"]).options.experiment_name == "a"
 
@@ -82,7 +82,7 @@ def test_old_name_that_contradicts_a_new_one_is_refused() -> None:
 def test_accumulation_beside_a_global_batch_is_told_to_have_no_effect() -> None:
     assert resolve(["--gradient_accumulation_steps", "4"]).warnings == []
     (warning,) = resolve(["--gradient_accumulation_steps", "4", "--global_batch_size", "32"]).warnings
-    assert warning.startswith("--gradient_accumulation_steps 4 has no effect: --global_batch_size 32 says")
+    assert warning.startswith("--gradient_accumulation_steps 4 has no effect: --global_batch_size 32 sets")
 
 
 def test_default_name_has_stage_and_time() -> None:
@@ -125,10 +125,10 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         (["--no_rope_layers", "5-2"], "reversed"),
         (["--warmup_steps", "3", "--warmup_ratio", "0.1"], "give one"),
         (["--max_steps", "3", "--num_train_epochs", "1"], "both given"),
-        (["--early_stopping_threshold", "0.1"], "is for --early_stopping_patience; give both or none"),
-        (["--resume_from_checkpoint", "x"], "unknown argument --resume_from_checkpoint; here it is --resume PATH"),
-        (["--bf16"], "unknown argument --bf16; here it is --precision bf16"),
-        (["--block_size=128"], "--block_size=128; here it is --max_seq_length N"),
+        (["--early_stopping_threshold", "0.1"], "has no effect without --early_stopping_patience; give both or none"),
+        (["--resume_from_checkpoint", "x"], "unknown argument --resume_from_checkpoint; in Flare: --resume PATH"),
+        (["--bf16"], "unknown argument --bf16; in Flare: --precision bf16"),
+        (["--block_size=128"], "--block_size=128; in Flare: --max_seq_length N"),
         (["--config", "nope.json"], "config not found: nope.json"),
     ],
 )
@@ -140,9 +140,7 @@ def test_mistake_is_named(flags: list[str], words: str) -> None:
 
 def test_other_tools_names_are_told_by_a_file_too_and_are_none_of_ours(tmp_path: Path) -> None:
     file = write(tmp_path / "c.json", '{"data_args": {"cutoff_len": 512}}')
-    with pytest.raises(
-        ConfigError, match=r'unknown key "data_args.cutoff_len" in c.json; here it is max_seq_length N'
-    ):
+    with pytest.raises(ConfigError, match=r'unknown key "data_args.cutoff_len" in c.json; in Flare: max_seq_length N'):
         resolve(["--config", file])
     assert not OTHER_TOOLS.keys() & FIELDS.keys()
     assert {ours for ours, _ in OTHER_TOOLS.values()} <= FIELDS.keys()
@@ -200,7 +198,7 @@ def test_slashes_inside_strings_are_no_comments() -> None:
         ('{"seed": 1,\n "seed": 2}', 'key "seed" appears twice (lines 1 and 2)'),
         ('{"seed": NaN}', "NaN is not JSON"),
         ("", "is empty"),
-        ("[1]", "must hold an object"),
+        ("[1]", "must contain an object"),
         ('{"stages": {"3": {}}}', 'unknown key "3"'),
     ],
 )
@@ -235,8 +233,7 @@ def test_help_imports_no_torch_and_names_every_option() -> None:
 def test_every_option_is_reachable_from_json(tmp_path: Path) -> None:
     content: dict = {}
     for name, spec in FIELDS.items():
-        default = spec.default_factory() if callable(spec.default_factory) else spec.default
-        content.setdefault(spec.metadata["section"], {})[name] = default
+        content.setdefault(spec.section, {})[name] = spec.default
     content["training_args"] |= STAGE_DEFAULTS[1] | {"max_steps": 5}  # of those, null is no value
     file = write(tmp_path / "c.json", json.dumps(content))
     resolve(["--config", file])

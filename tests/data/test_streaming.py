@@ -329,8 +329,8 @@ def test_what_the_survey_cannot_read_is_a_data_error(folder: Path, base: Path, t
     ("flags", "words"),
     [
         (["--streaming", "--num_train_epochs", "2"], "--streaming never knows; give --max_steps"),
-        (["--streaming", "--prepare_only"], "--prepare_only makes a token cache, and --streaming uses none"),
-        (["--streaming_buffer_rows", "64"], "--streaming_buffer_rows is for --streaming"),
+        (["--streaming", "--prepare_only"], "--prepare_only builds a token cache, but --streaming does not use one"),
+        (["--streaming_buffer_rows", "64"], "--streaming_buffer_rows has no effect without --streaming"),
     ],
 )
 def test_flags_that_do_not_go_with_streaming_are_refused(flags: list[str], words: str) -> None:

@@ -202,11 +202,11 @@ def test_max_position_embeddings_is_a_warning_and_learned_positions_a_wall(model
 
 
 def test_lengths_are_read_with_commas_or_spaces_and_rubbish_is_named():
-    assert parse_lengths(["1024,512", "512"]) == [512, 1024]
-    assert parse_lengths([64, 32]) == [32, 64]
+    assert parse_lengths(["1024,512", "512"], "--context_lengths") == [512, 1024]
+    assert parse_lengths([64, 32], "--context_lengths") == [32, 64]
     for bad in (["512,many"], [""], ["1"], ["-4"]):
         with pytest.raises(ConfigError, match="as in 512,1024"):
-            parse_lengths(bad)
+            parse_lengths(bad, "--context_lengths")
 
 
 def test_logits_that_are_computed_whole_begin_at_the_first_token_that_is_asked_for(tokenizer):
