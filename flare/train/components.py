@@ -71,7 +71,7 @@ def evaluate_rows(
         tensors = to_device(host_tensors(batch), world.device)
         losses, correct = model.score(**tensors)
         sums += torch.stack([losses.double().sum(), correct.sum().double(), (tensors["labels"] >= 0).sum().double()])
-    loss_sum, hits, targets = process_group.sum_in_place(sums).tolist()
+    loss_sum, hits, targets = process_group.all_reduce_sum(sums).tolist()
     if not math.isfinite(loss_sum):
         raise FlareError("the evaluation loss is not finite; the last checkpoint is good")
     return loss_sum / targets, hits / targets

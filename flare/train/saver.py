@@ -10,7 +10,7 @@ from flare.checkpoint import directory as ckpt
 from flare.checkpoint.directory import Checkpoint
 from flare.checkpoint.tensor_files import TensorReader, restore_weights, write_pickled, write_tensors
 from flare.distributed.fsdp import is_sharded
-from flare.distributed.process_group import World, on_main
+from flare.distributed.process_group import World, run_on_main_rank
 from flare.errors import during
 from flare.files import write_json
 from flare.logs import log
@@ -50,26 +50,26 @@ class Saver:
     def checkpoint(self, train_state: TrainState) -> None:
         """Write a checkpoint and delete old ones."""
         t0 = time.perf_counter()
-        on_main(self.world, self.run.experiment.check_not_removed)
+        run_on_main_rank(self.world, self.run.experiment.check_not_removed)
         directory, step = self.run.experiment.checkpoints, train_state.step
         tensors = {"model": ckpt.model_tensors(self.model.causal_lm), "optimizer": optimizer_tensors(self.optimizer)}
         manifest = {"step": step, "tokens": train_state.tokens, "stage": self.run.options.stage}
         manifest["world_size"] = self.world.size
         files = self._checkpoint_files(train_state)
         ckpt.write_checkpoint(directory / f"checkpoint-{step}", tensors, files, manifest, self.world)
-        on_main(self.world, lambda: self._prune(train_state))
+        run_on_main_rank(self.world, lambda: self._prune(train_state))
         log.info(f"saved checkpoint-{step} in {time.perf_counter() - t0:.1f} s")
 
     @during("writing final_model")
     def final_model(self, train_state: TrainState) -> None:
         """Write final_model: the last weights, or with early stopping the weights of the best evaluation."""
-        on_main(self.world, self.run.experiment.check_not_removed)
+        run_on_main_rank(self.world, self.run.experiment.check_not_removed)
         self._load_best_weights(train_state)
         files = ckpt.model_files(self._config(train_state), self.run.init_from)
         if is_sharded(self.model):  # no rank has the complete model: the canary is measured on the written files
             if self.run.nope_layers:
                 files[CANARY_FILE] = lambda path: write_canary(load_causal_lm(path.parent), path.parent)
-        elif canary := on_main(self.world, self._canary):
+        elif canary := run_on_main_rank(self.world, self._canary):
             files[CANARY_FILE] = lambda path: write_json(path, canary.as_dict())
         ckpt.export_model(self.run.experiment.final_model, self._write_weights, files, self.world)
 
@@ -109,7 +109,7 @@ class Saver:
             return
         path = self.run.experiment.checkpoints / f"checkpoint-{train_state.best_step}"
         best = Checkpoint(path, train_state.best_step)
-        on_main(self.world, best.verify)
+        run_on_main_rank(self.world, best.verify)
         restore_weights(self.model.causal_lm, TensorReader.of_model(best.path))
         log.info(f"final model: the weights of step {best.step} (eval loss {train_state.best_loss:.4f})")
 

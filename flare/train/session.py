@@ -20,7 +20,7 @@ from flare.evaluation.during_training import LengthCurve, MoreEvaluation
 from flare.gpus.selection import gpu_line
 from flare.gpus.specs import peak_tflops
 from flare.hub import read_model_config
-from flare.launch.worker_errors import tell_launcher
+from flare.launch.worker_errors import report_to_launcher
 from flare.logs import FILES_ONLY, log
 from flare.model.inputs import host_tensors, to_device
 from flare.model.training_model import TrainingModel
@@ -59,7 +59,7 @@ class Session:
     def train(self) -> None:
         """Train from the newest checkpoint, or from the start, to the end of the stage."""
         self._log_start()
-        resume_from = process_group.on_main(self.world, lambda: find_checkpoint(self.run))
+        resume_from = process_group.run_on_main_rank(self.world, lambda: find_checkpoint(self.run))
         train_state, facts = self._resolve(resume_from)
         status = StageStatus(self.run, self.world, facts.max_steps)
         if self._is_finished(train_state, facts):
@@ -263,7 +263,7 @@ class Session:
 
     def _report_hang(self, message: str) -> None:
         """Called by the watchdog of one rank, not always rank 0, because the main thread cannot report any more."""
-        reported = tell_launcher(message, FlareError.exit_code)
+        reported = report_to_launcher(message, FlareError.exit_code)
         log.error(f"error: {message}", extra=FILES_ONLY if reported else {})
         with contextlib.suppress(OSError):  # the run must end on a full disk, too
             record_status(self.experiment, self.options.stage, "failed", error=message)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from flare.distributed import process_group
-from flare.optim.loss_scale import LEAST_SCALE, LossScale
+from flare.optim.loss_scale import MIN_SCALE, LossScale
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StepResult(NamedTuple):
     def overflow(self) -> bool:
         """Whether, in fp16, only the gradients are not finite and the loss scale can still be lowered."""
         scale = self.loss_scale
-        return scale is not None and scale >= LEAST_SCALE and math.isfinite(self.loss) and not self.finite
+        return scale is not None and scale >= MIN_SCALE and math.isfinite(self.loss) and not self.finite
 
 
 class PendingResults:
@@ -78,7 +78,7 @@ class PendingResults:
             stop: this rank's vote to stop.
         """
         votes, norm = torch.full_like(loss, float(stop), dtype=torch.float64), grad_norm.double()
-        sums = process_group.sum_in_place(torch.stack([loss.double(), votes, norm - norm]))  # norm - norm: 0, or NaN
+        sums = process_group.all_reduce_sum(torch.stack([loss.double(), votes, norm - norm]))  # norm - norm: 0, or NaN
         numbers = torch.stack([sums[0], torch.where(norm.isfinite(), norm + sums[2], norm), sums[1]])
         numbers = self._update_flags(numbers)
         event = None
@@ -106,7 +106,7 @@ class PendingResults:
         if scale:
             overflow = fails * numbers[0].isfinite()
             scale.update(fails)  # as GradScaler, which sees only gradients: a loss that is not finite makes them so
-            overflow = overflow * (scale.scale >= LEAST_SCALE)
+            overflow = overflow * (scale.scale >= MIN_SCALE)
             numbers = torch.cat([numbers, torch.stack([scale.scale, scale.good_steps]).double()])
         self.failed = torch.maximum(self.failed, fails - overflow)
         self.found_inf = torch.maximum(self.failed, overflow)

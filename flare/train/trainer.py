@@ -19,7 +19,7 @@ from flare.errors import FlareError, during
 from flare.logs import log
 from flare.model.inputs import to_device
 from flare.optim.loss_scale import RANGE_HINT, LossScale
-from flare.optim.optimizer import can_skip_on_device, take_step
+from flare.optim.optimizer import can_skip_on_device, optimizer_step
 from flare.plan.balance import equal
 from flare.train.components import Callbacks, Components, evaluate_rows
 from flare.train.garbage_collection import collect_at_intervals
@@ -150,7 +150,7 @@ class Trainer:
         else:
             finite = self._read_results()
         if finite:
-            take_step(optimizer, self._learning_rate())
+            optimizer_step(optimizer, self._learning_rate())
         optimizer.zero_grad(set_to_none=True)
         self._advance(data)
         if self.pending.lag:
@@ -262,7 +262,7 @@ class Trainer:
     def _peak_memory_gib(self) -> float:
         """The highest of all ranks. The ranks wait for each other here, so the watchdog's clock runs as in a step."""
         with self.callbacks.watch_step(self.train_state.step):
-            return process_group.all_max([peak_memory_gib(self.world.device)])[0]
+            return process_group.all_reduce_max([peak_memory_gib(self.world.device)])[0]
 
     def _record(self, numbers: dict) -> None:
         train_state = self.train_state

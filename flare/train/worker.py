@@ -1,7 +1,7 @@
 """One worker's life: data, process group, experiment directory, then the stage's session, and how it ends.
 
 ``run_worker`` is the same for one process and for many; what only rank 0 may do goes through
-``process_group.on_main``.
+``process_group.run_on_main_rank``.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from flare.config.parse import REPO
 from flare.distributed import peer_failure, process_group
 from flare.distributed.process_group import World
 from flare.errors import ConfigError, FlareError, during, first_line, is_out_of_memory, while_phase
-from flare.launch.worker_errors import end_with_launcher, tell_launcher
+from flare.launch.worker_errors import report_to_launcher, stop_when_launcher_dies
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.plan.capacity import in_gib
 from flare.plan.plan import Plan
@@ -30,15 +30,15 @@ def run_worker(run: Run) -> int:
     use_cuda = run.hardware.use_cuda
     rank = process_group.rank_from_environment()
     start_logging(rank, run.hardware.world_size)
-    end_with_launcher()
+    stop_when_launcher_dies()
     world = None
     try:
         corpus, *rows = _prepared(run)
         world = process_group.start(
             use_cuda, run.options.ddp_timeout, run.hardware.gpus, needs_bf16=run.precision == "bf16"
         )
-        peer_failure.listen(world)
-        process_group.check_agreement(world, run.common_settings() | {"data": corpus.fingerprint})
+        peer_failure.watch_for_failures(world)
+        process_group.check_same_settings(world, run.shared_settings() | {"data": corpus.fingerprint})
         run = open_experiment(run, world)
         try:
             Session(run, world, corpus, *rows).train()
@@ -52,19 +52,19 @@ def run_worker(run: Run) -> int:
         process_group.stop()
     except FlareError as error:
         if world:
-            peer_failure.call(world)
+            peer_failure.report_failure(world)
         log.error(f"error: {error}", extra=FILES_ONLY)
-        if tell_launcher(str(error), error.exit_code):
+        if report_to_launcher(str(error), error.exit_code):
             return error.exit_code
         raise
     except Exception as error:
         if world and (
-            peer_failure.heard(world) or process_group.is_lost_peer(error)
+            peer_failure.another_rank_failed(world) or process_group.is_lost_peer(error)
         ):  # told by who called, or the launcher
             log.error(f"another rank is gone: {first_line(error)}", extra=FILES_ONLY)
             return FlareError.exit_code
         if world:
-            peer_failure.call(world)
+            peer_failure.report_failure(world)
         raise
     return 0
 
@@ -93,7 +93,7 @@ def _last_words(run: Run, world: World, error: Exception) -> FlareError:
 def open_experiment(run: Run, world: World) -> Run:
     """Lock and prepare the experiment directory on rank 0; all ranks fail together if that fails."""
     experiment = run.experiment
-    process_group.on_main(world, lambda: _prepare_directory(run))
+    process_group.run_on_main_rank(world, lambda: _prepare_directory(run))
     start_logging(world.rank, world.size, experiment.training_log, experiment.logs)
     if not run.init_from.exists():  # stage 1's result has just moved to stage1/
         run = replace(run, init_from=experiment.stage1 / "final_model")
@@ -111,7 +111,7 @@ def _prepare_directory(run: Run) -> None:
     if options.overwrite_output_dir:
         experiment.clear(options.stage)
     if options.stage == 2:
-        experiment.hand_over()
+        experiment.move_results_to_stage1()
     experiment.create()
     enter_stage(experiment, options.stage)
     experiment.record_command([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *run.resolved.argv])

@@ -66,7 +66,7 @@ def test_a_start_of_stage_two_that_died_leaves_stage_one_as_it_was(train_flags: 
     assert train(*train_flags, "--max_steps", 1).returncode == 0
     record_status(Experiment(run), 2, "failed", error="ended by signal SIGTERM")  # what the launcher writes
     assert Experiment(run).recorded_stage() == 1
-    assert Experiment(run).overwritten_by(2) == []
+    assert Experiment(run).paths_to_overwrite(2) == []
     result = train(*train_flags[:2], *train_flags[4:-3], "--stage", 2, "--max_steps", 1, "--overwrite_output_dir")
     assert result.returncode == 0, result.stderr
     assert "stage 2 starts from the result of stage 1" in result.stderr

@@ -23,8 +23,10 @@ from flare.distributed import process_group
 from flare.distributed.process_group import World
 from flare.errors import FlareError
 from flare.hub import read_model_config
+from flare.model.activation_checkpointing import checkpoint_layers
 from flare.model.linear_cross_entropy import _chunk_gradient, linear_cross_entropy_sum, score_tokens
-from flare.model.training_model import TrainingModel, checkpoint_layers, load_for_training
+from flare.model.patches import apply_patches
+from flare.model.training_model import TrainingModel, load_for_training
 from flare.nope.config_json import with_nope
 from flare.nope.load import load_causal_lm, load_tokenizer
 from flare.optim.optimizer import build_optimizer, build_schedule
@@ -47,9 +49,10 @@ def rows_of(cache: TokenCache, packing: str = "document") -> PackedRows:
 
 def load(directory: Path, layers: list[int], trainable: Trainable, **kwargs: str) -> TrainingModel:
     config = with_nope(read_model_config(directory), layers, None, "test")
-    return load_for_training(
-        directory, config, trainable, kwargs.get("precision", "fp32"), kwargs.get("attention", "auto")
-    )
+    precision, attention = kwargs.get("precision", "fp32"), kwargs.get("attention", "auto")
+    model = load_for_training(directory, config, trainable, precision, attention)
+    apply_patches(model)
+    return model
 
 
 def trainer(model: TrainingModel, cache: TokenCache, tmp_path: Path, batch: int = 4, **changes: object) -> Trainer:
@@ -369,8 +372,10 @@ def test_ranks_wait_for_each_other_under_the_steps_clock_only(
         running.pop()
 
     waits: list[list[int]] = []
-    all_max = process_group.all_max
-    monkeypatch.setattr(process_group, "all_max", lambda values: waits.append(running.copy()) or all_max(values))
+    all_reduce_max = process_group.all_reduce_max
+    monkeypatch.setattr(
+        process_group, "all_reduce_max", lambda values: waits.append(running.copy()) or all_reduce_max(values)
+    )
     one.callbacks = replace(one.callbacks, watch_step=watch)
     one.train()
     assert waits == [[1], [2]]
