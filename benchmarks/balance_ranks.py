@@ -17,6 +17,7 @@ from benchmarks.workload import RandomRows, Workload, random_model, train_flare
 from flare.distributed import process_group
 from flare.distributed.process_group import World
 from flare.model.inputs import host_tensors
+from flare.model.patches import apply_patches
 from flare.model.training_model import TrainingModel
 from flare.plan.balance import equal
 from flare.train.rank_speed import choose_balance, seconds_per_row
@@ -66,7 +67,9 @@ def main() -> None:
 
 
 def model_of(workload: Workload) -> TrainingModel:
-    return TrainingModel(random_model(workload), documents=False)
+    model = TrainingModel(random_model(workload), documents=False)
+    apply_patches(model)
+    return model
 
 
 def one_pass(model: Slowed, rows: RandomRows):

@@ -85,15 +85,15 @@ def training_step(mode: bool | str) -> Callable[[], None]:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from flare.model.training_model import TrainingModel, checkpoint_layers
+    from flare.model.patches import apply_patches
+    from flare.model.training_model import TrainingModel
     from flare.nope.modeling_nope import remove_rope
 
     torch.manual_seed(0)
     causal_lm = Qwen2ForCausalLM(Qwen2Config(**SIZES, attn_implementation="sdpa"))
     remove_rope(causal_lm.model, [3, 4, 5])
-    if mode:
-        checkpoint_layers(causal_lm, mode == "selective")
     model = TrainingModel(causal_lm).train()
+    apply_patches(model, gradient_checkpointing=mode)
     ids = torch.randint(0, SIZES["vocab_size"], (ROWS, SEQ_LEN))
     positions = torch.arange(SEQ_LEN).remainder(SEQ_LEN // 2).repeat(ROWS, 1)
 

@@ -163,22 +163,14 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     """(seconds of each step, losses) of Flare's own trainer."""
     import torch
 
-    from flare.config.options import SELECTIVE
     from flare.distributed import process_group
     from flare.distributed.process_group import World
-    from flare.model.attention import KERNELS, use_kernel
-    from flare.model.compile import compile_layers
-    from flare.model.training_model import HALF_DTYPES, TrainingModel, checkpoint_layers
+    from flare.model.patches import apply_patches
+    from flare.model.training_model import HALF_DTYPES, TrainingModel
     from flare.plan.balance import equal
 
-    causal_lm = random_model(workload)
-    if workload.gradient_checkpointing:
-        checkpoint_layers(causal_lm, workload.gradient_checkpointing == SELECTIVE)
-    model = TrainingModel(causal_lm, HALF_DTYPES.get(workload.precision), documents=False)
-    if workload.attn_implementation in KERNELS:
-        use_kernel(causal_lm, workload.attn_implementation)
-    if workload.compile:
-        compile_layers(model)
+    model = TrainingModel(random_model(workload), HALF_DTYPES.get(workload.precision), documents=False)
+    apply_patches(model, workload.attn_implementation, workload.gradient_checkpointing, workload.compile)
     rows = RandomRows(workload.steps * workload.batch_size, workload.seq_len, workload.shape["vocab_size"])
     world = World(0, 0, 1, torch.device(workload.device, 0) if workload.device == "cuda" else torch.device("cpu"))
     if workload.processes > 1:

@@ -1,33 +1,38 @@
-"""``--compile``: each decoder layer is compiled by itself, once for each kind of layer, not once for each layer.
+"""``--compile``: each decoder layer is compiled by itself, and layers of the same kind share one graph.
 
-What would make another graph later is held still: attention always gets a mask (see ``TrainingModel``), bounds have a
-fixed shape, evaluation runs uncompiled. A last, smaller micro-batch of a step is compiled once, too.
+What would need another graph later is kept constant: attention always gets a mask (see ``TrainingModel``), bounds have
+a fixed shape, evaluation runs uncompiled. A smaller last micro-batch of a step is compiled once, too.
 """
 
 import contextlib
 
 GRAPHS = 64
-"""Graphs that the code of a decoder layer may have: RoPE or NoPE, what trains in it, sizes of micro-batches."""
+"""The most graphs of a decoder layer's code: RoPE or NoPE, which weights train, sizes of micro-batches."""
 
 
-def compile_layers(model: object, backend: str = "inductor") -> None:
-    """Compile every decoder layer of a ``TrainingModel``, whole; the work is done at the first pass, and backward."""
+def compile_layers(model: object, backend: str = "inductor") -> list[int]:
+    """Compile every decoder layer of a ``TrainingModel`` as one graph, at the first forward and backward pass.
+
+    Returns: indices of the compiled layers.
+    """
     import torch
 
     from flare.distributed.fsdp import is_sharded
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    how = {"fullgraph": True, "dynamic": False, "backend": backend}
-    for layer in model.causal_lm.get_decoder().layers:
+    settings = {"fullgraph": True, "dynamic": False, "backend": backend}
+    layers = model.causal_lm.get_decoder().layers
+    for layer in layers:
         if is_sharded(layer):  # its weights are gathered by hooks, which stay outside
-            layer.forward = torch.compile(layer.forward, **how)
+            layer.forward = torch.compile(layer.forward, **settings)
         else:
-            layer.compile(**how)
+            layer.compile(**settings)
     model.compiled = True
+    return list(range(len(layers)))
 
 
 def uncompiled(model: object) -> contextlib.AbstractContextManager:
-    """Run the layers of a ``TrainingModel`` as they are written, for what is done too rarely to compile for it."""
+    """Run the layers of a ``TrainingModel`` without compilation, for work too rare to be worth compiling."""
     if not model.compiled:
         return contextlib.nullcontext()
     import torch

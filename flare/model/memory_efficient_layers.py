@@ -1,9 +1,9 @@
-"""RMSNorm and SwiGLU that keep less for the backward pass than transformers' operations make autograd keep.
+"""RMSNorm and SwiGLU that keep less for the backward pass than transformers' own operations.
 
-The forward pass gives the same bits; the backward pass makes again what costs a few element-wise operations. In bf16 a
-decoder layer of Qwen2.5-3B keeps a third less in stage 2 (docs/memory.md). Source: Liger-Kernel's ``rms_norm`` and
-``swiglu``, written in Triton; these are plain torch operations, for every device. A compiled layer is transformers'
-own, for the compiler chooses by itself what to make again.
+The forward pass gives the same bits. The backward pass computes a few element-wise operations again. In bf16 a decoder
+layer of Qwen2.5-3B keeps a third less in stage 2 (docs/memory.md). Source: Liger-Kernel's ``rms_norm`` and ``swiglu``,
+which are written in Triton; these here are plain torch operations for every device. A compiled layer uses
+transformers' own operations, because the compiler chooses by itself what to compute again.
 """
 
 from functools import partial
@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def save_less(causal_lm: nn.Module) -> None:
-    """Let this model's norms and MLPs keep less. Families: those of Qwen; weights, names and results stay."""
+def use_memory_efficient_layers(causal_lm: nn.Module) -> list[int]:
+    """Replace the forward pass of all norms and MLPs of a Qwen model; weights, names and outputs stay the same.
+
+    Returns: indices of the layers in which they were replaced.
+    """
     decoder = causal_lm.get_decoder()
     _replace(decoder.norm, partial(_rms_norm, narrow=True))
     for layer in decoder.layers:
@@ -23,12 +26,13 @@ def save_less(causal_lm: nn.Module) -> None:
         for norm in (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")):  # Qwen3's
             if norm is not None:
                 _replace(norm, partial(_rms_norm, narrow=False))
-        if causal_lm.config.hidden_act == "silu":  # as all of Qwen's
+        if causal_lm.config.hidden_act == "silu":  # in all Qwen models
             _replace(layer.mlp, _swiglu_mlp)
+    return list(range(len(decoder.layers)))
 
 
 def _replace(module: nn.Module, forward: object) -> None:
-    """Run ``forward(module, x)`` in place of ``module.forward(x)``, unless it is compiled."""
+    """Run ``forward(module, x)`` in place of ``module.forward(x)``, except in a compiled layer."""
     original = module.forward
 
     def either(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -40,8 +44,11 @@ def _replace(module: nn.Module, forward: object) -> None:
 
 
 def _rms_norm(norm: nn.Module, hidden_states: torch.Tensor, narrow: bool) -> torch.Tensor:
-    """(..., H) -> (..., H). ``narrow``: under autocast at once in its dtype, to which else each who reads the output
-    would convert it for itself, and keep that."""
+    """(..., H) -> (..., H).
+
+    Args:
+        narrow: return autocast's dtype. Otherwise each reader of the output would convert it and keep its own copy.
+    """
     device = hidden_states.device.type
     dtype = torch.promote_types(norm.weight.dtype, hidden_states.dtype)
     if narrow and torch.is_autocast_enabled(device):
@@ -50,7 +57,7 @@ def _rms_norm(norm: nn.Module, hidden_states: torch.Tensor, narrow: bool) -> tor
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input as it is, and 1/rms of each row."""
+    """Keeps its unchanged input, and 1/rms of each row."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
@@ -79,7 +86,7 @@ def _swiglu_mlp(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """``silu(gate) * up``. Keeps both, not ``silu(gate)``."""
+    """``silu(gate) * up``. Keeps ``gate`` and ``up``, not ``silu(gate)``."""
 
     @staticmethod
     def forward(ctx, gate, up):

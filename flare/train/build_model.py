@@ -10,9 +10,9 @@ from flare.config.options import SELECTIVE, Options
 from flare.distributed.process_group import World
 from flare.errors import CheckpointError
 from flare.logs import log
-from flare.model.attention import KERNELS, use_kernel
-from flare.model.compile import compile_layers
-from flare.model.training_model import TrainingModel, checkpoint_layers, load_for_training, load_in_place
+from flare.model.compile import uncompiled
+from flare.model.patches import CHECKPOINTING, apply_patches
+from flare.model.training_model import TrainingModel, load_for_training, load_in_place
 from flare.nope.layers import format_layers
 from flare.nope.probe import verify_nope
 from flare.optim.optimizer import build_optimizer, load_optimizer_tensors
@@ -22,17 +22,15 @@ from flare.run.run import Run
 def build_model(run: Run, world: World, resume_from: Checkpoint | None) -> TrainingModel:
     """The model on this rank's device, with its weights and patches; its NoPE layers are verified."""
     model = _load_model(run, world, resume_from)
+    layers = apply_patches(model, run.attention, run.gradient_checkpointing, run.options.compile)
     if run.gradient_checkpointing:
-        selective = run.gradient_checkpointing == SELECTIVE
-        layers = checkpoint_layers(model.causal_lm, selective)
-        log.info(f"{'selective ' if selective else ''}gradient checkpointing on layers {format_layers(layers)}")
+        selective = "selective " if run.gradient_checkpointing == SELECTIVE else ""
+        log.info(f"{selective}gradient checkpointing on layers {format_layers(layers[CHECKPOINTING])}")
     _log_parameters(model)
-    found = verify_nope(model.causal_lm, list(run.nope_layers), decode=model.decode)
+    with uncompiled(model):
+        found = verify_nope(model.causal_lm, list(run.nope_layers), decode=model.decode)
     log.info(f"NoPE layers proven from attention outputs: {format_layers(found)}")
-    if run.attention in KERNELS:
-        use_kernel(model.causal_lm, run.attention)
     if run.options.compile:
-        compile_layers(model)
         log.info("each decoder layer is compiled in the first step, which takes a while")
     return model
 

@@ -25,7 +25,8 @@ from flare.distributed.process_group import World
 from flare.errors import CheckpointError
 from flare.evaluation.during_training import LengthCurve
 from flare.hub import read_model_config
-from flare.model.training_model import TrainingModel, checkpoint_layers, load_for_training, load_in_place
+from flare.model.patches import apply_patches
+from flare.model.training_model import TrainingModel, load_for_training, load_in_place
 from flare.nope.canary.measure import write_canary
 from flare.nope.config_json import with_nope, write_config
 from flare.nope.load import load_causal_lm
@@ -79,8 +80,8 @@ def compare(base: Path, case: str, world: World) -> dict:
     config = with_nope(read_model_config(base), LAYERS, None, str(base))
     plain = load_for_training(base, config, trainable, precision, "auto")
     sharded = load_in_place(base, config, trainable, precision, "auto", world)
-    for model in (plain, sharded) if checkpointed else ():
-        checkpoint_layers(model.causal_lm, checkpointed == SELECTIVE)
+    for model in (plain, sharded):
+        apply_patches(model, gradient_checkpointing=checkpointed)
     verify_nope(sharded.causal_lm, LAYERS, decode=sharded.decode)
     rows = rows_of(plain, 2 * world.size)
     mine = [tensor[2 * world.rank : 2 * world.rank + 2] for tensor in rows]

@@ -11,8 +11,10 @@ from benchmarks.allocated import allocated
 from flare.config.options import SELECTIVE
 from flare.errors import EnvError
 from flare.hub import read_model_config
+from flare.model.activation_checkpointing import checkpoint_layers
 from flare.model.compile import compile_layers, uncompiled
-from flare.model.training_model import TrainingModel, checkpoint_layers, load_for_training
+from flare.model.patches import apply_patches
+from flare.model.training_model import TrainingModel, load_for_training
 from flare.nope.canary.measure import measure_canary
 from flare.nope.config_json import with_nope
 from flare.plan.trainable import Trainable
@@ -25,7 +27,9 @@ LENGTH = 24
 
 def load(directory: Path, trainable: Trainable) -> TrainingModel:
     config = with_nope(read_model_config(directory), [1, 3], None, "test")
-    return load_for_training(directory, config, trainable, "fp32", "auto").train()
+    model = load_for_training(directory, config, trainable, "fp32", "auto").train()
+    apply_patches(model)
+    return model
 
 
 def batch(step: int, rows: int = 2) -> dict[str, torch.Tensor]:

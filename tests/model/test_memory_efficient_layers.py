@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
-from flare.model.memory_efficient_layers import _RMSNorm, _swiglu_mlp, save_less
+from flare.model.memory_efficient_layers import _RMSNorm, _swiglu_mlp, use_memory_efficient_layers
 
 FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 RELATIVE = 1e-5
@@ -28,7 +28,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, torch.nn.Modu
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
     lean = deepcopy(plain)
-    save_less(lean)
+    use_memory_efficient_layers(lean)
     return plain, lean
 
 
@@ -105,6 +105,6 @@ def test_another_activation_is_left_alone() -> None:
     torch.manual_seed(0)
     plain = Qwen2ForCausalLM(config)
     lean = deepcopy(plain)
-    save_less(lean)
+    use_memory_efficient_layers(lean)
     ids = torch.arange(20)[None]
     assert torch.equal(plain(ids).logits, lean(ids).logits)

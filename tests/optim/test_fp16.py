@@ -18,9 +18,9 @@ from flare.errors import ConfigError, FlareError
 from flare.evaluation.launch import with_precision
 from flare.evaluation.options import EvaluationSettings
 from flare.gpus.specs import lacks_bf16
+from flare.model.activation_checkpointing import checkpoint_layers
 from flare.model.compile import compile_layers
 from flare.model.linear_cross_entropy import FP16_FOLD, _chunk_gradient, _InPlace, linear_cross_entropy_sum
-from flare.model.training_model import checkpoint_layers
 from flare.nope.load import load_causal_lm
 from flare.optim import loss_scale
 from flare.optim.loss_scale import LossScale

@@ -22,7 +22,8 @@ from flare.config.options import SELECTIVE
 from flare.cpu import read_available_ram
 from flare.errors import ConfigError, EnvError
 from flare.model import activation_checkpointing, linear_cross_entropy
-from flare.model.training_model import TrainingModel, checkpoint_layers, set_trainable
+from flare.model.patches import apply_patches
+from flare.model.training_model import TrainingModel, set_trainable
 from flare.nope.layers import auto_band
 from flare.nope.modeling_nope import remove_rope
 from flare.nope.weight_files import save_tensors
@@ -229,12 +230,12 @@ def tiny_training(
     trainable = Trainable.of("all" if train == "all" else {2, 3}, train == "nope_attention")
     set_trainable(model, trainable, "bf16" if bf16 else "fp32")
     model.train()
-    if checkpointing:
-        checkpoint_layers(model, checkpointing == SELECTIVE)
+    training_model = TrainingModel(model, torch.bfloat16 if bf16 else None)
+    apply_patches(training_model, gradient_checkpointing=checkpointing)
     assert trainable.params(ModelShape.from_config(config.to_dict())) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
-    return TrainingModel(model, torch.bfloat16 if bf16 else None), ModelShape.from_config(config.to_dict()), trainable
+    return training_model, ModelShape.from_config(config.to_dict()), trainable
 
 
 def rows_of_tokens(vocab_size: int, rows: int, seq_len: int, documents: int) -> tuple[torch.Tensor, ...]:

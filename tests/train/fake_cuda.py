@@ -27,9 +27,9 @@ from flare.data.order import RowOrder
 from flare.data.training_rows import Batch, TrainRows
 from flare.distributed import ddp
 from flare.distributed.process_group import World
-from flare.model.attention import use_kernel
 from flare.model.linear_cross_entropy import linear_cross_entropy_sum
-from flare.model.training_model import HALF_DTYPES, TrainingModel, checkpoint_layers, set_trainable
+from flare.model.patches import apply_patches
+from flare.model.training_model import HALF_DTYPES, TrainingModel, set_trainable
 from flare.nope import modeling_nope
 from flare.plan.inputs import PlanInputs
 from flare.plan.memory import loss_bytes, memory
@@ -168,11 +168,8 @@ def trainer_of(
     with MODE:
         set_trainable(causal_lm, Trainable.of("all" if stage == 2 else nope), precision)
     causal_lm.train()
-    if checkpointing:
-        checkpoint_layers(causal_lm)
-    if kernel != "sdpa":
-        use_kernel(causal_lm, kernel)
     model = TrainingModel(causal_lm, HALF_DTYPES[precision], documents=packing == "document")
+    apply_patches(model, kernel, checkpointing)
     options = Options(
         stage=stage, learning_rate=1e-5, max_steps=9, max_seq_length=seq_len, per_device_train_batch_size=micro,
         lr_scheduler_type="constant", eval_steps=None, save_steps=10**9, packing=packing,

@@ -18,6 +18,7 @@ from flare.data.token_cache.cache import TokenSettings
 from flare.distributed import process_group
 from flare.distributed.fsdp import full_tensor
 from flare.hub import read_model_config
+from flare.model.patches import apply_patches
 from flare.model.training_model import load_for_training, load_in_place
 from flare.nope.config_json import with_nope
 from flare.nope.load import load_tokenizer
@@ -41,6 +42,7 @@ def make_trainer(
     world = process_group.start(use_cuda=False, timeout_sec=60)
     how = (with_nope(read_model_config(base), [1, 3], None, str(base)), Trainable(True), precision, "auto")
     model = load_in_place(base, *how, world) if parallel == "fsdp" else load_for_training(base, *how)
+    apply_patches(model)
     cache = build_token_cache(
         open_source(SourceSpec(corpus), cache_dir), load_tokenizer(base), cache_dir, TokenSettings()
     )
