@@ -1,4 +1,4 @@
-"""Data-parallel training: wrapping the model, reducing and clipping gradients."""
+"""Data-parallel training: wrap the model in DDP, reduce and clip gradients."""
 
 import contextlib
 import warnings
@@ -14,17 +14,17 @@ from flare.distributed.process_group import (
 
 
 def wrap_ddp(module: torch.nn.Module, world: World) -> torch.nn.Module:
-    """Data parallel training over all ranks; the module itself at world size 1, and when it is sharded.
+    """Wrap the module in DDP. Returns the module itself at world size 1 and when it is sharded.
 
-    DDP, as FSDP2, divides summed gradients by the number of ranks; the trainer multiplies its loss by it, so that
-    gradients are sums over the global batch whatever the layout.
+    DDP and FSDP2 divide the summed gradients by the number of ranks. The trainer multiplies its loss by that number,
+    so gradients are sums over the global batch on every layout.
     """
     if world.size == 1 or is_sharded(module):
         return module
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
-    # Buffers (cos and sin) follow from the configuration: there is nothing to broadcast in each forward pass.
+    # The buffers (cos and sin) follow from the configuration, so no forward pass has to broadcast them.
     with warnings.catch_warnings():
-        # torch 2.13 has another name for it, which 2.11 does not know.
+        # torch 2.13 renamed the argument; torch 2.11 does not know the new name.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(
             module, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
@@ -33,9 +33,10 @@ def wrap_ddp(module: torch.nn.Module, world: World) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def reduce_gradients(module: torch.nn.Module, now: bool) -> Iterator[None]:
-    """Run a backward pass with or without the gradient reduction (only the last micro-batch needs it).
+    """Run a backward pass with or without the gradient reduction. Only the last micro-batch needs the reduction.
 
-    A sharded model reduces each time: what it would sum up until the last are whole gradients.
+    A sharded model reduces after every micro-batch: without it, each rank would hold full-size gradients until the
+    last one.
     """
     if now or not isinstance(module, DistributedDataParallel):
         yield
@@ -45,5 +46,5 @@ def reduce_gradients(module: torch.nn.Module, now: bool) -> Iterator[None]:
 
 
 def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Clip the gradients to this norm over all parameters and shards. Returns the norm before, shape ()."""
+    """Clip the gradients by their total norm over all parameters and shards. Returns the norm before clipping, ()."""
     return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm))

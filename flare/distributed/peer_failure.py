@@ -1,7 +1,8 @@
-"""A rank that cannot go on tells the others, which may be waiting for it inside a collective.
+"""A rank that fails notifies the other ranks, which may be waiting for it inside a collective.
 
-A call into NCCL that waits for a rank that is gone ends at ``--ddp_timeout``, and no Python signal handler runs in it.
-So a thread of every rank looks at the run's store, and ends its process some seconds after a call for help.
+An NCCL call that waits for a dead rank ends only at ``--ddp_timeout``, and Python signal handlers do not run during
+the call. So each rank has a thread that polls the run's store. It ends the process some seconds after a rank has
+reported that it failed.
 """
 
 import os
@@ -15,40 +16,40 @@ import torch.distributed as dist
 from flare.distributed.process_group import World
 from flare.errors import FlareError
 
-KEY = "distress"
+FAILED_RANK_KEY = "failed_rank"
 
 POLL_SEC = 1.0
-"""Between looks: one small request a second and rank."""
+"""Time between two polls. A poll is one small request per rank."""
 
 GRACE_SEC = 10.0
-"""What a rank that is not stuck has to end by itself, with its own last words."""
+"""Time for a rank that does not hang to end by itself and report its own error."""
 
 
-def call(world: World) -> None:
-    """Tell all ranks that this one ends."""
+def report_failure(world: World) -> None:
+    """Write to the store that this rank failed."""
     if world.store is not None:
         with suppress(dist.DistError):
-            world.store.set(KEY, str(world.rank))
+            world.store.set(FAILED_RANK_KEY, str(world.rank))
 
 
-def heard(world: World) -> bool:
-    """Whether another rank has called: then an error of a collective is only the echo of its end."""
+def another_rank_failed(world: World) -> bool:
+    """Whether another rank has reported a failure. An error of a collective is then only a consequence of it."""
     with suppress(dist.DistError):
-        if world.store is not None and world.store.check([KEY]):
-            return int(world.store.get(KEY)) != world.rank
+        if world.store is not None and world.store.check([FAILED_RANK_KEY]):
+            return int(world.store.get(FAILED_RANK_KEY)) != world.rank
     return False
 
 
-def listen(world: World) -> None:
-    """Start the thread that ends this process when another rank has called and nothing else ends it."""
+def watch_for_failures(world: World) -> None:
+    """Start a thread that ends this process when another rank has reported a failure."""
     if world.store is not None:
-        # A connection of its own: on the main thread's it would wait as long as that waits for a rank that is gone.
-        own = replace(world, store=world.store.clone())
-        threading.Thread(target=_listen, args=(own,), name="distress", daemon=True).start()
+        # The thread has its own connection: on a shared one it would wait behind a blocked call of the main thread.
+        cloned = replace(world, store=world.store.clone())
+        threading.Thread(target=_watch, args=(cloned,), name="peer failure", daemon=True).start()
 
 
-def _listen(world: World) -> None:
-    while not heard(world):
+def _watch(world: World) -> None:
+    while not another_rank_failed(world):
         time.sleep(POLL_SEC)
     time.sleep(GRACE_SEC)
     os._exit(FlareError.exit_code)

@@ -1,6 +1,6 @@
-"""Do the processes of a run reach each other? A small all-reduce with a time limit of its own, before all else.
+"""Preflight check: a small all-reduce with a short timeout, before anything else.
 
-Without it a broken path between GPUs or hosts shows as a hang until ``--ddp_timeout``, half an hour later.
+Without it, a broken connection between GPUs or nodes would show as a hang until ``--ddp_timeout``, half an hour.
 """
 
 import atexit
@@ -17,18 +17,18 @@ import torch.distributed as dist
 from flare.errors import EnvError, first_line
 
 TIMEOUT_SEC = 30.0
-"""What the trial may take, the connections between all ranks included (issue 3)."""
+"""Timeout of the preflight check, including the time to connect all ranks (issue 3)."""
 ELEMENTS = 2**18
-"""fp32 numbers of the trial, 1 MiB: enough to go the way that gradients go, not a shortcut for tiny messages."""
+"""fp32 elements of the all-reduce, 1 MiB: large enough to use the path of gradients, not that of tiny messages."""
 
 
 def wait_for_ranks(timeout_sec: float) -> tuple[dist.Store, int, int]:
-    """Wait until every rank is there. Returns (store, rank, world size).
+    """Wait until every rank has started. Returns (store, rank, world size).
 
-    Ranks may come minutes apart: a host may tokenise first. So this wait has the run's timeout, the trial's
-    limit starts when all are there.
+    Ranks may start minutes apart, because a node may tokenize first. So this wait has the timeout of the run. The
+    timeout of the preflight check begins when all ranks have started.
 
-    Raises: EnvError naming the ranks that did not come.
+    Raises: EnvError naming the ranks that did not start.
     """
     timeout = timedelta(seconds=timeout_sec)
     try:
@@ -37,32 +37,32 @@ def wait_for_ranks(timeout_sec: float) -> tuple[dist.Store, int, int]:
         store.set(f"host/{rank}", socket.gethostname())
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise EnvError(f"cannot reach the run's meeting point {where}: {first_line(error)}") from error
+        raise EnvError(f"cannot reach the run's rendezvous {where}: {first_line(error)}") from error
     try:
         store.wait([f"host/{r}" for r in range(size)], timeout)
     except dist.DistError as error:
-        gone = _ranks_without(store, "host", size)
-        raise EnvError(f"{_ranks(gone)} did not start within --ddp_timeout {timeout_sec:g} s") from error
+        missing = _ranks_without(store, "host", size)
+        raise EnvError(f"{_describe_ranks(missing)} did not start within --ddp_timeout {timeout_sec:g} s") from error
     return store, rank, size
 
 
 def run_preflight_check(
     store: dist.Store, rank: int, size: int, device: torch.device, timeout_sec: float = TIMEOUT_SEC
 ) -> None:
-    """All-reduce over a process group of its own, which is gone afterwards. Every rank calls it.
+    """Run an all-reduce over a temporary process group. Every rank calls this.
 
-    Raises: EnvError when the sum is wrong or not there after ``timeout_sec``; it says where to look.
+    Raises: EnvError when the sum is wrong or missing after ``timeout_sec``. The message says where to look.
     """
     failures: list[BaseException] = []
 
-    def trial() -> None:
+    def check() -> None:
         try:
             _all_reduce(store, rank, size, device, timeout_sec)
         except BaseException as error:
             failures.append(error)
 
-    # In a thread, for a call into NCCL that hangs cannot be interrupted.
-    thread = threading.Thread(target=trial, name="fabric check", daemon=True)
+    # In a thread, because an NCCL call that hangs cannot be interrupted.
+    thread = threading.Thread(target=check, name="preflight check", daemon=True)
     t0 = time.monotonic()
     thread.start()
     thread.join(timeout_sec)
@@ -71,21 +71,21 @@ def run_preflight_check(
     problem = f"did not end within {timeout_sec:g} s"
     if failures:
         problem = f"failed after {time.monotonic() - t0:.1f} s ({first_line(failures[0])})"
-    # Destructors of a hung process group would wait for it for ever; the error is told before exit handlers run.
+    # The destructor of a hung process group would wait forever. The error is printed before exit handlers run.
     atexit.register(os._exit, EnvError.exit_code)
     raise EnvError(f"the first all-reduce of {size} processes {problem}; {_where_to_look(store, size, device)}")
 
 
 def _all_reduce(store: dist.Store, rank: int, size: int, device: torch.device, timeout_sec: float) -> None:
-    """The trial itself: connect, sum 1 + 2 + ... + size, compare."""
+    """Connect, sum 1 + 2 + ... + size, and compare the sum with the expected one."""
     use_cuda = device.type == "cuda"
     if use_cuda:
-        torch.cuda.set_device(device)  # it is a thread's own setting
-    # NCCL's watchdog ends the process when its timeout passes: not before our limit has given the reason.
+        torch.cuda.set_device(device)  # the current device is set per thread
+    # NCCL's watchdog ends the process at its timeout. Ours is shorter, so that our error comes first.
     timeout = timedelta(seconds=timeout_sec * (2 if use_cuda else 1))
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
-        store=dist.PrefixStore("trial", store),
+        store=dist.PrefixStore("preflight", store),
         rank=rank,
         world_size=size,
         timeout=timeout,
@@ -102,31 +102,35 @@ def _all_reduce(store: dist.Store, rank: int, size: int, device: torch.device, t
 
 
 def _where_to_look(store: dist.Store, size: int, device: torch.device) -> str:
-    """The usual cure, and the ranks that are missing or the hosts that do not reach each other."""
+    """The usual fix, and the ranks that did not join or the nodes that cannot reach each other."""
     advice = ""
     if device.type == "cuda":
         advice = (
-            "NCCL_P2P_DISABLE=1 in the environment is the usual cure on PCIe servers (NCCL_DEBUG=INFO tells more); "
+            "NCCL_P2P_DISABLE=1 in the environment is the usual fix on PCIe servers (NCCL_DEBUG=INFO prints more); "
         )
     missing = []
     with suppress(dist.DistError):
         missing = _ranks_without(store, "joined", size)
         if 0 < len(missing) < size:
-            return f"{advice}look at {_ranks(missing, store)}, which did not join"
-    hosts = "its hosts"
+            return f"{advice}look at {_describe_ranks(missing, store)}, which did not join"
+    nodes = "its nodes"
     with suppress(dist.DistError):
-        hosts = f"{_ranks(list(range(size)), store)}"
-    return f"{advice}look at the network between {hosts} (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME chooses it)"
+        nodes = _describe_ranks(list(range(size)), store)
+    return f"{advice}look at the network between {nodes} (set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME)"
 
 
 def _ranks_without(store: dist.Store, what: str, size: int) -> list[int]:
+    """Ranks that have not set ``WHAT/RANK`` in the store."""
     return [rank for rank in range(size) if not store.check([f"{what}/{rank}"])]
 
 
-def _ranks(ranks: list[int], store: dist.Store | None = None) -> str:
-    """ "rank 1 (host b)", "rank 1, rank 3"; at most eight. Asks the store only for what it has: it would wait."""
-    known = [
+def _describe_ranks(ranks: list[int], store: dist.Store | None = None) -> str:
+    """ "rank 1 (b)" with the host name when the store has it, else "rank 1". At most eight ranks.
+
+    ``check`` comes before ``get``, because ``get`` would wait for a missing key.
+    """
+    hosts = [
         f" ({store.get(f'host/{r}').decode()})" if store and store.check([f"host/{r}"]) else "" for r in ranks[:8]
     ]
-    names = [f"rank {rank}{host}" for rank, host in zip(ranks, known, strict=False)]
+    names = [f"rank {rank}{host}" for rank, host in zip(ranks, hosts, strict=False)]
     return ", ".join(names) + (" and others" if len(ranks) > 8 else "")

@@ -1,6 +1,6 @@
-"""The one module that knows about processes. Every helper is right at world size 1, so no caller asks.
+"""The process group and its collectives. Every helper also works at world size 1, so callers need no special case.
 
-Ranks come from torchrun's environment. CPU runs use gloo, CUDA runs nccl.
+Ranks come from torchrun's environment. CPU runs use gloo, CUDA runs use nccl.
 """
 
 import functools
@@ -23,23 +23,23 @@ from flare.gpus.selection import check_gpu
 
 T = TypeVar("T")
 
-LOST_PEER = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
-"""Of the errors of gloo and of NCCL."""
+LOST_PEER_MESSAGES = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+"""Parts of the errors that gloo and NCCL raise when another rank is gone."""
 AMPERE = (8, 0)
-"""The first compute capability that has bf16."""
+"""The lowest compute capability with bf16."""
 WAIT_HOURS = 12
-"""How long ranks wait for what rank 0 does alone: a large checkpoint on a slow disk takes long, and is no hang."""
+"""How long ranks wait for work that only rank 0 does. Saving a large checkpoint to a slow disk is not a hang."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all."""
+    """Rank and device of this process, and the number of processes."""
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
-    store: dist.Store | None = None  # of several ranks: what they tell each other outside collectives
+    store: dist.Store | None = None  # messages between ranks outside collectives; None at world size 1
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +47,7 @@ class World:
 
 
 def rank_from_environment() -> int:
-    """This process's rank as torchrun tells it; 0 for a single process."""
+    """Rank of this process, as torchrun sets it; 0 for a single process."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -61,13 +61,13 @@ def start(
     """Bind this process to its GPU and join the process group (none for a single process).
 
     Args:
-        timeout_sec: of the run's collectives.
-        planned: the GPUs of the plan, in the order of local ranks; nothing is compared when empty.
-        preflight_timeout_sec: of the trial all-reduce.
-        needs_bf16: the run computes in it.
+        timeout_sec: timeout of the run's collectives.
+        planned: the GPUs of the plan, in the order of local ranks. Not checked when empty.
+        preflight_timeout_sec: timeout of the preflight check.
+        needs_bf16: the run computes in bf16.
 
-    Raises: EnvError for another GPU than planned, one without bf16 where it is needed, or processes
-        that do not reach each other.
+    Raises: EnvError when the GPU is not the planned one, when it lacks bf16 and the run needs it, or when the
+        processes cannot reach each other.
     """
     rank, local_rank = rank_from_environment(), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -90,9 +90,9 @@ def start(
 
 
 def bind_gpu(local_rank: int, planned: Sequence[Gpu], needs_bf16: bool = False) -> None:
-    """Use the GPU of this local rank, if it is the one of the plan. Nothing is allocated on it before.
+    """Make the GPU of this local rank the current device. It is checked before anything is allocated on it.
 
-    Raises: EnvError when there is no such GPU, or another one, or one that lacks the bf16 that the run needs.
+    Raises: EnvError when there is no such GPU, when it is not the planned one, or when it lacks a needed bf16.
     """
     count = torch.cuda.device_count()
     if local_rank >= count:
@@ -112,9 +112,9 @@ def bind_gpu(local_rank: int, planned: Sequence[Gpu], needs_bf16: bool = False) 
 
 
 def check_same_settings(world: World, settings: dict[str, object]) -> None:
-    """Every rank of the run has the same settings. A collective: all ranks raise, or none.
+    """Check that every rank has the same settings. A collective: all ranks raise, or none.
 
-    Raises: ConfigError naming the first setting that differs, with two ranks and their hosts.
+    Raises: ConfigError naming the first setting that differs, with both values, ranks and host names.
     """
     everyone = gather_objects((socket.gethostname(), settings))
     host, first = everyone[0]
@@ -123,23 +123,23 @@ def check_same_settings(world: World, settings: dict[str, object]) -> None:
             if other[name] != value:
                 raise ConfigError(
                     f"ranks differ in {name}: {value!r} on rank 0 ({host}), {other[name]!r} on rank {rank} "
-                    f"({other_host}); give every host the same command, with the value spelled out"
+                    f"({other_host}); start every node with the same command, and give the value explicitly"
                 )
 
 
 def stop() -> None:
-    """Leave the process group, when all ranks have come to the end."""
+    """Wait for all ranks, then destroy the process group."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        _waiting_group.cache_clear()
+        _long_timeout_group.cache_clear()
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """End a worker that has closed its files, without the interpreter's own shutdown.
+    """Exit a worker that has closed its files, without the interpreter's shutdown.
 
-    A thread of gloo's may still have a reduced tensor to drop, for which it needs the interpreter; one that is
-    shutting down ends the thread in a way that C++ answers with SIGABRT (seen with FSDP2 on two busy cores).
+    A gloo thread may still have to free a reduced tensor, for which it needs the interpreter. During the shutdown the
+    interpreter ends such a thread, and C++ then aborts with SIGABRT (seen with FSDP2 on two busy cores).
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -153,14 +153,14 @@ def _device() -> torch.device:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor, summed over ranks. On a GPU it is only queued: no host sync."""
+    """Sum a tensor over ranks in place, and return it. On a GPU the sum is only queued: no host sync."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(values: list[float]) -> list[float]:
-    """Maxima over ranks, in float64."""
+    """The maximum of each value over ranks, computed in float64."""
     if not dist.is_initialized():
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=_device())
@@ -170,52 +170,52 @@ def all_reduce_max(values: list[float]) -> list[float]:
 
 def is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER_MESSAGES)
 
 
 def gather_objects(item: object) -> list:
-    """Every rank's (small, picklable) object, on every rank, by rank."""
+    """The (small, picklable) objects of all ranks, in rank order, on every rank."""
     if not dist.is_initialized():
         return [item]
     items: list = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item, group=_waiting_group())
+    dist.all_gather_object(items, item, group=_long_timeout_group())
     return items
 
 
 def scatter_objects(items: list | None) -> object:
-    """This rank's item of rank 0's list, which has a (picklable) one for each rank; the others give None."""
+    """This rank's item of rank 0's list, which has one picklable item per rank. The other ranks pass None."""
     if not dist.is_initialized():
         return items[0]
     received: list = [None]
-    dist.scatter_object_list(received, items, src=0, group=_waiting_group())
+    dist.scatter_object_list(received, items, src=0, group=_long_timeout_group())
     return received[0]
 
 
 @functools.cache
-def _waiting_group() -> dist.ProcessGroup:
-    """A gloo group in which ranks may wait for hours while rank 0 saves: ``--ddp_timeout`` is for training."""
+def _long_timeout_group() -> dist.ProcessGroup:
+    """A gloo group in which ranks may wait for hours while rank 0 saves. ``--ddp_timeout`` is for training only."""
     return dist.new_group(backend="gloo", timeout=timedelta(hours=WAIT_HOURS))
 
 
 def run_on_main_rank(world: World, work: Callable[[], T]) -> T:
-    """Do something on rank 0 only; its (small, picklable) result or its error reaches every rank.
+    """Run a function on rank 0 only. Every rank returns its (small, picklable) result or raises its error.
 
-    A collective: every rank calls it. So all ranks go on together or fail together.
+    A collective: every rank calls it, so all ranks continue or all fail.
     """
     return run_on_all_ranks(world, lambda: work() if world.is_main else None)[0]
 
 
 def run_on_all_ranks(world: World, work: Callable[[], T]) -> list[T]:
-    """Do something on every rank; everyone's (small, picklable) result, by rank. A collective.
+    """Run a function on every rank. Returns the (small, picklable) results in rank order. A collective.
 
-    Raises: on every rank the same error, that of the first rank that failed.
+    Raises: the error of the lowest rank that failed, on every rank.
     """
     result, failure = None, None
     try:
         result = work()
     except FlareError as error:
         failure = error
-    except Exception as error:  # whatever it is: the others must not wait for a rank that is gone
+    except Exception as error:  # any error: the other ranks must not wait for this one
         if is_out_of_memory(error):
             failure = FlareError(f"rank {world.rank} ran out of memory{while_phase()} ({first_line(error)})")
         elif isinstance(error, OSError):
@@ -224,16 +224,16 @@ def run_on_all_ranks(world: World, work: Callable[[], T]) -> list[T]:
             failure = FlareError(f"rank {world.rank}: {type(error).__name__}: {error}")
         failure.__cause__ = error
     results, failures = zip(*gather_objects((result, failure)), strict=True)
-    _raise_first_of(failures)
+    _raise_first(failures)
     return list(results)
 
 
 def raise_first_failure(failure: Exception | None) -> None:
-    """Raise on every rank what failed on the first rank that failed, if any did. A collective."""
-    _raise_first_of(gather_objects(failure))
+    """Raise the error of the lowest rank that failed on every rank. A collective."""
+    _raise_first(gather_objects(failure))
 
 
-def _raise_first_of(failures: Sequence[Exception | None]) -> None:
+def _raise_first(failures: Sequence[Exception | None]) -> None:
     for failure in failures:
         if failure is not None:
             raise failure

@@ -1,11 +1,11 @@
-"""A run that hangs: found by the clock, told with the stacks of all ranks, and ended.
+"""Watchdog: detects a run that hangs, reports the rank that hangs and the stacks of all ranks, and ends the run.
 
-A rank that waits in a collective for another cannot be interrupted, and Python runs no signal handler there. So each
-rank has a thread that looks at the clock while a step runs; saving and evaluating take as long as they take. The
-threads leave signs of life in the processes' store: who leaves none is a stopped or swapped-out process, and whoever
-does not wait for others is the one that they wait for.
+A rank that waits in a collective cannot be interrupted, and Python signal handlers do not run there. So each rank has
+a thread that times the training steps. Saving and evaluating have no time limit. The threads write heartbeats to the
+store of the run. A rank without a heartbeat is a stopped or swapped-out process. Otherwise, the rank that does not
+wait for other ranks is the one that hangs.
 
-``kill -USR2 PID`` adds a process's stacks to logs/stacks-rankN.txt at any time.
+``kill -USR2 PID`` writes the stacks of a process to logs/stacks-rankN.txt at any time.
 """
 
 import contextlib
@@ -25,27 +25,28 @@ from torch.distributed import DistError, Store
 
 from flare.errors import FlareError
 
-OURS = str(Path(__file__).resolve().parents[1])
+PACKAGE_DIR = str(Path(__file__).resolve().parents[1])
 SLACK = 10
-"""A step that takes this many times the longest one before hangs, whatever the limit: the limit is for all models."""
+"""A step may take this many times the longest earlier step, even beyond ``--step_timeout``, whose default must fit all
+models."""
 COLLECTIVE_SHARE = 0.9
-"""Of ``--ddp_timeout``: ours comes first, for the collectives' own says neither who nor where."""
-WAITING = (
+"""Share of ``--ddp_timeout``. The watchdog comes first, because the timeout of a collective names no rank."""
+WAITING_PLACES = (
     "torch/distributed", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "torch/cuda/streams.py",
 )  # fmt: skip
-"""Places in torch where a rank waits for others. The reduction of gradients is inside the backward pass; on a GPU
-all of that is only queued, and the wait for another rank is the wait for an event behind it."""
+"""Files of torch in which a rank waits for other ranks. Gradients are reduced inside the backward pass. On a GPU,
+collectives are only queued, and a rank waits for a CUDA event behind them."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Seconds that a step may take: the first of a process (compilation, caches), and later ones."""
+class StepLimits:
+    """Time limits of the first steps of a process (compilation, caches) and of later steps."""
 
     first_sec: float
     later_sec: float
 
     @classmethod
-    def of(cls, step_timeout: float, ddp_timeout: float) -> "Limits":
+    def of(cls, step_timeout: float, ddp_timeout: float) -> "StepLimits":
         first = COLLECTIVE_SHARE * ddp_timeout
         return cls(first, min(first, step_timeout))
 
@@ -54,23 +55,29 @@ class Watchdog:
     """Watches the steps of one rank.
 
     Args:
-        store: of all ranks; None for a single process.
+        store: the store that all ranks share; None for a single process.
         stacks: the directory for stacks-rankN.txt.
-        on_hang: called on one rank with the error, before the process ends.
+        on_hang: called with the error on one rank, before the process ends.
     """
 
     def __init__(
-        self, rank: int, size: int, store: Store | None, limits: Limits, stacks: Path, on_hang: Callable[[str], None]
+        self,
+        rank: int,
+        size: int,
+        store: Store | None,
+        limits: StepLimits,
+        stacks: Path,
+        on_hang: Callable[[str], None],
     ) -> None:
         self.rank, self.size, self.store, self.limits, self.on_hang = rank, size, store, limits, on_hang
         self.stacks = stacks
         self.interval = min(5.0, limits.later_sec / 8)
         self.longest_sec, self.steps_done, self.newest = 0.0, 0, 0
-        self.beats, self.sign = 0, {}
-        self.current: tuple[int, float] | None = None  # (step, when it began)
+        self.num_beats, self.heartbeat = 0, {}
+        self.current: tuple[int, float] | None = None  # (step, its start time)
         self.main_thread = threading.get_ident()
         self.closed = threading.Event()
-        self.file = open(self.stacks_file(rank), "w", encoding="utf-8")  # noqa: SIM115 (as long as the watchdog)
+        self.file = open(self.stacks_file(rank), "w", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
 
     def stacks_file(self, rank: int) -> Path:
         return self.stacks / f"stacks-rank{rank}.txt"
@@ -86,14 +93,14 @@ class Watchdog:
         self.closed.set()
         self.thread.join()
         faulthandler.unregister(signal.SIGUSR2)
-        wrote = os.fstat(self.file.fileno()).st_size
+        size = os.fstat(self.file.fileno()).st_size
         self.file.close()
-        if wrote == 0:
+        if size == 0:
             self.stacks_file(self.rank).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a training step: the clock runs."""
+        """Time the training step inside this context."""
         t0 = time.monotonic()
         self.current = (number, t0)
         try:
@@ -102,97 +109,100 @@ class Watchdog:
             self.current = None
         if self.steps_done:
             self.longest_sec = max(self.longest_sec, time.monotonic() - t0)
-        if number > self.newest:  # a step may be entered twice: to compute it, and to learn what came of it
+        if number > self.newest:  # a step may be entered twice: to run it and to read its results
             self.newest = number
             self.steps_done += 1
 
     @property
     def limit_sec(self) -> float:
-        """Of the step that runs."""
-        if self.steps_done < 2:  # the second compiles anew where a shape differs
+        """Time limit of the current step."""
+        if self.steps_done < 2:  # the second step compiles again when a shape differs
             return self.limits.first_sec
         return min(max(self.limits.later_sec, SLACK * self.longest_sec), self.limits.first_sec)
 
-    # -- the thread ------------------------------------------------------------------------------------
+    # -- the watchdog's thread ------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        heard: dict[int, tuple[int, float]] = {}  # rank -> (its beats, when they last changed)
+        last_seen: dict[int, tuple[int, float]] = {}  # rank -> (its number of beats, when that last changed)
         while not self.closed.wait(self.interval):
             self._beat()
             step, now = self.current, time.monotonic()
-            for rank, sign in self._signs(self._watched).items():
-                if heard.get(rank, (0, 0.0))[0] != sign["beats"]:
-                    heard[rank] = (sign["beats"], now)
+            for rank, heartbeat in self._heartbeats(self._watched_ranks).items():
+                if last_seen.get(rank, (0, 0.0))[0] != heartbeat["beats"]:
+                    last_seen[rank] = (heartbeat["beats"], now)
             if step and now - step[1] > self.limit_sec:
                 self._end_run(
                     f"step {step[0]} did not end within {self.limit_sec:.0f} s",
-                    lambda begun=step: self.current is begun,
+                    lambda hanging=step: self.current is hanging,
                 )
-            elif any(now - since > self.limits.first_sec for _, since in heard.values()):
-                self._end_run(f"no sign of life for {self.limits.first_sec:.0f} s", lambda: not self.closed.is_set())
+            elif any(now - since > self.limits.first_sec for _, since in last_seen.values()):
+                self._end_run(f"no heartbeat for {self.limits.first_sec:.0f} s", lambda: not self.closed.is_set())
 
     @property
-    def _watched(self) -> list[int]:
-        """Ranks that this one listens to all the time: the first to all, the second to the first."""
+    def _watched_ranks(self) -> list[int]:
+        """Ranks whose heartbeats this rank checks: rank 0 checks all others, rank 1 checks rank 0."""
         return {0: list(range(1, self.size)), 1: [0]}.get(self.rank, [])
 
     def _beat(self, **facts: object) -> None:
-        self.beats += 1
-        self.sign = {"beats": self.beats, "host": socket.gethostname(), "pid": os.getpid(), **facts}
+        self.num_beats += 1
+        self.heartbeat = {"beats": self.num_beats, "host": socket.gethostname(), "pid": os.getpid(), **facts}
         if self.store:
             with contextlib.suppress(DistError):
-                self.store.set(f"alive/{self.rank}", json.dumps(self.sign))
+                self.store.set(f"heartbeat/{self.rank}", json.dumps(self.heartbeat))
 
-    def _signs(self, ranks: list[int]) -> dict[int, dict]:
-        """The last sign of life of each of these ranks that has left one."""
-        signs = {}
+    def _heartbeats(self, ranks: list[int]) -> dict[int, dict]:
+        """The last heartbeat of each of these ranks that has written one."""
+        heartbeats = {}
         if self.store:
             with contextlib.suppress(DistError):
-                there = [rank for rank in ranks if self.store.check([f"alive/{rank}"])]
-                signs = {rank: json.loads(self.store.get(f"alive/{rank}")) for rank in there}
-        return signs
+                present = [rank for rank in ranks if self.store.check([f"heartbeat/{rank}"])]
+                heartbeats = {rank: json.loads(self.store.get(f"heartbeat/{rank}")) for rank in present}
+        return heartbeats
 
-    def _end_run(self, what: str, still: Callable[[], bool]) -> None:
-        """Dump stacks, find out who hangs, tell, and end this process; unless ``still`` is no longer true then."""
-        everyone = list(range(self.size))
+    def _end_run(self, problem: str, still_hangs: Callable[[], bool]) -> None:
+        """Write the stacks, find the rank that hangs, report it, and end this process.
+
+        Returns without ending the process if ``still_hangs`` is no longer true after a short wait.
+        """
+        all_ranks = list(range(self.size))
         faulthandler.dump_traceback(self.file, all_threads=True)
         self._beat(where=self._place())
-        before = self._signs(everyone)
-        for _ in range(4):  # others' clocks began a little later
+        before = self._heartbeats(all_ranks)
+        for _ in range(4):  # the steps of other ranks may have begun later
             time.sleep(self.interval)
             self._beat(where=self._place())
-        if not still():
-            return  # slow, not hung
-        signs = self._signs(everyone) | {self.rank: self.sign}
-        silent = [r for r, sign in signs.items() if r != self.rank and sign["beats"] == before.get(r, {}).get("beats")]
-        if self.rank == min(signs.keys() - set(silent)):
-            here = [rank for rank in silent if signs[rank]["host"] == self.sign["host"]]
-            for rank in here:
-                self._ask_for_stacks(signs[rank]["pid"], self.stacks_file(rank))
-            absent = [rank for rank in everyone if rank not in signs]
+        if not still_hangs():
+            return  # slow, but not hung
+        latest = self._heartbeats(all_ranks) | {self.rank: self.heartbeat}
+        silent = [r for r in latest if r != self.rank and latest[r]["beats"] == before.get(r, {}).get("beats")]
+        if self.rank == min(latest.keys() - set(silent)):
+            silent_here = [rank for rank in silent if latest[rank]["host"] == self.heartbeat["host"]]
+            for rank in silent_here:
+                self._request_stacks(latest[rank]["pid"], self.stacks_file(rank))
+            absent = [rank for rank in all_ranks if rank not in latest]
             self.on_hang(
-                f"{what}: {describe_hang(signs, absent + silent)}; stacks of the ranks: {self.stacks}/"
+                f"{problem}: {describe_hang(latest, absent + silent)}; stacks of the ranks: {self.stacks}/"
                 "stacks-rank*.txt; the last checkpoint is good; if a step may take that long, give "
                 "--step_timeout and --ddp_timeout"
             )
-            for rank in here:  # a signal that asks would not end them
+            for rank in silent_here:  # a stopped process does not react to SIGTERM
                 with contextlib.suppress(OSError):
-                    os.kill(signs[rank]["pid"], signal.SIGKILL)
+                    os.kill(latest[rank]["pid"], signal.SIGKILL)
         else:
-            time.sleep(8 * self.interval)  # the error that is told shall be the first one
+            time.sleep(8 * self.interval)  # the rank that reports the error must be the first to end
         os._exit(FlareError.exit_code)
 
     def _place(self) -> str:
-        """Where this rank's main thread is, in words."""
+        """What the main thread of this rank does: "waits", or "is in FILE:LINE (FUNCTION)"."""
         frame = sys._current_frames()[self.main_thread]
-        while frame.f_back and OURS not in frame.f_code.co_filename:
-            if any(place in frame.f_code.co_filename for place in WAITING):
+        while frame.f_back and PACKAGE_DIR not in frame.f_code.co_filename:
+            if any(place in frame.f_code.co_filename for place in WAITING_PLACES):
                 return "waits"
             frame = frame.f_back
         return f"is in {Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
 
-    def _ask_for_stacks(self, pid: int, file: Path) -> None:
-        """Of a silent process of this host. A stopped one writes them before anything else when it goes on."""
+    def _request_stacks(self, pid: int, file: Path) -> None:
+        """Make a silent process of this host write its stacks. A stopped process writes them when it is continued."""
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGUSR2)
             os.kill(pid, signal.SIGCONT)
@@ -201,11 +211,11 @@ class Watchdog:
                 time.sleep(0.05)
 
 
-def describe_hang(signs: dict[int, dict], silent: list[int]) -> str:
-    """Ranks that leave no sign of life; else those that do not wait for others; else where all are."""
-    known = {rank: f" (pid {sign['pid']} on {sign['host']})" for rank, sign in signs.items()}
+def describe_hang(heartbeats: dict[int, dict], silent: list[int]) -> str:
+    """The ranks without a heartbeat; if none, the ranks that do not wait for others; if none, all ranks."""
+    known = {rank: f" (pid {beat['pid']} on {beat['host']})" for rank, beat in heartbeats.items()}
     if silent:
         return ", ".join(f"rank {rank}{known.get(rank, '')} does not answer" for rank in silent)
-    places = {rank: sign.get("where", "waits") for rank, sign in sorted(signs.items())}
+    places = {rank: beat.get("where", "waits") for rank, beat in sorted(heartbeats.items())}
     busy = {rank: place for rank, place in places.items() if place != "waits"}
     return ", ".join(f"rank {rank} {place}" for rank, place in (busy or places).items())

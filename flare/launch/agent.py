@@ -1,4 +1,4 @@
-"""torchrun's agent: starts the workers of this node, passes signals on, ends them."""
+"""torchrun's agent: starts the workers of this node, forwards signals to them, and ends them."""
 
 import contextlib
 import logging
@@ -20,15 +20,15 @@ INTERRUPTED = "interrupted"
 
 
 SHUTDOWN_TIMEOUT_SEC = 600
-"""What torchrun's agent grants workers after a signal: a large model's last checkpoint takes minutes."""
+"""Time for workers to end after a signal. Saving the last checkpoint of a large model takes minutes."""
 
 
 def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "DefaultLogsSpecs | None" = None) -> None:
-    """Run a script once a rank through torchrun's agent, to its end.
+    """Run a script in one process per rank through torchrun's agent, and wait until all have ended.
 
     Args:
-        logs: where workers leave their errors; a new place by default.
-    Raises: SignalException, ChildFailedError of torchrun; EnvError when this host does not meet the others.
+        logs: where workers write their errors; a new directory by default.
+    Raises: torchrun's SignalException and ChildFailedError; EnvError when this node cannot connect to the others.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -44,20 +44,23 @@ def run_agent(script: Path, argv: list[str], local_world_size: int, logs: "Defau
         **rendezvous(),
     )
     signal.signal(signal.SIGINT, _on_interrupt)
-    # What a worker's end means we say ourselves.
+    # Flare reports by itself how a worker ended.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-u", str(script), *argv)
     except DistError as error:
         address, port = master()
         raise EnvError(
-            f"the {num_nodes()} hosts of this run do not meet at {address}:{port}: {first_line(error)}; "
-            "see NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT (another one if it is in use)"
+            f"the {num_nodes()} nodes of this run cannot connect at {address}:{port}: {first_line(error)}; "
+            "check NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT (choose another port if it is in use)"
         ) from error
 
 
 def shutdown_timeout_arguments(config_class: type) -> dict[str, int]:
-    """What grants workers ``SHUTDOWN_TIMEOUT_SEC``; torch 2.11 has none: there it is a method's default."""
+    """Arguments of ``LaunchConfig`` that set the shutdown timeout of workers to ``SHUTDOWN_TIMEOUT_SEC``.
+
+    torch 2.11 has no such argument. There, the timeout is a default of a method, which is replaced.
+    """
     if "shutdown_timeout" in config_class.__dataclass_fields__:
         return {"shutdown_timeout": SHUTDOWN_TIMEOUT_SEC}
     from torch.distributed.elastic.multiprocessing.api import PContext
@@ -67,7 +70,7 @@ def shutdown_timeout_arguments(config_class: type) -> dict[str, int]:
 
 
 def _on_interrupt(_number: int, _frame: object) -> None:
-    """First Ctrl-C: workers finish their step and write a checkpoint. Second: all end at once."""
+    """On the first Ctrl-C, workers finish their step and save a checkpoint. The second one ends all at once."""
     from torch.distributed.elastic.multiprocessing import SignalException
 
     signal.signal(signal.SIGINT, _on_second_interrupt)
@@ -76,8 +79,8 @@ def _on_interrupt(_number: int, _frame: object) -> None:
 
 
 def received_signal(error: "SignalException") -> signal.Signals:
-    """The signal that this process got. Ctrl-C goes on to workers as SIGTERM: one that is still starting then ends
-    without a traceback."""
+    """The signal that this process received. Ctrl-C reaches the workers as SIGTERM, so that a worker that is still
+    starting ends without a traceback."""
     return signal.SIGINT if error.args == (INTERRUPTED,) else error.sigval
 
 
@@ -88,7 +91,7 @@ def _on_second_interrupt(_number: int, _frame: object) -> None:
 
 
 def kill_workers() -> None:
-    """Workers have sessions of their own, so the terminal's Ctrl-C does not reach them: end them from here."""
+    """Kill all workers. Each has its own session, so the terminal's Ctrl-C does not reach them."""
     for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         with contextlib.suppress(OSError):
             os.killpg(int(pid), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The GPUs and the number of processes of a run, chosen before torch is imported."""
+"""Choose the GPUs and the number of processes of a run, before torch is imported."""
 
 import os
 import shutil
@@ -14,14 +14,14 @@ from flare.run.run import Hardware, Run
 
 
 def choose_gpus(options: Options) -> Selection | None:
-    """The GPUs that the options ask for, or None for a CPU run.
+    """Choose GPUs by the options. Returns None for a CPU run.
 
     Raises: ConfigError / EnvError of ``flare.gpus``.
     """
     if options.gpu_type == "cpu":
         return None
-    asked = options.gpu_ids is not None or options.gpu_type is not None
-    if not asked and shutil.which("nvidia-smi") is None:
+    is_requested = options.gpu_ids is not None or options.gpu_type is not None
+    if not is_requested and shutil.which("nvidia-smi") is None:
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpu_type = None if options.gpu_ids is not None else options.gpu_type or "auto"
@@ -30,20 +30,20 @@ def choose_gpus(options: Options) -> Selection | None:
 
 
 def exclude_small_gpus(run: Run, selection: Selection) -> Selection:
-    """When the user named no GPUs: those that can hold the run, if some can and some cannot."""
+    """Skip GPUs that are too small for the run, if the user named no GPUs and at least one GPU is large enough."""
     if run.options.gpu_ids is not None or run.options.gpu_type is not None:
         return selection
     need = run.plan().memory.peak_bytes
     small = [g for g in selection.gpus if g.memory_total_mib and usable_bytes(g.memory_total_mib * MIB) < need]
     if not small or len(small) == len(selection.gpus):
         return selection
-    skipped = [Skipped(g, f"too small: {need / 2**30:.1f} GiB needed; --gpu_ids takes it all the same") for g in small]
+    skipped = [Skipped(g, f"too small: {need / 2**30:.1f} GiB needed; use it anyway with --gpu_ids") for g in small]
     rest = [gpu for gpu in selection.gpus if gpu not in small]
     return replace(selection, gpus=rest, skipped=[*selection.skipped, *skipped])
 
 
 def choose_hardware(options: Options, selection: Selection | None) -> Hardware:
-    """GPUs and number of processes of this run.
+    """The GPUs of this node and the number of processes of the run.
 
     Raises: ConfigError for more processes than GPUs.
     """
@@ -56,9 +56,9 @@ def choose_hardware(options: Options, selection: Selection | None) -> Hardware:
 
 
 def check_torch_sees_cuda() -> None:
-    """A torch that cannot use the driver is one clear line, never a silent fall to the CPU.
+    """Check that torch can use the GPUs. There is no silent fallback to the CPU.
 
-    Raises: EnvError.
+    Raises: EnvError when torch cannot use the driver.
     """
     import torch
 

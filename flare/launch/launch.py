@@ -1,7 +1,7 @@
-"""Start workers on this host through torchrun's API, and say truly how they ended.
+"""Start the workers of this node through torchrun's API, and report how they ended.
 
-A single process needs no launcher and runs in this one. For several, torchrun's agent starts the script
-again, once a rank; it passes signals on, and its workers' first error is shown once, with its exit code.
+A run of a single process needs no launcher. For several processes, torchrun's agent starts the script again, once per
+rank, and forwards signals. The first error of a worker is printed once, and its exit code is returned.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from flare.run.metrics_file import record_status
 from flare.run.run import Run
 
 RECORD_WAIT_SEC = 10.0
-"""How long another host's launcher waits for the first one's rank 0 to record how the run ended."""
+"""How long the launchers of other nodes wait until rank 0 has recorded how the run ended."""
 
 
 def shell_command(script: Path, run: Run, selection: Selection | None) -> str:
-    """The torchrun command that does what the launcher does, to read or to paste."""
+    """The torchrun command that is equivalent to what the launcher does."""
     argv = _without_dry_run(run.resolved.argv)
-    if run.resolved.name_is_default:  # else each worker would take its own time for the name
+    if run.resolved.name_is_default:  # otherwise each worker would make its own name from the time
         argv += ["--experiment_name", run.options.experiment_name]
     variables = select_environment(selection) if selection else {DEVICE_VARIABLE: "cpu"}
     local = run.hardware.world_size // num_nodes()
@@ -46,7 +46,7 @@ def shell_command(script: Path, run: Run, selection: Selection | None) -> str:
 
 
 def _without_dry_run(argv: list[str]) -> list[str]:
-    """The command line without the flag, in whichever way it is written: alone, with a value, with ``=``."""
+    """The command line without ``--dry_run``, written alone, with a value or with ``=``."""
     kept: list[str] = []
     before = ""
     for word in argv:
@@ -59,9 +59,9 @@ def _without_dry_run(argv: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def reserved_experiment_name(resolved: ResolvedOptions) -> Iterator[ResolvedOptions]:
-    """A default name that is this launch's alone: of two in one second the later gets ``_2``.
+    """Reserve a default experiment name: of two launches in the same second, the later one gets ``_2``.
 
-    The directory is made here, and removed again if nothing was written into it.
+    The directory is created here, and removed at the end if it is still empty.
     """
     if not resolved.name_is_default:
         yield resolved
@@ -82,11 +82,11 @@ def reserved_experiment_name(resolved: ResolvedOptions) -> Iterator[ResolvedOpti
 
 
 def start_workers(script: Path, run: Run) -> int:
-    """Train in one process a rank through torchrun's agent; returns the exit code.
+    """Train in one process per rank through torchrun's agent. Returns the exit code.
 
-    0 also for a clean stop on a signal, which torchrun itself would call a failure.
+    The code is also 0 after a clean stop on a signal, which torchrun itself reports as a failure.
 
-    Raises: EnvError when this host does not meet the others.
+    Raises: EnvError when this node cannot connect to the others.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -98,7 +98,7 @@ def start_workers(script: Path, run: Run) -> int:
     except SignalException as error:
         if _ended_cleanly(experiment, stage):
             return 0
-        kill_workers()  # that are left when another signal came while they were waited for: the third one
+        kill_workers()  # some may be left if another signal ended the wait for them
         _record_failure(experiment, stage, f"ended by signal {received_signal(error).name}")
         return 128 + received_signal(error)
     except ChildFailedError as error:
@@ -107,7 +107,7 @@ def start_workers(script: Path, run: Run) -> int:
 
 
 def _ended_cleanly(experiment: Experiment, stage: int) -> bool:
-    """Whether the workers recorded a clean end. The first host's rank 0 does; others may have to wait for it."""
+    """Whether a clean end was recorded. Rank 0 records it, so the launchers of other nodes may have to wait."""
     deadline = time.monotonic() + (0 if node_rank() == 0 else RECORD_WAIT_SEC)
     while True:
         status = experiment.read_metrics().get("stages", {}).get(str(stage), {}).get("status")
@@ -116,24 +116,24 @@ def _ended_cleanly(experiment: Experiment, stage: int) -> bool:
         time.sleep(0.2)
 
 
-def _report_failure(error: object, workers_files: Path, experiment: Experiment, stage: int) -> int:
+def _report_failure(error: object, error_files: Path, experiment: Experiment, stage: int) -> int:
     """Print the first worker's error once, record it, and return its exit code."""
-    failure = first_failure(error, experiment.logs, workers_files)
+    failure = first_failure(error, experiment.logs, error_files)
     message = failure.message
     print_error(message)
-    if not failure.told:
+    if not failure.is_reported:
         _record_failure(experiment, stage, message)
     elif failure.exit_code == FlareError.exit_code and node_rank() == 0:
-        # The run itself failed (other codes are refusals, of a run that another one may own), and rank 0 may have
-        # recorded only that the rank which says why was gone.
+        # The run itself failed. (With other exit codes the run was refused, and may belong to another process.) Rank 0
+        # may have recorded only that another rank is gone, so this message replaces it.
         record_status(experiment, stage, "failed", error=message)
     return failure.exit_code
 
 
 def _record_failure(experiment: Experiment, stage: int, message: str) -> None:
-    """In the log, and on the first host as the stage's status: the other hosts' launchers only add a line."""
+    """Write the message to training.log. On the first node, also record that the stage failed."""
     if node_rank() > 0:
-        message = f"host {socket.gethostname()}: {message}"
+        message = f"node {socket.gethostname()}: {message}"
     _append_to_log(experiment, message)
     if node_rank() == 0:
         record_status(experiment, stage, "failed", error=message)

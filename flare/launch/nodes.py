@@ -1,6 +1,6 @@
-"""Where the processes of a run meet: one host, or several that the environment names. Standard library only.
+"""The nodes of a run, from torchrun's environment variables, and their rendezvous. Standard library only.
 
-Several hosts use torchrun's own variables: ``NNODES NODE_RANK MASTER_ADDR MASTER_PORT`` (docs/scaling.md).
+A run on several nodes needs ``NNODES NODE_RANK MASTER_ADDR MASTER_PORT`` (docs/scaling.md).
 """
 
 import fcntl
@@ -14,29 +14,29 @@ from flare.errors import ConfigError
 
 DEFAULT_PORT = 29500
 SIOCGIFADDR = 0x8915
-"""ioctl that gives an interface's IPv4 address. Source: netdevice(7)."""
+"""ioctl that returns the IPv4 address of an interface. Source: netdevice(7)."""
 
 
 def num_nodes() -> int:
-    """Hosts of the run: ``NNODES`` of the environment, else one.
+    """Number of nodes of the run: ``NNODES`` in the environment, default 1.
 
-    Raises: ConfigError for anything but a number; a range is torchrun's elastic mode, which no run here uses.
+    Raises: ConfigError when it is not a number. A range would be torchrun's elastic mode, which is not supported.
     """
     return _number("NNODES", 1, 1, 100_000)
 
 
 def node_rank() -> int:
-    """This host's number among the run's, from 0.
+    """Rank of this node, from 0.
 
-    Raises: ConfigError when ``NODE_RANK`` is no number below ``NNODES``.
+    Raises: ConfigError when ``NODE_RANK`` is not a number below ``NNODES``.
     """
     return _number("NODE_RANK", 0, 0, num_nodes() - 1) if num_nodes() > 1 else 0
 
 
 def master() -> tuple[str, int]:
-    """Address and port of the host with ``NODE_RANK`` 0.
+    """(address, port) of the node with ``NODE_RANK`` 0.
 
-    Raises: ConfigError for a port that is none.
+    Raises: ConfigError for an invalid port.
     """
     return os.environ.get("MASTER_ADDR", "127.0.0.1"), _number("MASTER_PORT", DEFAULT_PORT, 1, 65535)
 
@@ -49,26 +49,27 @@ def _number(name: str, default: int, low: int, high: int) -> int:
 
 
 def check_node_variables(name_was_given: bool) -> None:
-    """The variables that several hosts need, before anything is started.
+    """Check the environment variables of a run on several nodes, before anything is started.
 
-    Raises: ConfigError for what is missing. A default experiment name is the clock's: hosts would differ.
+    Raises: ConfigError when a variable is missing, or the experiment name: a default name is made from the time, so
+        the nodes would disagree.
     """
     if num_nodes() == 1:
         return
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not os.environ.get(name)]
     if missing:
-        raise ConfigError(f"NNODES={num_nodes()} needs {' and '.join(missing)} in the environment, too")
+        raise ConfigError(f"NNODES={num_nodes()} needs {' and '.join(missing)} in the environment")
     node_rank(), master()
     if not name_was_given:
-        raise ConfigError(f"NNODES={num_nodes()} needs --experiment_name: all hosts write one experiment")
+        raise ConfigError(f"NNODES={num_nodes()} needs --experiment_name, because all nodes write to one experiment")
 
 
 def rendezvous() -> dict:
-    """Arguments for torchrun's ``LaunchConfig``. One host: any free port, so that two runs never collide."""
+    """Rendezvous arguments for torchrun's ``LaunchConfig``. A single node uses a free port: runs never collide."""
     nodes = num_nodes()
     shape = {"min_nodes": nodes, "max_nodes": nodes}
     if nodes == 1:
-        # Without local_addr workers are told this host's name, which need not resolve.
+        # Without local_addr, workers would get the name of this host, which may not resolve.
         return shape | {
             "run_id": uuid.uuid4().hex, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0",
             "local_addr": "127.0.0.1",
@@ -81,10 +82,10 @@ def rendezvous() -> dict:
 
 
 def gloo_environment() -> dict[str, str]:
-    """The network interface that gloo shall use, unless the user named one.
+    """The environment variable that sets gloo's network interface; empty if the user has set it.
 
-    Gloo by itself takes the address that the host's name resolves to: on Debian 127.0.1.1, in containers
-    often nothing, and then other hosts cannot reach it.
+    By default gloo uses the address that the host name resolves to. That is 127.0.1.1 on Debian and often none in
+    containers, so other nodes could not reach it.
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return {}
@@ -93,10 +94,10 @@ def gloo_environment() -> dict[str, str]:
 
 
 def interface_to(address: str, port: int) -> str | None:
-    """Name of the interface that this host reaches ``address`` (IPv4 or a name) through; None when unknown."""
+    """Name of the network interface for the route to ``address`` (IPv4 or a name); None when unknown."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, port))  # UDP: chooses the route, sends nothing
+            probe.connect((address, port))  # UDP: chooses a route and sends nothing
             own = probe.getsockname()[0]
             return next((name for _, name in socket.if_nameindex() if _ipv4(probe, name) == own), None)
     except OSError:

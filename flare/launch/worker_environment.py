@@ -1,7 +1,7 @@
-"""What the launcher settled and hands to its workers in the environment: device, GPUs, options.
+"""Environment variables through which the launcher passes the device, the GPUs and resolved options to its workers.
 
-Workers settle the run again from the same command line; what the clock, free memory or nvidia-smi decided
-must not be decided a second time, or ranks would differ.
+Workers resolve the run again from the same command line. What depends on the time, free memory or nvidia-smi must be
+decided only once, because ranks would differ otherwise.
 """
 
 import json
@@ -22,7 +22,7 @@ RESOLVED_OPTIONS = ("per_device_train_batch_size", "global_batch_size", "gradien
 
 
 def export_environment(run: Run, selection: Selection | None) -> dict[str, str]:
-    """Set and return the variables that workers find their device, their GPUs and settled options by."""
+    """Set the environment variables for workers, and return them."""
     variables = {
         DEVICE_VARIABLE: "cuda" if run.hardware.use_cuda else "cpu",
         GPUS_VARIABLE: json.dumps([asdict(gpu) for gpu in run.hardware.gpus]),
@@ -36,29 +36,29 @@ def export_environment(run: Run, selection: Selection | None) -> dict[str, str]:
 
 
 def options_from_launcher(resolved: ResolvedOptions) -> ResolvedOptions:
-    """The options of a worker: those of its command line, with what the launcher settled."""
-    told = json.loads(os.environ.get(RESOLVED_VARIABLE, "{}"))
-    return resolved.with_values(**told)
+    """The options of a worker's command line, with the values that the launcher has resolved."""
+    values = json.loads(os.environ.get(RESOLVED_VARIABLE, "{}"))
+    return resolved.with_values(**values)
 
 
 def worker_hardware(options: Options) -> Hardware:
-    """What a torchrun worker computes on: what our launcher said, else GPUs if torch sees any.
+    """The hardware of a torchrun worker: as the launcher has set it, otherwise GPUs if torch sees any.
 
-    ``gpus`` are this host's GPUs, in the order of local ranks.
+    ``gpus`` are the GPUs of this node, in the order of local ranks.
     """
     world_size = int(os.environ["WORLD_SIZE"])
-    told = os.environ.get(DEVICE_VARIABLE)
-    if told == "cpu" or (told is None and options.gpu_type == "cpu"):
+    device = os.environ.get(DEVICE_VARIABLE)
+    if device == "cpu" or (device is None and options.gpu_type == "cpu"):
         return Hardware(False, world_size, nodes=num_nodes())
     planned = tuple(Gpu(**gpu) for gpu in json.loads(os.environ.get(GPUS_VARIABLE, "[]")))
     if planned:
         return Hardware(True, world_size, planned, num_nodes())
-    gpus = visible_gpus()
-    return Hardware(told == "cuda" or bool(gpus), world_size, gpus, num_nodes())
+    gpus = gpus_of_torch()
+    return Hardware(device == "cuda" or bool(gpus), world_size, gpus, num_nodes())
 
 
-def visible_gpus() -> tuple[Gpu, ...]:
-    """GPUs as torch sees them in this process; none without CUDA."""
+def gpus_of_torch() -> tuple[Gpu, ...]:
+    """The GPUs that torch sees in this process; empty without CUDA."""
     import torch
 
     if not torch.cuda.is_available():

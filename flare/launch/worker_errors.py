@@ -1,4 +1,4 @@
-"""How a worker's error reaches the launcher, which shows the first one once: a file that torchrun names for each."""
+"""Pass a worker's error to the launcher through a file that torchrun names. The launcher prints the first one."""
 
 import json
 import os
@@ -14,13 +14,13 @@ ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
 def stop_when_launcher_dies() -> None:
-    """From a worker: when the launcher dies, killed or not, get SIGTERM and so stop with a checkpoint (Linux)."""
+    """In a worker: receive SIGTERM when the launcher dies, and so stop with a checkpoint. Linux only."""
     if DEVICE_VARIABLE in os.environ and ERROR_FILE_VARIABLE in os.environ:
         end_with_parent(signal.SIGTERM)
 
 
 def report_to_launcher(message: str, exit_code: int) -> bool:
-    """From a worker: leave the error for the launcher to show. False when no launcher of ours is there."""
+    """In a worker: write the error to a file for the launcher. Returns False without a launcher of Flare."""
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if not path or DEVICE_VARIABLE not in os.environ:
         return False
@@ -35,40 +35,42 @@ def report_to_launcher(message: str, exit_code: int) -> bool:
 
 @dataclass(frozen=True)
 class Failure:
-    """How the worker that failed first did, and whether it told so itself."""
+    """The error of the worker that failed first. ``is_reported``: the message comes from a worker."""
 
     rank: int
     message: str
     exit_code: int
-    told: bool
+    is_reported: bool
 
 
-def first_failure(error: object, logs: Path | str, workers_files: Path | None = None) -> Failure:
-    """What to say of workers that failed.
+def first_failure(error: object, logs: Path | str, error_files: Path | None = None) -> Failure:
+    """The error to print when workers failed.
 
     Args:
-        error: torchrun's ChildFailedError. logs: where a worker that could not tell has written more.
-        workers_files: where others may have told, in place of one that could not.
+        error: torchrun's ChildFailedError.
+        logs: the logs of the run, named in the message when no worker reported an error.
+        error_files: torchrun's directory of error files. It is searched when the worker that failed first wrote none.
     """
     rank, failure = error.get_first_failure()
-    told = _told_error(failure.error_file) or (_told_by_any(workers_files) if workers_files else None)
-    if told:
-        return Failure(rank, told["message"], told["exit_code"], True)
-    # One that was killed comes before those that ended because they waited for it.
+    reported = _read_error(failure.error_file) or (_read_any_error(error_files) if error_files else None)
+    if reported:
+        return Failure(rank, reported["message"], reported["exit_code"], True)
+    # A killed worker comes before workers that ended because they waited for it.
     rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
     if failure.exitcode < 0:
-        hint = "; the kernel does so when memory is short, see dmesg" if failure.exitcode == -signal.SIGKILL else ""
+        hint = "; the kernel does this when memory is short, see dmesg" if failure.exitcode == -signal.SIGKILL else ""
         message = f"rank {rank} was ended by {failure.signal_name()} (pid {failure.pid}){hint}"
         return Failure(rank, message, 5, False)
     return Failure(rank, f"rank {rank} failed with exit code {failure.exitcode}; see {logs}", 5, False)
 
 
-def _told_by_any(workers_files: Path) -> dict | None:
-    """What another worker of this host told: the one that ended a rank that hung."""
-    return next((told for file in workers_files.rglob("error.json") if (told := _told_error(str(file)))), None)
+def _read_any_error(error_files: Path) -> dict | None:
+    """The error of any worker of this node, such as the one whose watchdog ended a rank that hung."""
+    return next((found for file in error_files.rglob("error.json") if (found := _read_error(str(file)))), None)
 
 
-def _told_error(path: str | None) -> dict | None:
+def _read_error(path: str | None) -> dict | None:
+    """The message and exit code in an error file; None when there are none."""
     try:
         content = json.loads(Path(path or "").read_text(encoding="utf-8"))["message"]
         return content if "exit_code" in content else None

@@ -14,7 +14,7 @@ from flare.data.training_rows import TrainRows
 from flare.distributed import process_group
 from flare.distributed.fsdp import is_sharded
 from flare.distributed.process_group import World
-from flare.distributed.watchdog import Limits, Watchdog
+from flare.distributed.watchdog import StepLimits, Watchdog
 from flare.errors import FlareError, during
 from flare.evaluation.during_training import LengthCurve, MoreEvaluation
 from flare.gpus.selection import gpu_line
@@ -257,7 +257,7 @@ class Session:
         return MoreEvaluation(model.causal_lm, curve, from_base=bool(run.nope_layers) and not changed)
 
     def _watchdog(self) -> Watchdog:
-        limits = Limits.of(self.options.step_timeout, self.options.ddp_timeout)
+        limits = StepLimits.of(self.options.step_timeout, self.options.ddp_timeout)
         store = self.world.store and PrefixStore("watchdog", self.world.store.clone())  # a connection for its thread
         return Watchdog(self.world.rank, self.world.size, store, limits, self.experiment.logs, self._report_hang)
 

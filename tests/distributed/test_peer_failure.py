@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flare.distributed.watchdog import Limits, Watchdog
+from flare.distributed.watchdog import StepLimits, Watchdog
 from flare.errors import is_out_of_memory
 from tests.processes import REPO, script_environment, train_anew
 
@@ -105,7 +105,7 @@ def test_a_rank_that_waits_for_an_event_of_its_gpu_waits_for_others(tmp_path: Pa
     waits, go_on = threading.Event(), threading.Event()
     rank = threading.Thread(target=names["synchronize"], args=(waits, go_on))
     rank.start()
-    watchdog = Watchdog(0, 1, None, Limits(10, 10), tmp_path, print)
+    watchdog = Watchdog(0, 1, None, StepLimits(10, 10), tmp_path, print)
     try:
         assert waits.wait(timeout=30)
         watchdog.main_thread = rank.ident

@@ -69,7 +69,7 @@ def test_a_stopped_rank_is_named_and_all_end(zygote: Zygote, flags: list[str], r
 
 @pytest.mark.faults
 def test_a_rank_that_is_stopped_while_it_saves_is_named(zygote: Zygote, flags: list[str], run: Path) -> None:
-    """The others would wait 12 hours for a slow save; this one leaves no sign of life."""
+    """The others would wait 12 hours for a slow save; this one writes no heartbeat."""
     fault = ("in_workers", "slow_save", 1000)
     running = zygote.start(*flags, "--nproc_per_node", 2, "--ddp_timeout", 10, fault=fault)
     running.wait_for("step 2/")
@@ -77,7 +77,7 @@ def test_a_rank_that_is_stopped_while_it_saves_is_named(zygote: Zygote, flags: l
     os.kill(pids[0], signal.SIGSTOP)
     ended = running.wait()
     (error,) = ended.errors
-    assert re.search(rf"no sign of life for 9 s: rank 0 \(pid {pids[0]} on .*\) does not answer", error)
+    assert re.search(rf"no heartbeat for 9 s: rank 0 \(pid {pids[0]} on .*\) does not answer", error)
     assert_told_with_stacks(ended, run, pids)
 
 
@@ -89,7 +89,7 @@ def test_a_rank_that_works_for_ever_is_named_beside_those_that_wait(
     ended = zygote.run(*flags, "--nproc_per_node", 2, "--step_timeout", 4, fault=fault)
     assert ended.returncode == 5
     (error,) = ended.errors
-    assert re.search(r"step 6 did not end within 4 s: rank 1 is in prefetch\.py:\d+ \(\w+\);", error)
+    assert re.search(r"step 6 did not end within 4 s: rank 1 is in loader\.py:\d+ \(\w+\);", error)
     assert "in hanging" in (run / "logs" / "stacks-rank1.txt").read_text()
 
 
