@@ -1,1 +1,1 @@
-"""The model as it is trained: weights, attention kernels, memory-efficient layers, checkpointing, compilation."""
+"""The model in training: attention kernels, memory-efficient layers, activation checkpointing, compilation, loss."""

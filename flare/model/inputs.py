@@ -1,4 +1,4 @@
-"""A batch of packed rows as the tensors that the training model takes."""
+"""Converts a batch of packed rows to the tensors of the training model."""
 
 import torch
 
@@ -15,10 +15,10 @@ def host_tensors(batch: Batch, pin: bool = False) -> dict[str, torch.Tensor]:
         "document_bounds": document_bounds(batch.position_ids),
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    # A view with gaps would be copied to plain memory again on its way to the GPU.
+    # A non-contiguous view would be copied to unpinned memory on its way to the GPU.
     return {name: tensor.contiguous().pin_memory() for name, tensor in tensors.items()} if pin else tensors
 
 
 def to_device(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The same on the device; a copy out of pinned memory is not waited for."""
+    """The tensors on the device. Copies from pinned memory are asynchronous."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}

@@ -18,7 +18,7 @@ from flare.distributed.process_group import World
 from flare.errors import FlareError
 from flare.model.inputs import host_tensors, to_device
 from flare.model.training_model import TrainingModel
-from flare.train.loader import cut
+from flare.train.loader import split_into_micro_batches
 from flare.train.metrics import MetricsWriter
 from flare.train.train_state import TrainState
 
@@ -67,7 +67,8 @@ def evaluate_rows(
     counts = [len(rows_of_rank) for rows_of_rank in portions] if is_sharded(model) else None
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # NLLs, hits, targets
     model.eval()
-    for batch in cut(held_out, portions[world.rank], options.per_device_train_batch_size, counts):
+    micro = options.per_device_train_batch_size
+    for batch in split_into_micro_batches(held_out, portions[world.rank], micro, counts):
         tensors = to_device(host_tensors(batch), world.device)
         losses, correct = model.score(**tensors)
         sums += torch.stack([losses.double().sum(), correct.sum().double(), (tensors["labels"] >= 0).sum().double()])

@@ -1,6 +1,6 @@
-"""The next step's rows are read and packed in a thread while this step computes, and the time spent waiting is kept.
+"""Loads micro-batches: a thread reads and packs the next step's rows while this step computes.
 
-On GPUs the tensors lie in pinned memory, so that their copies to the GPU need not be waited for.
+On GPUs the tensors are in pinned memory, so that they are copied to the GPU asynchronously.
 """
 
 import time
@@ -18,7 +18,7 @@ from flare.model.inputs import host_tensors
 
 @dataclass(frozen=True)
 class StepRows:
-    """Rows of an optimizer step: which they are on all ranks, and this rank's micro-batches in host memory."""
+    """Rows of an optimizer step: the row indices of all ranks, and this rank's micro-batches in host memory."""
 
     rows: np.ndarray
     num_targets: int  # of all ranks
@@ -29,9 +29,9 @@ class StepLoader:
     """Micro-batches of one rank, step by step.
 
     Args:
-        rows_by_rank: rows of a step for each rank, in rank order. micro: rows of a micro-batch, at most.
-        pin: the GPU from which to get pinned memory for the tensors; None: plain memory.
-        in_step: as many micro-batches on every rank (those of a sharded model gather its weights in each).
+        rows_by_rank: rows of a step for each rank, in rank order. micro: the most rows of a micro-batch.
+        pin: the GPU for which tensors are pinned; None: ordinary memory.
+        in_step: the same number of micro-batches on every rank, because a sharded model gathers its weights in each.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class StepLoader:
         self.step_rows = sum(rows_by_rank)
         self.mine = slice(sum(rows_by_rank[:rank]), sum(rows_by_rank[: rank + 1]))
         self.wait_seconds = 0.0
-        # Only this thread reads data and order. The current GPU is each thread's own: with the default one, each rank
-        # could open a context on GPU 0. Source: torch/utils/data/_utils/pin_memory.py does the same.
+        # Only this thread reads data and order. Each thread has its own current GPU: with the default one every rank
+        # would open a context on GPU 0. Source: torch/utils/data/_utils/pin_memory.py does the same.
         bind = {"initializer": torch.cuda.set_device, "initargs": (pin,)} if pin else {}
         self._thread = ThreadPoolExecutor(1, "prefetch", **bind)
         self._next: tuple[int, Future[StepRows]] | None = None
 
     def take(self, position: int) -> StepRows:
-        """The step that begins at this position of the row order; begins to prepare the one after it."""
+        """The step that begins at this position of the row order. The next step is prepared from now on."""
         first, future = self._next or (None, None)
         if first != position:
             future = self._thread.submit(self._prepare, position)
@@ -74,16 +74,19 @@ class StepLoader:
 
     def _prepare(self, position: int) -> StepRows:
         rows = self.order.rows(position, position + self.step_rows)
-        batches = [host_tensors(b, self.pin) for b in cut(self.data, rows[self.mine], self.micro, self.counts)]
+        micro_batches_of_rank = split_into_micro_batches(self.data, rows[self.mine], self.micro, self.counts)
+        batches = [host_tensors(batch, self.pin) for batch in micro_batches_of_rank]
         return StepRows(rows, self.data.num_targets(rows), batches)
 
 
-def cut(data: TrainRows, rows: np.ndarray, micro: int, counts: list[int] | None) -> Iterator[Batch]:
-    """A rank's rows in micro-batches of at most ``micro``.
+def split_into_micro_batches(
+    data: TrainRows, rows: np.ndarray, micro: int, counts: list[int] | None
+) -> Iterator[Batch]:
+    """A rank's rows in micro-batches of at most ``micro`` rows.
 
     Args:
-        counts: the rows of each rank, where every rank must have as many micro-batches. One that has run out of rows
-            gets some row without targets, which adds nothing to the loss.
+        counts: the number of rows of each rank, if every rank must have the same number of micro-batches. A rank that
+            has no rows left gets a row without targets, which adds nothing to the loss.
     """
     for piece in equal_rounds(rows, counts, micro) if counts else micro_batches(rows, micro):
         batch = data.batch(piece if len(piece) else np.array([data.any_row()]))

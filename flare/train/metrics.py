@@ -1,7 +1,4 @@
-"""What is measured and where it goes: training.log, TensorBoard, logs/metrics.jsonl, training_metrics.json.
-
-Rank 0 writes; on other ranks every method does nothing.
-"""
+"""Writes the metrics of training: training.log, TensorBoard and logs/metrics.jsonl. Only rank 0 has a writer."""
 
 import contextlib
 import json
@@ -20,14 +17,14 @@ from flare.logs import log
 from flare.run.experiment import Experiment
 from flare.run.metrics_file import base_loss
 from flare.terminal import columns
-from flare.train.tensorboard import Board
+from flare.train.tensorboard import TensorBoardWriter
 
-WORTH_A_WORD = 0.02
-"""Share of the time spent waiting for data from which on the log line tells it."""
+MIN_DATA_WAIT = 0.02
+"""The log line shows the share of time spent waiting for data if it is at least this."""
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), held at exp(709), near the largest float: JSON files hold no infinity."""
+    """exp(loss), at most exp(709), near the largest float: JSON has no infinity."""
     return math.exp(min(loss, 709.0))
 
 
@@ -39,12 +36,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def share_of(peak_flops: float | None, tokens_per_sec: float, flops_per_token: float | None) -> float | None:
-    """Of a device's peak FLOP/s, what a rate uses; None where either is unknown."""
+    """The share of the peak FLOP/s that a rate uses. None when the peak or the FLOPs per token are unknown."""
     return tokens_per_sec * flops_per_token / peak_flops if peak_flops and flops_per_token else None
 
 
 class Throughput:
-    """Tokens per second of training itself: no evaluation or saving in the window, no padding counted."""
+    """Tokens per second of training, without evaluation and saving. Padding does not count."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -52,11 +49,11 @@ class Throughput:
         self._t0: float | None = None
 
     def start(self) -> None:
-        """Let the clock run."""
+        """Start the clock."""
         self._t0 = time.perf_counter()
 
     def stop(self) -> None:
-        """Halt the clock, if it runs."""
+        """Stop the clock, if it runs."""
         if self._t0 is not None:
             self.seconds += time.perf_counter() - self._t0
             self._t0 = None
@@ -69,7 +66,7 @@ class Throughput:
         self.start()
 
     def add(self, tokens: int) -> None:
-        """Count tokens that were trained on."""
+        """Count trained tokens."""
         self.tokens += tokens
 
     def take(self) -> float:
@@ -83,7 +80,7 @@ class MetricsWriter:
     """Writes one stage's records.
 
     Args:
-        history: records up to the step that training resumes from; later ones of a killed run are dropped.
+        history: records up to the step to resume from. Later records of a killed run are dropped.
     """
 
     def __init__(self, experiment: Experiment, stage: int, max_steps: int, history: list[dict]) -> None:
@@ -93,15 +90,15 @@ class MetricsWriter:
         self.warned_of: set[str] = set()
         step = history[-1]["step"] if history else 0
         self._restore_jsonl(history)
-        self.board: Board | None = None
-        with self._worth_less_than_the_run("TensorBoard's files"):
-            self.board = Board(experiment, stage, history)
+        self.tensorboard: TensorBoardWriter | None = None
+        with self._warn_if_unwritable("TensorBoard's files"):
+            self.tensorboard = TensorBoardWriter(experiment, stage, history)
         self.bar = tqdm(
             total=max_steps, initial=step, unit="step", desc=f"stage {stage}", disable=None, ncols=columns(sys.stderr)
         )  # fmt: skip
 
     def _restore_jsonl(self, history: list[dict]) -> None:
-        """Keep other stages' lines; of this stage keep what the checkpoint knows."""
+        """Keep the lines of other stages, and of this stage the records in the checkpoint."""
         path = self.experiment.logs / "metrics.jsonl"
         kept = []
         if path.is_file():
@@ -117,8 +114,8 @@ class MetricsWriter:
         self.jsonl = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the writer
 
     @contextlib.contextmanager
-    def _worth_less_than_the_run(self, what: str) -> Iterator[None]:
-        """A log that cannot be written is warned of, once."""
+    def _warn_if_unwritable(self, what: str) -> Iterator[None]:
+        """If a log cannot be written, warn once and continue the run."""
         try:
             yield
         except OSError as error:
@@ -127,19 +124,19 @@ class MetricsWriter:
             self.warned_of.add(what)
 
     def describe(self, settings: dict[str, str | float], plan: Sequence[str]) -> None:
-        """What this stage runs with, for TensorBoard."""
-        with self._worth_less_than_the_run("TensorBoard's files"):
-            if self.board:
-                self.board.describe(settings, plan)
+        """Write the settings and the plan of this stage to TensorBoard."""
+        with self._warn_if_unwritable("TensorBoard's files"):
+            if self.tensorboard:
+                self.tensorboard.describe(settings, plan)
 
     def record(self, record: dict) -> None:
-        """Write one step's or evaluation's numbers everywhere. Raises: EnvError when the directory was removed."""
+        """Write a step's or an evaluation's numbers to all logs. Raises: EnvError when the directory was removed."""
         self.experiment.check_not_removed()
-        with self._worth_less_than_the_run("metrics"):
+        with self._warn_if_unwritable("metrics"):
             self.jsonl.write(json.dumps({"stage": self.stage, **record}) + "\n")
             self.jsonl.flush()
-            if self.board:
-                self.board.record(record)
+            if self.tensorboard:
+                self.tensorboard.record(record)
         log.info(format_record(record, self.max_steps))
 
     def advance(self, loss: float, learning_rate: float) -> None:
@@ -150,14 +147,14 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close all files."""
         self.bar.close()
-        for file in (self.board, self.jsonl):
-            with contextlib.suppress(OSError):  # a log that cannot be written hides no other error
+        for file in (self.tensorboard, self.jsonl):
+            with contextlib.suppress(OSError):  # an unwritable log must not hide another error
                 if file:
                     file.close()
 
 
 def format_record(record: dict, max_steps: int) -> str:
-    """The fixed line of training.log. Waiting for data is told from ``WORTH_A_WORD`` of the time on."""
+    """The line in training.log. It shows the wait for data from ``MIN_DATA_WAIT`` of the time on."""
     where = f"step {record['step']}/{max_steps}"
     if "eval_loss" in record:
         best = " | best so far" if record.get("is_best") else ""
@@ -172,7 +169,7 @@ def format_record(record: dict, max_steps: int) -> str:
         mfu = f" | MFU {record['mfu']:.1%} (executed {record['executed_flops_use']:.1%})"
     scale = f" | loss scale {record['loss_scale']:g}" if "loss_scale" in record else ""
     norm = "overflow" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
-    waited = f" | data wait {record['data_wait']:.0%}" if record.get("data_wait", 0) >= WORTH_A_WORD else ""
+    waited = f" | data wait {record['data_wait']:.0%}" if record.get("data_wait", 0) >= MIN_DATA_WAIT else ""
     return (
         f"{where} | loss {record['loss']:.4f} | lr {record['learning_rate']:.2e} | grad {norm} | "
         f"{record['tokens_per_sec']:,.0f} tokens/s{mfu}{scale}{waited} | memory {record['memory_gib']:.1f} GiB"
@@ -183,7 +180,7 @@ LABEL_WIDTH = 16
 
 
 def summary_lines(experiment: Experiment, stage: int, history: list[dict], tokens: int) -> list[str]:
-    """Results, and what to do next. Args: tokens: trained on in this stage."""
+    """Results, and what to do next. Args: tokens: trained in this stage."""
     rows = _rows(experiment, stage, history, tokens)
     return [f"{label:<{LABEL_WIDTH}}{text}" for label, text in rows]
 
@@ -201,5 +198,8 @@ def _rows(experiment: Experiment, stage: int, history: list[dict], tokens: int) 
     model, board = (shlex.quote(str(path)) for path in (experiment.final_model, experiment.tensorboard))
     yield "final model", model
     yield "curves", f"tensorboard --logdir {board}"
-    yield "evaluate", "python evaluate_model_enhanced.py \\"  # two lines: a path may be long, a terminal folds
+    yield (
+        "evaluate",
+        "python evaluate_model_enhanced.py \\",
+    )  # two lines: a terminal folds long ones
     yield "", f"    --model_path {model}"

@@ -1,4 +1,4 @@
-"""The data of a run: from its options to training rows and held-out rows, before any process group."""
+"""Prepares the data of a run: tokens, training rows and held-out rows, before the process group starts."""
 
 import math
 import os
@@ -30,20 +30,20 @@ from flare.run.run import Run
 AnyCorpus = Corpus | StreamedCorpus | StreamedMixture
 
 BLOCK_ROWS = 2**20
-"""Rows asked at once whether they have targets: usually the first block says yes."""
+"""Rows checked for targets at a time. Usually the first block has some."""
 
 
 def prepare_data(run: Run) -> AnyCorpus:
-    """The tokenised data of this run; built when missing, by one process while the others wait on its lock.
-    With ``--streaming`` the corpus after a look at its first rows, in its place.
+    """The tokenised data of this run. If it is missing, one process builds it while the others wait for its lock.
+    With ``--streaming``: the streamed corpus, of which only the first rows have been read.
 
-    Call before the process group starts: a long build would run into its timeout.
+    Call this before the process group starts, because a long build would exceed the group's timeout.
     """
     return tokenised_corpus(run.options, run.init_from, run.config)
 
 
 def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> AnyCorpus:
-    """The data that the options name, as tokens of a model; with ``--streaming`` not tokenised yet.
+    """The data set of the options as tokens of a model; with ``--streaming`` not tokenised yet.
 
     Raises: ConfigError for a tokenizer that does not belong to the model's ``config``.
     """
@@ -73,11 +73,11 @@ def tokenised_corpus(options: Options, model_dir: Path, config: dict) -> AnyCorp
 def packed_rows(run: Run, corpus: AnyCorpus) -> tuple[TrainRows, PackedRows | MixedRows]:
     """(training rows, held-out rows).
 
-    Raises: DataError when the data gives fewer tokens than one step.
+    Raises: DataError when the data has fewer tokens than one step.
     """
     options = run.options
     if not isinstance(corpus, Corpus):
-        return rows_of_stream(run, corpus)
+        return streamed_rows_of(run, corpus)
     train_rows, eval_rows = corpus.rows(options.validation_split_percentage, options.max_seq_length, options.packing)
     if len(train_rows) < run.global_batch_size:
         raise DataError(
@@ -89,12 +89,12 @@ def packed_rows(run: Run, corpus: AnyCorpus) -> tuple[TrainRows, PackedRows | Mi
     return train_rows, eval_rows
 
 
-def rows_of_stream(
+def streamed_rows_of(
     run: Run, corpus: StreamedCorpus | StreamedMixture
 ) -> tuple[StreamedRows | MixedStreams, PackedRows | MixedRows]:
-    """(training rows, held-out rows) of a corpus that is not tokenised beforehand.
+    """(training rows, held-out rows) of a streamed corpus.
 
-    Raises: ConfigError for fewer rows shuffled together than some steps have.
+    Raises: ConfigError when the shuffle buffer has fewer rows than ``KEPT_STEPS + 1`` steps.
     """
     options = run.options
     least = (KEPT_STEPS + 1) * run.global_batch_size
@@ -117,12 +117,12 @@ def rows_of_stream(
 
 
 def spare_cores() -> int:
-    """Cores of this host that its training processes leave over, at least one."""
+    """Cores of this host that its training processes do not use, at least one."""
     return max(1, len(os.sched_getaffinity(0)) - int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def check_can_train(train_rows: TrainRows) -> None:
-    """Raises: DataError when there is no row, or none has a target. Some that have none are passed over."""
+    """Raises: DataError when there is no row, or no row has a target. Single rows without targets are skipped."""
     if len(train_rows) == 0:
         raise DataError(
             f"the data gives {train_rows.num_tokens:,} training tokens, not one row; lower --max_seq_length"
@@ -133,13 +133,13 @@ def check_can_train(train_rows: TrainRows) -> None:
 
 
 def check_can_evaluate(eval_rows: PackedRows, max_rows: int | None) -> None:
-    """Raises: DataError when the held-out documents, as far as they are used, have no target."""
+    """Raises: DataError when the held-out rows that are used have no target."""
     if eval_rows.num_targets(np.arange(len(eval_rows))[:max_rows]) == 0:
         raise DataError("the held-out documents are single tokens: nothing can be evaluated; give longer documents")
 
 
 def max_steps(run: Run, train_rows: TrainRows, global_batch_size: int) -> int:
-    """Steps of the run: ``--max_steps``, or what ``--num_train_epochs`` comes to."""
+    """Steps of the run: ``--max_steps``, or the steps of ``--num_train_epochs``."""
     options = run.options
     if options.num_train_epochs is not None:
         return math.ceil(options.num_train_epochs * len(train_rows) / global_batch_size)
@@ -147,18 +147,18 @@ def max_steps(run: Run, train_rows: TrainRows, global_batch_size: int) -> int:
 
 
 def prepare_only(resolved: ResolvedOptions) -> list[str]:
-    """Make the token cache unless it is there; returns what it holds, line by line.
+    """Build the token cache if it does not exist. Returns a summary of its content, line by line.
 
-    Of a hub model only the tokenizer is downloaded.
+    Only the tokenizer of a hub model is downloaded.
 
-    Raises: DataError where training would refuse the data, as far as that does not depend on the batch.
+    Raises: DataError when training would refuse the data, except for reasons that depend on the batch size.
     """
     options = resolved.options
     start_logging()
     name, _reason = choose_init_from(resolved, Experiment(options.experiment_dir))
     directory = local_model_dir(name, options.cache_dir, TOKENIZER_FILES)
     config = read_model_config(directory)
-    ModelShape.from_config(config, str(directory))  # refuses another family
+    ModelShape.from_config(config, str(directory))  # refuses other model families
     corpus = tokenised_corpus(options, directory, config)
     train, held_out = corpus.rows(options.validation_split_percentage, options.max_seq_length, options.packing)
     check_can_train(train)

@@ -1,7 +1,7 @@
-"""How fast each rank is, measured in a few forward and backward passes before the first step.
+"""Measures the speed of each rank with a few forward and backward passes before the first step.
 
-Each rank works on rows of its own GPU alone: nothing is reduced, so no rank waits for another while the clock
-runs. No weight changes; the gradients are thrown away.
+Each rank works by itself: nothing is reduced, so no rank waits for another while the time is measured. No weight
+changes, and the gradients are dropped.
 """
 
 import time
@@ -21,10 +21,10 @@ WARM_UP_PASSES, TIMED_PASSES = 1, 3
 
 
 def choose_balance(option: str, num_rows: int, world: World, record: dict | None, work: Callable[[], int]) -> Balance:
-    """Rows of each rank for a run with ``--balance option``. A collective: all ranks decide alike.
+    """Rows of each rank for a run with ``--balance option``. A collective with the same result on all ranks.
 
     Args:
-        record: the balance of the checkpoint that is resumed, if any.
+        record: the balance of the checkpoint to resume from, if there is one.
         work: one forward and backward pass of a micro-batch; returns its rows.
     """
     weights = balance.parse_weights(option, world.size)
@@ -44,7 +44,7 @@ def choose_balance(option: str, num_rows: int, world: World, record: dict | None
 
 
 def multiply_as_a_layer(config: dict, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-    """The matrix products of one MLP, forward, on random numbers: what tells GPUs apart where a pass cannot."""
+    """The forward matrix products of one MLP on random numbers: measures a GPU alone, which FSDP's passes cannot."""
     hidden = torch.randn(tokens, config["hidden_size"], device=device, dtype=dtype)
     weight = torch.randn(config["hidden_size"], config["intermediate_size"], device=device, dtype=dtype)
     for _ in range(3):
@@ -52,7 +52,7 @@ def multiply_as_a_layer(config: dict, tokens: int, device: torch.device, dtype: 
 
 
 def seconds_per_row(work: Callable[[], int], device: torch.device) -> float:
-    """Median over ``TIMED_PASSES`` of what one row takes in ``work``, after a warm-up."""
+    """Median time per row over ``TIMED_PASSES`` calls of ``work``, after a warm-up."""
     timed = []
     for number in range(WARM_UP_PASSES + TIMED_PASSES):
         _wait_for(device)
@@ -70,7 +70,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _gpu(device: torch.device) -> str:
-    """What must be the same for ranks to count as alike: the GPU's name, or processor and threads."""
+    """The GPU's name, or processor and threads. Ranks for which it is equal count as equally fast."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()} ({torch.get_num_threads()} threads)"

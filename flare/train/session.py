@@ -17,7 +17,7 @@ from flare.distributed.process_group import World
 from flare.distributed.watchdog import StepLimits, Watchdog
 from flare.errors import FlareError, during
 from flare.evaluation.during_training import LengthCurve, MoreEvaluation
-from flare.gpus.selection import gpu_line
+from flare.gpus.selection import describe_gpu
 from flare.gpus.specs import peak_tflops
 from flare.hub import read_model_config
 from flare.launch.worker_errors import report_to_launcher
@@ -110,7 +110,7 @@ class Session:
             log.warning(warning)
         reason = run.init_reason
         for gpu in run.hardware.gpus:  # of this host; the launcher has printed them in the terminal
-            log.info(gpu_line(gpu), extra=FILES_ONLY)
+            log.info(describe_gpu(gpu), extra=FILES_ONLY)
         for line in plan_lines(run.plan()):
             log.info(line)
         (log.warning if reason.startswith("warning") else log.info)(reason.removeprefix("warning: "))

@@ -8,11 +8,11 @@ STOP_FILE = "STOP"
 
 
 class StopRequest:
-    """Signals that ask for a clean stop. A second Ctrl-C stops at once.
+    """Signals that request a clean stop. A second Ctrl-C stops at once.
 
     Args:
-        aborts_at: the number of signals of any kind of which the last one stops at once, too; None leaves that to the
-            launcher: its workers get signals from it, from schedulers and from its own end.
+        aborts_at: this many signals of any kind also stop at once. None for workers, where the launcher counts: they
+            get signals from the launcher, from schedulers, and when the launcher ends.
     """
 
     def __init__(self, aborts_at: int | None = None) -> None:
@@ -30,5 +30,5 @@ class StopRequest:
         if self.count == self.aborts_at or (name == "SIGINT" and self.signal_name == "SIGINT"):
             raise KeyboardInterrupt(f"stopped at once by signal {self.count} ({name})")
         self.signal_name = name
-        if name == "SIGINT" and self.aborts_at is not None:  # else the launcher tells, once for all ranks
+        if name == "SIGINT" and self.aborts_at is not None:  # otherwise the launcher prints it, once for all ranks
             tell_of_stop()

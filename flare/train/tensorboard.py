@@ -1,7 +1,8 @@
-"""A stage in TensorBoard: its own curves over steps, both stages on one axis of tokens, settings, the plan as text.
+"""A stage in TensorBoard: curves over steps, curves of both stages over tokens, settings, and the plan as text.
 
-Groups of curves: ``train``, ``eval`` and ``speed`` over the stage's steps, one run a stage; ``all_stages`` over
-tokens, where stage 2 begins at the token where stage 1 ended, with the base's loss as a line. Rank 0 only.
+The groups ``train``, ``eval`` and ``speed`` are over the stage's steps, with one TensorBoard run per stage. The group
+``all_stages`` is over tokens: stage 2 begins at the token where stage 1 ended, and the base's loss is a line. Rank 0
+only.
 """
 
 from collections.abc import Sequence
@@ -42,20 +43,20 @@ RESULTS = ("eval/loss", "eval/perplexity", "eval/token_accuracy", "train/loss")
 """Columns of the hyper-parameters tab."""
 
 
-class Board:
+class TensorBoardWriter:
     """Event files of one stage.
 
     Args:
-        history: records up to the step that training resumes from; TensorBoard drops what a killed run wrote after.
+        history: records up to the step to resume from. TensorBoard drops later points of a killed run.
     """
 
     def __init__(self, experiment: Experiment, stage: int, history: Sequence[dict]) -> None:
         self.stage = stage
-        self.tokens_before, self.base_loss = before(recorded_stages(experiment), stage)
+        self.tokens_before, self.base_loss = earlier_stages(recorded_stages(experiment), stage)
         last = history[-1] if history else None
         root, tokens = experiment.tensorboard, self.tokens_before
         self.steps = SummaryWriter(str(root / f"stage{stage}"), purge_step=last and last["step"] + 1)
-        # Runs of their own: TensorBoard drops by step number what a resumed run writes again, and tokens are none.
+        # Separate TensorBoard runs: a resumed run's old points are dropped by step number, and these count tokens.
         purge = last and tokens + last["tokens"] + 1
         self.tokens = SummaryWriter(str(root / "by_tokens" / f"stage{stage}"), purge_step=purge)
         self.base = SummaryWriter(str(root / "by_tokens" / "base"), purge_step=purge or tokens)
@@ -63,14 +64,14 @@ class Board:
             self.base_loss = record.get("rope_eval_loss", self.base_loss)
 
     def describe(self, settings: dict[str, str | float], plan: Sequence[str]) -> None:
-        """The hyper-parameters tab's row of this stage, and the plan in the text tab."""
+        """Write this stage's row of the hyper-parameters tab, and the plan in the text tab."""
         columns, values, _ = hparams(settings, dict.fromkeys(RESULTS, 0.0))
         for summary in (columns, values):
             self.steps.file_writer.add_summary(summary)
-        self.steps.add_text("plan", "".join(f"    {line}\n" for line in plan))  # indented: Markdown leaves it as it is
+        self.steps.add_text("plan", "".join(f"    {line}\n" for line in plan))  # Markdown keeps indented lines
 
     def record(self, record: dict) -> None:
-        """One step's or evaluation's numbers. Raises: OSError."""
+        """Write the numbers of a step or an evaluation. Raises: OSError."""
         tokens = self.tokens_before + record["tokens"]
         for names, writer, place in ((BY_STEP, self.steps, record["step"]), (BY_TOKENS, self.tokens, tokens)):
             for name, tag in names.items():
@@ -88,11 +89,11 @@ class Board:
             writer.close()
 
 
-def before(stages: dict[str, dict], stage: int) -> tuple[int, float | None]:
-    """Tokens of the stages before this one, and the base's held-out loss if they measured it.
+def earlier_stages(stages: dict[str, dict], stage: int) -> tuple[int, float | None]:
+    """(tokens of the stages before this one, the base's held-out loss if they measured it).
 
     Args:
-        stages: of training_metrics.json.
+        stages: the stages in training_metrics.json.
     """
     earlier = [stages[number] for number in sorted(stages) if int(number) < stage]
     records = (record for block in earlier for record in block.get("history", []))
@@ -100,7 +101,7 @@ def before(stages: dict[str, dict], stage: int) -> tuple[int, float | None]:
 
 
 def hyperparameters(run: "Run", global_batch_size: int, max_steps: int) -> dict[str, str | float]:
-    """What one compares runs by: options with ``auto`` settled, in the words of the flags."""
+    """Settings by which runs are compared, named like their flags, with ``auto`` resolved."""
     options = run.options
     facts = {
         "stage": options.stage,

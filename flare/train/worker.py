@@ -1,6 +1,6 @@
-"""One worker's life: data, process group, experiment directory, then the stage's session, and how it ends.
+"""Runs one worker process: data, process group, experiment directory, then the stage's session and its errors.
 
-``run_worker`` is the same for one process and for many; what only rank 0 may do goes through
+``run_worker`` is the same for one process and for many. Work for rank 0 only goes through
 ``process_group.run_on_main_rank``.
 """
 
@@ -26,14 +26,14 @@ from flare.train.session import Session, device_name
 
 
 def run_worker(run: Run) -> int:
-    """Train one stage on this rank. Returns 0; errors are raised, or told to the launcher that started us."""
+    """Train one stage on this rank. Returns the exit code; an error that no launcher can report is raised."""
     use_cuda = run.hardware.use_cuda
     rank = process_group.rank_from_environment()
     start_logging(rank, run.hardware.world_size)
     stop_when_launcher_dies()
     world = None
     try:
-        corpus, *rows = _prepared(run)
+        corpus, *rows = _prepare(run)
         world = process_group.start(
             use_cuda, run.options.ddp_timeout, run.hardware.gpus, needs_bf16=run.precision == "bf16"
         )
@@ -45,7 +45,7 @@ def run_worker(run: Run) -> int:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise _last_words(run, world, error) from error
+            raise _out_of_memory_error(run, world, error) from error
         finally:
             rows[0].close()
             run.experiment.unlock()
@@ -60,7 +60,7 @@ def run_worker(run: Run) -> int:
     except Exception as error:
         if world and (
             peer_failure.another_rank_failed(world) or process_group.is_lost_peer(error)
-        ):  # told by who called, or the launcher
+        ):  # the failed rank, or the launcher, reports the error
             log.error(f"another rank is gone: {first_line(error)}", extra=FILES_ONLY)
             return FlareError.exit_code
         if world:
@@ -69,7 +69,7 @@ def run_worker(run: Run) -> int:
     return 0
 
 
-def _prepared(run: Run) -> tuple:
+def _prepare(run: Run) -> tuple:
     """(corpus, training rows, held-out rows)."""
     try:
         with during("preparing the data"):
@@ -81,9 +81,9 @@ def _prepared(run: Run) -> tuple:
         raise FlareError(f"out of memory{while_phase()} ({first_line(error)})") from error
 
 
-def _last_words(run: Run, world: World, error: Exception) -> FlareError:
-    """What to say of memory that was short; on rank 0 it is how the stage ended, too."""
-    message = out_of_memory(run.plan(), world.rank, device_name(world.device), error)
+def _out_of_memory_error(run: Run, world: World, error: Exception) -> FlareError:
+    """The error to raise. Rank 0 also writes it to training_metrics.json."""
+    message = out_of_memory_message(run.plan(), world.rank, device_name(world.device), error)
     if world.is_main:
         with contextlib.suppress(OSError):
             record_status(run.experiment, run.options.stage, "failed", error=message)
@@ -91,7 +91,7 @@ def _last_words(run: Run, world: World, error: Exception) -> FlareError:
 
 
 def open_experiment(run: Run, world: World) -> Run:
-    """Lock and prepare the experiment directory on rank 0; all ranks fail together if that fails."""
+    """Lock and prepare the experiment directory on rank 0. If that fails, all ranks fail."""
     experiment = run.experiment
     process_group.run_on_main_rank(world, lambda: _prepare_directory(run))
     start_logging(world.rank, world.size, experiment.training_log, experiment.logs)
@@ -100,7 +100,7 @@ def open_experiment(run: Run, world: World) -> Run:
     if world.is_main:
         try:
             write_resolved_config(run)
-        except OSError as error:  # a log, worth less than the run
+        except OSError as error:  # only a log: the run continues
             log.warning(f"cannot write logs/resolved_config: {error}")
     return run
 
@@ -125,11 +125,11 @@ def _prepare_directory(run: Run) -> None:
 
 
 NEEDS_LESS = 0.8
-"""Of the planned peak: what a proposal after running out of memory may need. The plan was too low by some part."""
+"""After running out of memory, flags are proposed that need this part of the planned peak: the plan was too low."""
 
 
-def out_of_memory(plan: Plan, rank: int, device: str, error: Exception) -> str:
-    """What a rank ran out of, what the plan had said, and flags that need clearly less, the batch unchanged."""
+def out_of_memory_message(plan: Plan, rank: int, device: str, error: Exception) -> str:
+    """What ran out of memory, the plan's peak, and flags that need less memory with the same global batch."""
     need = plan.memory.peak_bytes
     reason = first_line(error.__cause__ or error).split(". GPU")[0].rstrip(".")
     return (

@@ -1,13 +1,10 @@
 """Whole runs in real processes: layouts, resume, stops, stages, the experiment directory."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,11 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from flare.config.options import Options
-from flare.evaluation.report.recovery import held_out_curve, recovery_of
 from flare.nope.canary.file import read_canary
-from flare.run.experiment import Experiment
-from flare.run.metrics_file import recorded_stages
-from flare.train.tensorboard import before
 from tests.processes import REPO, script_environment, torchrun, train
 
 
@@ -208,9 +201,6 @@ def flags_for(base: Path, corpus: Path, cache_dir: Path, out: Path) -> list[str]
     ]  # fmt: skip
 
 
-# -- kill and resume ---------------------------------------------------------------------------------------------
-
-
 def start(*flags: object) -> subprocess.Popen:
     command = [sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *map(str, flags)]
     return subprocess.Popen(
@@ -224,76 +214,6 @@ def wait_for_line(process: subprocess.Popen, words: str) -> None:
         if words in line:
             return
     raise AssertionError(f"the process ended without saying {words!r}")
-
-
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_run_continues_to_the_same_bits(train_flags: list[str], tmp_path: Path, processes: int) -> None:
-    """One process is gone at once. Of two, the launcher is killed: its workers stop by themselves."""
-    flags = [*train_flags, "--max_steps", 100, "--save_steps", 5, "--eval_steps", 10, "--nproc_per_node", processes]
-    whole = train(*flags, "--experiment_name", "whole")
-    assert whole.returncode == 0, whole.stderr
-    process = start(*flags)
-    wait_for_line(process, "step 17/100")
-    process.kill()
-    process.wait()
-    run = tmp_path / "out" / "run"
-    wait_until_unlocked(run)
-    assert not (run / "final_model").exists()
-    resumed = train(*flags)
-    assert resumed.returncode == 0, resumed.stderr
-    found = re.search(r"resumes from checkpoint-(\d+)", resumed.stderr)
-    assert found
-    assert 15 <= int(found[1]) < 100
-    assert_same_weights(run / "final_model", tmp_path / "out" / "whole" / "final_model")
-    assert losses(run) == losses(tmp_path / "out" / "whole")
-    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in lines if "loss" in r] == list(range(1, 101))
-
-
-def wait_until_unlocked(run: Path) -> None:
-    """Workers whose launcher was killed end by themselves; the lock says when."""
-    import fcntl
-
-    with open(run / ".lock") as file:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                assert time.monotonic() < deadline, "the workers of a killed launcher did not end"
-                time.sleep(0.1)
-
-
-@pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_signal_stops_cleanly_with_a_checkpoint_and_the_run_continues(
-    train_flags: list[str], tmp_path: Path, sig: signal.Signals, processes: int
-) -> None:
-    flags = [*train_flags, "--max_steps", 400, "--eval_steps", 400, "--save_steps", 400, "--logging_steps", 5]
-    process = start(*flags, "--nproc_per_node", processes)
-    wait_for_line(process, "step 10/400")
-    process.send_signal(sig)
-    rest = process.stderr.read()
-    assert process.wait(timeout=60) == 0, rest
-    run = tmp_path / "out" / "run"
-    assert metrics(run)["stages"]["1"]["status"] == "stopped"
-    step = metrics(run)["stages"]["1"]["totals"]["steps"]
-    assert 10 <= step < 400
-    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"checkpoint-{step}"]
-    continued = train(*flags, "--max_steps", step + 2)
-    assert continued.returncode == 0, continued.stderr
-    assert f"resumes from checkpoint-{step}" in continued.stderr
-
-
-def test_stop_file_stops_and_is_removed(train_flags: list[str], tmp_path: Path) -> None:
-    run = tmp_path / "out" / "run"
-    run.mkdir(parents=True)
-    (run / "STOP").touch()
-    result = train(*train_flags)
-    assert result.returncode == 0, result.stderr
-    assert metrics(run)["stages"]["1"]["status"] == "stopped"
-    assert not (run / "STOP").exists()
 
 
 def test_resume_on_another_number_of_processes_keeps_batch_and_order(
@@ -312,118 +232,6 @@ def test_resume_on_another_number_of_processes_keeps_batch_and_order(
     assert losses(run) == pytest.approx(losses(one_process_run), rel=1e-5)
 
 
-def test_damaged_checkpoint_is_named_and_the_older_one_used(train_flags: list[str], tmp_path: Path) -> None:
-    flags = [*train_flags, "--save_steps", 2]
-    assert train(*flags).returncode == 0
-    checkpoints = tmp_path / "out" / "run" / "checkpoints"
-    with open(checkpoints / "checkpoint-6" / "model.safetensors", "r+b") as file:
-        file.seek(5000)
-        byte = file.read(1)
-        file.seek(5000)
-        file.write(bytes([byte[0] ^ 1]))
-    (checkpoints / "checkpoint-4" / "optimizer.safetensors").unlink()
-    result = train(*flags, "--max_steps", 8)
-    assert result.returncode == 0, result.stderr
-    assert "checkpoint-6: model.safetensors is damaged" in result.stderr
-    assert "checkpoint-4: optimizer.safetensors is missing" in result.stderr
-    assert "resumes from checkpoint-2" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (["--max_seq_length", "48"], "max_seq_length: 32 -> 48"),
-        (["--no_rope_layers", "1"], "nope_layers: [1, 3] -> [1]"),
-        (["--seed", "7"], "seed: 42 -> 7"),
-        (["--per_device_train_batch_size", "3"], "global batch of 2 rows, the flags now give 3"),
-    ],
-)
-def test_resume_with_other_settings_is_refused(
-    train_flags: list[str], tmp_path: Path, changes: list[str], words: str
-) -> None:
-    assert train(*train_flags, "--max_steps", 1).returncode == 0
-    before = (tmp_path / "out" / "run" / "final_model" / "model.safetensors").read_bytes()
-    result = train(*train_flags, "--max_steps", 2, *changes)
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert (tmp_path / "out" / "run" / "final_model" / "model.safetensors").read_bytes() == before
-
-
-# -- stages -------------------------------------------------------------------------------------------------------
-
-
-def test_stage_two_takes_over_stage_one_of_the_same_name(train_flags: list[str], base: Path, tmp_path: Path) -> None:
-    assert train(*train_flags, "--max_steps", 2).returncode == 0
-    run = tmp_path / "out" / "run"
-    stage1 = weights(run / "final_model")
-    without_model = [f for f in train_flags if f not in ("--model_name_or_path", str(base))]
-    layers = without_model.index("--no_rope_layers")
-    flags = without_model[:layers]
-    result = train(*flags, "--stage", 2, "--max_steps", 2)
-    assert result.returncode == 0, result.stderr
-    result_of_stage_1 = run / "stage1" / "final_model"
-    assert f"stage 2 starts from the result of stage 1: {result_of_stage_1}\n" in (run / "training.log").read_text()
-    [resolved] = (run / "logs").glob("resolved_config-stage2-*.json")
-    assert json.loads(resolved.read_text())["run"]["init_from"] == str(result_of_stage_1)
-    assert all(torch.equal(stage1[n], t) for n, t in weights(run / "stage1" / "final_model").items())
-    assert (run / "stage1" / "checkpoints" / "checkpoint-2").is_dir()
-    config = json.loads((run / "final_model" / "config.json").read_text())
-    assert config["nope_layers"] == [1, 3]
-    assert config["flare"] == {"stage": 2, "step": 2, "trained_tokens": 4 * 2 * 32}
-    assert set(metrics(run)["stages"]) == {"1", "2"}
-    changed = [n for n, t in weights(run / "final_model").items() if not torch.equal(t, stage1[n])]
-    assert "model.embed_tokens.weight" in changed
-
-    contradiction = train(*flags, "--stage", 2, "--max_steps", 3, "--no_rope_layers", "2")
-    assert contradiction.returncode == 2
-    assert "contradicts" in contradiction.stderr
-    back = train(*flags, "--stage", 1, "--model_name_or_path", base)
-    assert back.returncode == 2
-    assert "is in stage 2 already" in back.stderr
-
-
-def test_stage_two_finds_the_sibling_named_stage1(train_flags: list[str], base: Path, tmp_path: Path) -> None:
-    assert train(*train_flags, "--max_steps", 1, "--experiment_name", "x_stage1").returncode == 0
-    flags = [f for f in train_flags if f not in ("--model_name_or_path", str(base))]
-    flags = flags[: flags.index("--no_rope_layers")]
-    result = train(*flags, "--stage", 2, "--max_steps", 1, "--experiment_name", "x_stage2")
-    assert result.returncode == 0, result.stderr
-    assert "x_stage1/final_model" in result.stderr
-    assert (tmp_path / "out" / "x_stage1" / "final_model").is_dir()
-    stages = recorded_stages(Experiment(tmp_path / "out" / "x_stage2"))  # one curve for report and TensorBoard
-    found = recovery_of(stages)
-    assert [(p["stage"], p["tokens"]) for p in held_out_curve(stages)] == [(1, 0), (1, 64), (2, 64), (2, 128)]
-    assert found.untrained_loss == stages["1"]["history"][0]["eval_loss"]
-    assert before(stages, 2) == (64, found.base_loss)
-
-
-def test_stage_two_without_stage_one_warns_and_starts_from_the_base(train_flags: list[str], tmp_path: Path) -> None:
-    config = tmp_path / "c.json"
-    model = train_flags[train_flags.index("--model_name_or_path") + 1]
-    config.write_text(json.dumps({"model_name_or_path": model}))
-    flags = [f for f in train_flags if f not in ("--model_name_or_path", model)]
-    result = train(*flags, "--stage", 2, "--max_steps", 1, "--config", config)
-    assert result.returncode == 0, result.stderr
-    assert "no stage 1 result for 'run'; stage 2 starts from the base model" in result.stderr
-
-
-def test_early_stopping_keeps_and_exports_the_best(train_flags: list[str], tmp_path: Path) -> None:
-    result = train(
-        *train_flags, "--max_steps", 200, "--eval_steps", 2, "--early_stopping_patience", 2, "--save_total_limit", 1,
-        "--learning_rate", "0.05", "--train_layers", "all", "--lr_scheduler_type", "constant",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "(early stop)" in result.stderr
-    run = tmp_path / "out" / "run"
-    block = metrics(run)["stages"]["1"]
-    best = block["best"]["step"]
-    assert block["early_stopped"] is True
-    assert block["totals"]["steps"] < 200
-    evaluations = {r["step"]: r["eval_loss"] for r in block["history"] if "eval_loss" in r}
-    assert evaluations[best] == min(evaluations.values())
-    assert_same_weights(run / "final_model", run / "checkpoints" / f"checkpoint-{best}")
-
-
 def test_bin_format_holds_the_same_weights(train_flags: list[str], tmp_path: Path) -> None:
     result = train(*train_flags, "--max_steps", 1, "--save_format", "bin")
     assert result.returncode == 0, result.stderr
@@ -431,9 +239,6 @@ def test_bin_format_holds_the_same_weights(train_flags: list[str], tmp_path: Pat
     loaded = torch.load(run / "final_model" / "pytorch_model.bin", weights_only=True)
     expected = weights(run / "checkpoints" / "checkpoint-1")
     assert all(torch.equal(loaded[n], t) for n, t in expected.items())
-
-
-# -- data ---------------------------------------------------------------------------------------------------------
 
 
 def test_data_prepared_without_gpus_is_what_the_run_starts_from(train_flags: list[str], tmp_path: Path) -> None:
@@ -454,38 +259,6 @@ def test_data_prepared_without_gpus_is_what_the_run_starts_from(train_flags: lis
     useless = train(*flags, "--prepare_only", "--max_seq_length", 100_000)
     assert useless.returncode == 3
     assert "training tokens, not one row; lower --max_seq_length" in useless.stderr
-
-
-# -- faults that this issue holds ---------------------------------------------------------------------------------
-
-
-def test_second_run_of_one_name_is_refused_with_its_holder(train_flags: list[str], tmp_path: Path) -> None:
-    flags = [*train_flags, "--max_steps", 4000, "--eval_steps", 4000, "--save_steps", 4000]
-    first = start(*flags)
-    try:
-        wait_for_line(first, "step 2/4000")
-        second = train(*flags)
-        assert second.returncode == 2
-        assert f"is running (pid {first.pid} on " in second.stderr
-    finally:
-        first.send_signal(signal.SIGTERM)
-        first.stderr.read()
-        assert first.wait(timeout=60) == 0
-
-
-def test_a_killed_rank_ends_the_run_with_its_name(train_flags: list[str], tmp_path: Path) -> None:
-    flags = [*train_flags, "--max_steps", 4000, "--eval_steps", 4000, "--save_steps", 5, "--nproc_per_node", 2]
-    process = start(*flags)
-    wait_for_line(process, "step 8/4000")
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    victim = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(int(victim), signal.SIGKILL)
-    rest = process.stderr.read()
-    assert process.wait(timeout=90) == 5
-    assert "error: rank 1 was ended by SIGKILL" in rest
-    run = tmp_path / "out" / "run"
-    assert metrics(run)["stages"]["1"]["status"] == "failed"
-    assert "rank 1 was ended by SIGKILL" in (run / "training.log").read_text()
 
 
 def test_joins_under_torchrun(train_flags: list[str], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from flare.run.experiment import Experiment
 from flare.run.metrics_file import record_status
-from flare.train.tensorboard import RESULTS, Board, before
+from flare.train.tensorboard import RESULTS, TensorBoardWriter, earlier_stages
 
 
 def events_of(directory: Path) -> EventAccumulator:
@@ -27,7 +27,7 @@ def evaluation(step: int, loss: float, **more: float) -> dict:
 
 
 def write(experiment: Experiment, stage: int, records: list[dict], history: list[dict] = ()) -> None:
-    board = Board(experiment, stage, history)
+    board = TensorBoardWriter(experiment, stage, history)
     for record in records:
         board.record(record)
     board.close()
@@ -45,9 +45,9 @@ def test_tokens_and_the_bases_loss_come_from_the_stages_before() -> None:
         "1": {"history": [evaluation(0, 3.0, rope_eval_loss=2.0), evaluation(4, 2.5)]},
         "2": {"history": [evaluation(9, 2.1)]},
     }
-    assert before(stages, 1) == (0, None)
-    assert before(stages, 2) == (400, 2.0)
-    assert before({}, 2) == (0, None)
+    assert earlier_stages(stages, 1) == (0, None)
+    assert earlier_stages(stages, 2) == (400, 2.0)
+    assert earlier_stages({}, 2) == (0, None)
 
 
 def test_stages_follow_each_other_on_one_axis_of_tokens_with_the_base_as_a_line(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_not_shown_twice(tmp_pat
 
 
 def test_settings_and_plan_have_their_tabs(tmp_path: Path) -> None:
-    board = Board(Experiment(tmp_path / "run"), 1, [])
+    board = TensorBoardWriter(Experiment(tmp_path / "run"), 1, [])
     board.describe({"learning_rate": 1e-4, "nope_layers": "20-32"}, ["model    Qwen", "GPUs     4 x A800"])
     board.close()
     events = events_of(board.steps.log_dir)

@@ -1,8 +1,5 @@
 """Training in this process: what the loss is, what trains, what is frozen, against plain transformers."""
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +15,10 @@ from flare.data.sources.base import SourceSpec
 from flare.data.sources.open import open_source
 from flare.data.token_cache.build import build_token_cache
 from flare.data.token_cache.cache import TokenCache, TokenSettings
-from flare.data.training_rows import IGNORE_INDEX
-from flare.distributed import process_group
 from flare.distributed.process_group import World
 from flare.errors import FlareError
 from flare.hub import read_model_config
 from flare.model.activation_checkpointing import checkpoint_layers
-from flare.model.linear_cross_entropy import _chunk_gradient, linear_cross_entropy_sum, score_tokens
 from flare.model.patches import apply_patches
 from flare.model.training_model import TrainingModel, load_for_training
 from flare.nope.config_json import with_nope
@@ -63,88 +57,6 @@ def trainer(model: TrainingModel, cache: TokenCache, tmp_path: Path, batch: int 
     return bare_trainer(model, rows_of(cache), options, World(0, 0, 1, torch.device("cpu")), [batch], tmp_path)
 
 
-# -- the loss ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("frozen_head", [False, True])
-def test_fused_loss_and_gradients_are_those_of_float64(frozen_head: bool) -> None:
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(700, 48), torch.randn(900, 48) / 7
-    labels = torch.randint(0, 900, (700,))
-    labels[::5] = IGNORE_INDEX
-    exact_hidden = hidden.double().requires_grad_()
-    exact_weight = weight.double().requires_grad_()
-    logits = exact_hidden @ exact_weight.T
-    exact = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
-    exact.backward()
-    hidden.requires_grad_()
-    weight.requires_grad_(not frozen_head)
-    loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_rows=128)
-    loss.backward()
-    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
-    torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, rtol=1e-5, atol=1e-6)
-    if frozen_head:
-        assert weight.grad is None
-    else:
-        torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=1e-5, atol=1e-5)
-    losses, hits = score_tokens(hidden, weight, labels, chunk_rows=128)
-    assert losses.double().sum().item() == pytest.approx(exact.item(), rel=1e-6)
-    assert torch.equal(hits, logits.argmax(-1) == labels)
-
-
-def test_bf16_loss_sums_the_heads_gradient_in_fp32() -> None:
-    """Against float64 on the same bf16 operands: 1.9e-3 of the norm, each chunk's product being rounded to bf16; a
-    bf16 sum over 16 chunks was off by 9e-3."""
-    torch.manual_seed(0)
-    hidden, weight, labels = torch.randn(4096, 64).bfloat16(), torch.randn(600, 64) / 8, torch.randint(0, 600, (4096,))
-    exact_weight = weight.bfloat16().double().requires_grad_()
-    torch.nn.functional.cross_entropy(hidden.double() @ exact_weight.T, labels, reduction="sum").backward()
-    weight.requires_grad_()
-    linear_cross_entropy_sum(hidden, weight, labels, chunk_rows=256).backward()
-    assert weight.grad.dtype == torch.float32
-    assert (weight.grad.double() - exact_weight.grad).norm() < 3e-3 * exact_weight.grad.norm()
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
-def test_the_gpus_way_to_a_chunks_gradient_equals_float64(dtype: torch.dtype, tolerance: float) -> None:
-    """Its arithmetic, on the CPU. bf16: each number within half a bf16 step of float64 on the same logits, also where
-    the target's probability is near 1."""
-    torch.manual_seed(0)
-    logits, labels = (4 * torch.randn(200, 300)).to(dtype), torch.randint(0, 300, (200,))
-    logits[torch.arange(0, 200, 2), labels[::2]] = 12.0
-    labels[::5] = IGNORE_INDEX
-    exact = logits.double().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="sum")
-    expected.backward()
-    nll, gradient = _chunk_gradient(logits, torch.eye(300, dtype=dtype), labels)
-    assert nll.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert torch.allclose(gradient.double(), exact.grad, rtol=tolerance, atol=1e-7)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_scale_of_a_bf16_gradient_is_not_rounded(device: str) -> None:
-    """1/3009 in bf16 is 0.14 % off, and so would be every gradient below the head; all together they tell 1e-5."""
-    torch.manual_seed(0)
-    hidden = torch.randn(3000, 64, device=device).bfloat16().requires_grad_()
-    weight, labels = torch.randn(50, 64, device=device).bfloat16(), torch.randint(50, (3000,), device=device)
-    gradients = []
-    for scale in (1.0, 1 / 3009):
-        hidden.grad = None
-        (linear_cross_entropy_sum(hidden, weight, labels) * torch.tensor(scale, device=device)).backward()
-        gradients.append(hidden.grad.double())
-    whole, scaled = gradients
-    ratio = (whole * scaled).sum() / (whole * whole).sum()
-    assert ratio.item() == pytest.approx(1 / 3009, rel=5e-5)
-
-
-def test_a_second_backward_through_the_loss_is_refused() -> None:
-    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(6, 4)
-    loss = linear_cross_entropy_sum(hidden, weight, torch.randint(0, 6, (8,)))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second backward"):
-        loss.backward()
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["base", "base_qwen3"])
 def test_packed_documents_have_the_loss_that_each_has_alone(
@@ -169,9 +81,6 @@ def test_packed_documents_have_the_loss_that_each_has_alone(
     assert checked > 500
 
 
-# -- against plain transformers ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("family", "plain"), [("base", Qwen2ForCausalLM), ("base_qwen3", Qwen3ForCausalLM)])
 def test_ten_steps_without_nope_layers_equal_a_plain_pytorch_loop(
     cache: TokenCache, tmp_path: Path, family: str, plain: type, request: pytest.FixtureRequest
@@ -192,9 +101,6 @@ def test_ten_steps_without_nope_layers_equal_a_plain_pytorch_loop(
         optimizer.step()
         optimizer.zero_grad()
         assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
-
-
-# -- layouts ----------------------------------------------------------------------------------------------------
 
 
 def gradients(runner: Trainer) -> dict[str, torch.Tensor]:
@@ -234,9 +140,6 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     assert checkpoint_layers(model.causal_lm, selective) == [0, 1, 2, 3]
     for name, gradient in gradients(trainer(model, cache, tmp_path)).items():
         assert torch.equal(gradient, plain[name]), name
-
-
-# -- stages -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention_only", [False, True])
@@ -298,9 +201,6 @@ def test_trainable_parses_what_users_type() -> None:
         Trainable.parse(["8"], 1, [], 8)
 
 
-# -- optimizer ----------------------------------------------------------------------------------------------------
-
-
 def test_weight_decay_leaves_norms_and_biases_alone(base: Path) -> None:
     model = load(base, [], Trainable(True))
     optimizer = build_optimizer(model.trainable_parameters(), Options(learning_rate=1e-3, weight_decay=0.5))
@@ -320,65 +220,6 @@ def test_schedule_is_transformers_own() -> None:
         assert schedule(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
-
-
-def test_nan_stops_before_the_update(cache: TokenCache, base: Path, tmp_path: Path) -> None:
-    model = load(base, [1], Trainable(True))
-    runner = trainer(model, cache, tmp_path)
-    with torch.no_grad():
-        model.causal_lm.model.norm.weight[0] = float("nan")
-    before = {n: p.detach().clone() for n, p in model.trainable_parameters()}
-    with pytest.raises(FlareError, match=r"step 1: loss nan .*not updated"):
-        runner._step()
-    for name, parameter in model.trainable_parameters():
-        assert torch.equal(parameter, before[name]) or "model.norm" in name
-    assert runner.train_state.step == 0
-
-
-def test_skipped_steps_leave_the_weights_and_one_more_ends_the_run(
-    cache: TokenCache, base: Path, tmp_path: Path
-) -> None:
-    """Steps 2, 3 and 4 of ten are infinite; two may be."""
-    model = load(base, [1], Trainable(True))
-    runner = trainer(model, cache, tmp_path, skip_nonfinite=2)
-    reported: list[int] = []
-    runner.callbacks = replace(runner.callbacks, write_bad_rows=lambda step, rows: reported.append(step))
-    forward, weights = model.forward, []
-    bad = (1, 2, 3)
-    runner.module.forward = lambda **batch: forward(**batch) * (torch.inf if runner.train_state.step in bad else 1.0)
-    for _ in range(3):
-        runner._step()
-        weights.append(model.causal_lm.model.norm.weight.detach().clone())
-    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
-    assert (runner.train_state.step, runner.train_state.rows, runner.train_state.skipped_steps) == (3, 12, 2)
-    assert len(runner.window) == 1  # what is not finite is never logged as a number
-    with pytest.raises(FlareError, match=r"step 4: loss inf .*look at these rows in logs/"):
-        runner._step()
-    assert reported == [2, 3, 4]
-    assert torch.equal(weights[0], model.causal_lm.model.norm.weight)
-
-
-def test_ranks_wait_for_each_other_under_the_steps_clock_only(
-    cache: TokenCache, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a log line's collective, too: a rank that was stopped there was missed for 27 minutes."""
-    one = trainer(load(base, [1], Trainable(True)), cache, tmp_path, max_steps=2, logging_steps=1)
-    running: list[int] = []
-
-    @contextlib.contextmanager
-    def watch(step: int) -> Iterator[None]:
-        running.append(step)
-        yield
-        running.pop()
-
-    waits: list[list[int]] = []
-    all_reduce_max = process_group.all_reduce_max
-    monkeypatch.setattr(
-        process_group, "all_reduce_max", lambda values: waits.append(running.copy()) or all_reduce_max(values)
-    )
-    one.callbacks = replace(one.callbacks, watch_step=watch)
-    one.train()
-    assert waits == [[1], [2]]
 
 
 def test_untied_head_trains_too(cache: TokenCache, tmp_path: Path) -> None:
