@@ -5,11 +5,14 @@ This file travels inside every model that Flare writes and needs nothing but tra
     AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 
 ``config.nope_layers`` lists the decoder layers (0-based) whose attention ignores positions. The
-``model_type`` is our own on purpose: stock transformers, which would put RoPE back without a word,
-refuses to open such a checkpoint. ``_auto_class`` makes ``save_pretrained`` copy this file beside the weights.
-Written for transformers 4.57 and 5.x.
+``model_type`` is our own on purpose: stock transformers, which would put RoPE back silently,
+refuses to open such a checkpoint. ``_auto_class`` makes ``save_pretrained`` copy this file next to the weights.
+Written for transformers 4.57 to 5.24. With a newer one it opens only if the attention layers take no new argument.
 """
 
+import inspect
+
+import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
@@ -31,55 +34,97 @@ class Qwen3NopeConfig(Qwen3Config):
     nope_layers: list[int] | None = None
 
 
-def _attend(attention, query, key, value, attention_mask, eager, **kwargs):
-    """Call the attention implementation that the config names, as the stock layer does."""
-    implementation = attention.config._attn_implementation
-    attend = eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-    return attend(
-        attention,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=attention.attention_dropout if attention.training else 0.0,
-        scaling=attention.scaling,
-        sliding_window=attention.sliding_window,
-        **kwargs,
-    )
+KNOWN_ARGUMENTS = {
+    "self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "cache", "cache_position",
+    "position_ids", "kwargs",
+}  # fmt: skip
+"""Arguments of the stock attention layers up to transformers 5.24, which the layers below understand."""
 
 
-def _nope_forward(attention, hidden_states, attention_mask, past_key_values, eager, kwargs):
-    """The stock attention forward without ``apply_rotary_pos_emb``.
+def _check_arguments(attention_class):
+    """Raise ImportError for a transformers whose attention takes an argument that this file does not know.
 
-    hidden_states: (B, T, H) -> (attention output (B, T, H), attention weights or None).
+    The argument would be ignored silently. In 5.24 ``past_key_values`` became ``cache``: a file that knows only the
+    old name decodes without its cache, so that each new token attends to itself alone.
     """
-    heads_shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
-    query = attention.q_proj(hidden_states).view(heads_shape)
-    key = attention.k_proj(hidden_states).view(heads_shape)
-    if hasattr(attention, "q_norm"):  # Qwen3 normalises each head
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key = query.transpose(1, 2), key.transpose(1, 2)
-    value = attention.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
-    if past_key_values is not None:
-        # transformers 4.57's static cache needs the positions to write at; 5.x keeps count itself.
-        where = {"cache_position": kwargs["cache_position"]} if "cache_position" in kwargs else None
-        extra = (where,) if where is not None else ()
-        key, value = past_key_values.update(key, value, attention.layer_idx, *extra)
-    output, weights = _attend(attention, query, key, value, attention_mask, eager, **kwargs)
-    output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-    return attention.o_proj(output), weights
+    unknown = set(inspect.signature(attention_class.forward).parameters) - KNOWN_ARGUMENTS
+    if unknown:
+        raise ImportError(
+            f"transformers {transformers.__version__}: {attention_class.__name__} takes {', '.join(sorted(unknown))}, "
+            "which modeling_nope.py of this model does not know; use transformers 5.24, or write a newer file with "
+            "Flare: python patch_qwen_rope.py --refresh DIRECTORY"
+        )
+
+
+def _cache_arguments(kwargs):
+    """What ``Cache.update`` takes after the layer: 4.57's static cache needs the positions to write at."""
+    return ({"cache_position": kwargs["cache_position"]},) if "cache_position" in kwargs else ()
 
 
 class Qwen2NopeAttention(Qwen2Attention):
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
-        eager = modeling_qwen2.eager_attention_forward
-        return _nope_forward(self, hidden_states, attention_mask, past_key_values, eager, kwargs)
+    """Qwen2's attention without ``apply_rotary_pos_emb``.
+
+    ``forward`` is written out in the class because vLLM reads its source. The cache is called ``past_key_values`` up
+    to transformers 5.23, and ``cache`` from 5.24 on.
+    """
+
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, cache=None, **kwargs
+    ):
+        """hidden_states: (B, T, H) -> (attention output (B, T, H), attention weights or None)."""
+        heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, *_cache_arguments(kwargs))
+        attention_interface = modeling_qwen2.eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
 class Qwen3NopeAttention(Qwen3Attention):
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
-        eager = modeling_qwen3.eager_attention_forward
-        return _nope_forward(self, hidden_states, attention_mask, past_key_values, eager, kwargs)
+    """Qwen3's attention without ``apply_rotary_pos_emb``; as Qwen2's, with each head normalised."""
+
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, cache=None, **kwargs
+    ):
+        """hidden_states: (B, T, H) -> (attention output (B, T, H), attention weights or None)."""
+        heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, *_cache_arguments(kwargs))
+        attention_interface = modeling_qwen3.eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
 NOPE_ATTENTION = {Qwen2Attention: Qwen2NopeAttention, Qwen3Attention: Qwen3NopeAttention}
@@ -88,8 +133,8 @@ NOPE_ATTENTION = {Qwen2Attention: Qwen2NopeAttention, Qwen3Attention: Qwen3NopeA
 def remove_rope(decoder, nope_layers):
     """Turn the attention of ``nope_layers`` of this one decoder into NoPE attention; weights stay.
 
-    Raises ValueError when the list is missing or names layers that the model has not: a checkpoint that
-    lies about its layers must not open.
+    Raises ValueError when the list is missing or names layers that the model does not have, so that a checkpoint whose
+    list is wrong does not open. Raises ImportError for a transformers that this file was not written for.
     """
     depth = len(decoder.layers)
     layers = list(nope_layers or [])
@@ -97,6 +142,7 @@ def remove_rope(decoder, nope_layers):
         raise ValueError(f"nope_layers={nope_layers} is not a set of layers of 0..{depth - 1}")
     for index in layers:
         attention = decoder.layers[index].self_attn
+        _check_arguments(type(attention))
         attention.__class__ = NOPE_ATTENTION.get(type(attention), type(attention))
 
 

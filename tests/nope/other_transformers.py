@@ -1,8 +1,8 @@
-"""Run under another transformers, without this repo: open models and compare them with what 5.x gave.
+"""Run under another transformers, without this repo: open models and compare them with what our release computed.
 
-    python old_transformers.py VERSION REFERENCES RESULTS TRUSTED...
+    python other_transformers.py VERSION REFERENCES RESULTS TRUSTED...
 
-Not a test by itself: tests/nope/test_old_transformers.py starts it. REFERENCES has a folder for each model with
+Not a test by itself: test_transformers_versions.py starts it. REFERENCES has a folder for each model with
 ``model`` (a link to it) and ``reference.safetensors``; those named TRUSTED are opened with trust_remote_code.
 RESULTS is the JSON file that is written: name -> check -> result.
 """
@@ -31,9 +31,20 @@ def opens_without_trust(directory: Path) -> str:
     return "opened"
 
 
-def generate(model: transformers.PreTrainedModel, prompt: torch.Tensor, **kwargs: object) -> torch.Tensor:
+def generate(
+    model: transformers.PreTrainedModel, prompt: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: object
+) -> torch.Tensor:
+    """Twelve greedy tokens after each prompt, (B, T + 12)."""
+    mask = torch.ones_like(prompt) if mask is None else mask
     ends = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
-    return model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **ends, **kwargs)
+    return model.generate(prompt, attention_mask=mask, do_sample=False, **ends, **kwargs)
+
+
+def padded(prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompts, mask) in which the first prompt is three tokens shorter and padded on the left."""
+    mask = torch.ones_like(prompt)
+    mask[0, :3] = 0
+    return prompt * mask, mask
 
 
 def check(directory: Path, trust: bool) -> dict:
@@ -49,8 +60,9 @@ def check(directory: Path, trust: bool) -> dict:
             "logits_difference": (logits - reference["logits"]).abs().max().item(),
         }
         for cache in ("dynamic", "static"):
-            found = generate(model, tokens[:, :8], cache_implementation=cache)
-            results[f"{cache}_cache_equal"] = torch.equal(found, reference["generated"])
+            for batch, prompt in {"": (tokens[:, :8],), "_padded": padded(tokens[:, 8:16])}.items():
+                found = generate(model, *prompt, cache_implementation=cache)
+                results[f"{cache}_cache{batch}_equal"] = torch.equal(found, reference[f"generated{batch}"])
         with tempfile.TemporaryDirectory() as again:
             model.save_pretrained(again)
             results["round_trip_equal"] = torch.equal(open_model(Path(again), trust)(tokens).logits, logits)
