@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Evaluate a causal language model: perplexity and its kin, longer contexts, retrieval; JSON, a report with plots.
+"""Evaluate a causal language model: perplexity, long contexts, retrieval. Writes JSON and a report with plots.
 
-Numbers of several models on the same documents stand side by side with --compare_to.
+--compare_to evaluates further models on the same documents.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flare.cpu import wait_without_spinning
 from flare.errors import run_script
-from flare.evaluation.options import build_parser, settle
+from flare.evaluation.options import resolve_settings
 from flare.logs import quiet_torchao
 
 SCRIPT = Path(__file__).resolve()
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).resolve()
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     wait_without_spinning()
-    settings = settle(build_parser(__doc__).parse_args(argv))
+    settings = resolve_settings(argv)
     quiet_torchao()
     from flare.evaluation import launch
 

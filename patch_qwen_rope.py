@@ -1,20 +1,19 @@
 #!/usr/bin/env python3
-"""Remove RoPE from chosen layers of a Qwen checkpoint on disk, and take the result elsewhere.
+"""Remove RoPE from chosen layers of a Qwen checkpoint on disk, and inspect, verify or export the result.
 
-Importable, too: patch_qwen_rope (a loaded model), verify_nope.
+Also a module: ``patch_qwen_rope`` patches a loaded model, ``verify_nope`` checks one.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from flare.errors import FlareError, run_script
 from flare.logs import quiet_torchao
-from flare.nope.command_line import build_parser, choose_mode
+from flare.nope.command_line import PatchOptions, parse_command_line
 
 
 def __getattr__(name: str):
-    """``from patch_qwen_rope import patch_qwen_rope``, with torch imported only when that is asked for."""
+    """``from patch_qwen_rope import patch_qwen_rope``, which imports torch, unlike ``--help``."""
     if name == "patch_qwen_rope":
         from flare.nope.patch import patch_qwen_rope
 
@@ -26,15 +25,14 @@ def __getattr__(name: str):
     raise AttributeError(name)
 
 
-def run_patch(args: argparse.Namespace, source: Path, target: Path) -> None:
+def run_patch(options: PatchOptions, source: Path, target: Path) -> None:
     from flare.nope.layers import format_layers
     from flare.nope.patch import patch_checkpoint
 
-    layers = getattr(args, "no_rope_layers", ["auto"])
-    temperature = getattr(args, "nope_temperature", None)
-    patched = patch_checkpoint(source, target, layers, getattr(args, "rope_theta", None), temperature)
-    folded = f", their attention scores times {temperature:g}" if temperature is not None else ""
-    print(f"{target}: NoPE layers {format_layers(patched)}{folded}")
+    temperature = options.nope_temperature
+    patched = patch_checkpoint(source, target, options.no_rope_layers, options.rope_theta, temperature)
+    scaled = f", their attention scores times {temperature:g}" if temperature is not None else ""
+    print(f"{target}: NoPE layers {format_layers(patched)}{scaled}")
 
 
 def run_export(source: Path, target: Path) -> None:
@@ -56,37 +54,36 @@ def run_restore(source: Path, target: Path) -> None:
     )
 
 
-def run_endpoint(args: argparse.Namespace) -> int:
+def run_endpoint(options: PatchOptions) -> int:
     """Print which model a server runs. Returns: the exit code, 0 for the true model."""
     from flare.nope.canary.endpoint import verify_endpoint
     from flare.nope.canary.file import read_canary
 
-    canary = read_canary(Path(args.model_name_or_path))
-    verdict = verify_endpoint(args.verify_endpoint, canary, getattr(args, "served_model_name", None))
-    print(f"{args.verify_endpoint} runs: {verdict}")
+    canary = read_canary(Path(options.model_name_or_path))
+    verdict = verify_endpoint(options.verify_endpoint, canary, options.served_model_name)
+    print(f"{options.verify_endpoint} runs: {verdict}")
     return 0 if verdict.is_true_model else FlareError.exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    mode = choose_mode(vars(args))
+    mode, options = parse_command_line(sys.argv[1:] if argv is None else argv)
     quiet_torchao()
     if mode in ("inspect", "verify"):
         from flare.nope.export.verify import model_facts, verify_directory
 
-        directory = Path(getattr(args, mode))
+        directory = Path(getattr(options, mode))
         for name, value in model_facts(directory).items():
             print(f"{name + ':':<20}{value}")
         for line in verify_directory(directory) if mode == "verify" else ():
             print(line)
         return 0
     if mode == "verify_endpoint":
-        return run_endpoint(args)
+        return run_endpoint(options)
     from flare.hub import local_model_dir
 
-    source, target = local_model_dir(args.model_name_or_path), Path(args.output_dir)
+    source, target = local_model_dir(options.model_name_or_path), Path(options.output_dir)
     if mode == "patch":
-        run_patch(args, source, target)
+        run_patch(options, source, target)
     else:
         (run_export if mode == "export" else run_restore)(source, target)
     return 0

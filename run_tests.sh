@@ -7,7 +7,8 @@ set -euo pipefail
 . "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/env.sh"
 
 FAST=(
-  test_architecture test_documents config/test_config data/test_mixture data/test_order data/test_sources
+  test_architecture test_documents test_documented_flags test_examples config/test_config data/test_mixture
+  data/test_order data/test_sources
   evaluation/test_report gpus/test_gpus nope/test_layers plan/test_plan
 )
 

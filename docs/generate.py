@@ -1,19 +1,20 @@
-"""Write the pages that the code says by itself: options.md and code.md.
+"""Write docs/options.md and docs/code.md from the code.
 
     python -m docs.generate
 
-tests/test_documents.py holds them equal to the code.
+A test checks that both pages are up to date.
 """
 
 import argparse
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flare.config.options import FIELDS
 from flare.config.parse import build_parser as training_parser
 from flare.evaluation.options import build_parser as evaluation_parser
 from flare.nope.command_line import build_parser as patch_parser
+from flare.option_fields import OptionField
 
 DOCS = Path(__file__).resolve().parent
 REPO = DOCS.parent
@@ -21,12 +22,12 @@ REPO = DOCS.parent
 OPTIONS_HEAD = """\
 # Options
 
-Made from the code by `python -m docs.generate`; `--help` of each script says the same.
+Generated from the code by `python -m docs.generate`; `--help` of each script prints the same.
 
-Training options are also keys of a JSON file (`--config FILE`, `training_config.json` without one), under the section
-that the last column names or beside the sections; a key under `"stages": {"1": {...}, "2": {...}}` is for that stage
-only. Command line > file > environment > defaults. Lists are written `[20, 21]` or `"20-32"` there, `null` means "not
-set".
+Training options are also keys of a JSON file (`--config FILE`, default `training_config.json`). A key is in the
+section named in the last column, or at the top level. A key under `"stages": {"1": {...}, "2": {...}}` applies to that
+stage only. Lists are written as `[20, 21]` or `"20-32"`; `null` means "not set". Precedence: command line > file >
+environment > defaults. A `BOOL` flag without a value means true.
 """
 
 CODE_HEAD = """\
@@ -43,36 +44,38 @@ def main() -> None:
 
 
 def options_page() -> str:
-    """All flags of the three scripts, group by group."""
+    """All flags of the three scripts, by group."""
     parts = [OPTIONS_HEAD]
     scripts = [
         ("train_qwen_multi_gpu.py", training_parser()),
-        ("evaluate_model_enhanced.py", evaluation_parser("")),
+        ("evaluate_model_enhanced.py", evaluation_parser()),
         ("patch_qwen_rope.py", patch_parser()),
     ]
     for script, parser in scripts:
         parts.append(f"## {script}\n")
         for group in parser._action_groups:
             actions = [action for action in group._group_actions if action.dest != "help"]
+            sections = FIELDS if parser is scripts[0][1] else {}
             if actions:
-                parts.append("\n".join(_group_lines(group.title or "", actions)) + "\n")
+                parts.append("\n".join(_group_lines(group.title or "", actions, sections)) + "\n")
     return "\n".join(parts)
 
 
-def _group_lines(title: str, actions: list[argparse.Action]) -> Iterator[str]:
-    in_file = any(action.dest in FIELDS for action in actions)
+def _group_lines(title: str, actions: list[argparse.Action], fields: Mapping[str, OptionField]) -> Iterator[str]:
+    """A table of one group. ``fields`` are the options that a file can set."""
+    in_file = any(action.dest in fields for action in actions)
     yield f"### {title}\n"
-    yield "| flag | value | what it does |" + (" in a file under |" if in_file else "")
+    yield "| flag | value | what it does |" + (" section in a file |" if in_file else "")
     yield "|---|---|---|" + ("---|" if in_file else "")
     for action in actions:
         cells = [f"`{action.option_strings[-1]}`", _value(action), (action.help or "").replace("%%", "%")]
         if in_file:
-            cells.append(FIELDS[action.dest].section if action.dest in FIELDS else "")
+            cells.append(fields[action.dest].section if action.dest in fields else "")
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _value(action: argparse.Action) -> str:
-    """What stands behind the flag; empty for a switch."""
+    """What follows the flag; empty for a flag without a value."""
     if action.nargs == 0:
         return ""
     value = action.metavar or "{" + ",".join(map(str, action.choices or ())) + "}"

@@ -7,10 +7,10 @@ The parser and its help (argument_parser.py), the validation (option_values.py) 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from types import NoneType, UnionType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 PLAIN_TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
-METAVARS = {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT", "list": "VALUE"}
+METAVARS = {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT", "list": "VALUE", "other": "VALUE"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class OptionField:
             with ``where``.
         metavar: what stands for the value in help.
         ge, gt, le, lt: limits of a number, named as in pydantic.
-        kind: "bool", "int", "float", "str", or "list" for options of several values.
+        kind: "bool", "int", "float", "str", "list" for several values, or "other"; the last two have a ``parse``.
     """
 
     help: str
@@ -52,7 +52,7 @@ class OptionField:
     @property
     def value_name(self) -> str:
         """What stands for the value in help: ``N``, ``N|auto``, ``{document,concat}``."""
-        if self.choices:
+        if self.choices and not self.metavar:
             return "{" + ",".join(map(str, self.choices)) + "}"
         return self.metavar or "|".join([METAVARS[self.kind], *self.words])
 
@@ -95,8 +95,10 @@ def _complete(dataclass_field: Any) -> OptionField:
     annotation = dataclass_field.type
     types = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     values = [t for t in types if t is not NoneType and not (declared.words and t is str)]
-    kind = PLAIN_TYPES.get(values[0], "list")
-    assert len(values) == 1 and (kind != "list" or declared.parse), f"{dataclass_field.name}: {annotation}"
+    is_list = values[0] in (list, tuple) or get_origin(values[0]) in (list, tuple)
+    kind = "list" if is_list else PLAIN_TYPES.get(values[0], "other")
+    has_parser = kind in PLAIN_TYPES.values() or declared.parse is not None
+    assert len(values) == 1 and has_parser, f"{dataclass_field.name}: {annotation}"
     has_factory = dataclass_field.default_factory is not MISSING
     default = dataclass_field.default_factory() if has_factory else dataclass_field.default
     is_required = default is MISSING

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from flare.errors import ConfigError, nearest, one_line
@@ -63,6 +64,14 @@ def parse_words(value: Any, where: str) -> tuple[str, ...]:
     if not words or "" in words:
         raise ConfigError(f"{where} needs at least one value, none of them empty")
     return words
+
+
+def parse_path(value: Any, where: str) -> Path:
+    """Parser of an option that is a path. Raises: ConfigError for an empty or impossible one."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{where} must be a path, got {_shown(value)}")
+    _check_text(value, where)
+    return Path(value)
 
 
 def _from_text(word: str, kind: str) -> Any:

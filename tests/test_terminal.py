@@ -99,7 +99,7 @@ def test_help_is_plain_in_a_pipe_and_does_without_torch(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "parser", [parse.build_parser(), evaluation_options.build_parser(""), command_line.build_parser()]
+    "parser", [parse.build_parser(), evaluation_options.build_parser(), command_line.build_parser()]
 )
 def test_every_flag_of_the_scripts_stands_in_a_group_with_a_word_on_it(parser) -> None:
     alone = [a.option_strings for group in parser._action_groups[:2] for a in group._group_actions]

@@ -48,7 +48,7 @@ class Options:
     # -- what to run ------------------------------------------------------------------------------
     stage: int = run_option("1: train only the NoPE layers; 2: train all layers", 1, choices=(1, 2))
     experiment_name: str | None = run_option(
-        "directory of this run under --base_output_dir", None, default_help="stage<STAGE>_<date>_<time>"
+        "directory of this run under --base_output_dir", None, default_help="stageN_yyyymmdd_hhmmss"
     )
     base_output_dir: str = run_option(
         "directory of all experiments; the environment variable FLARE_OUTPUT_DIR also sets it", "/work/xiaoyonggao"

@@ -47,7 +47,8 @@ def printed_settings(settings: EvaluationSettings, tokenizer, world_size: int) -
     """What stands beside the numbers: how they were made."""
     hidden = (
         "output_dir", "cache_dir", "data_mirror", "model_path", "datasets", "compare_to", "gpu_type", "gpu_ids",
-        "allow_busy_gpus", "nproc_per_node", "ddp_timeout", "lm_eval_tasks", "lm_eval_limit", "prefix_token_id",
+        "allow_busy_gpus", "nproc_per_node", "ddp_timeout", "use_default_datasets", "lm_eval_tasks", "lm_eval_limit",
+        "prefix_token_id",
     )  # fmt: skip
     kept = {k: v for k, v in asdict(settings).items() if k not in hidden and v not in (None, ())}
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}

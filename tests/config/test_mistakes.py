@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flare.errors import run_script as run_here
+from flare.evaluation.options import DEFAULT_DATASETS, resolve_settings
 from tests.fake_nvidia_smi import install
 from tests.processes import REPO, run_script, script_environment, train_anew
 
@@ -267,13 +268,12 @@ def test_every_command_of_the_guide_parses_and_plans(command: str, tmp_path: Pat
 
 
 def test_evaluation_commands_of_the_guide_parse() -> None:
-    from flare.evaluation.options import build_parser
-
-    args = build_parser("").parse_args(
+    settings = resolve_settings(
         "--model_path /m --output_dir /o --max_length 2048 --batch_size 1 --max_samples_per_dataset 1000".split()
     )
-    assert (args.max_length, args.batch_size, args.max_samples_per_dataset) == (2048, 1, 1000)
-    assert build_parser("").parse_args("--model_path /m --use_default_datasets".split()).use_default_datasets
+    assert (settings.max_length, settings.batch_size, settings.max_samples_per_dataset) == (2048, 1, 1000)
+    settings = resolve_settings("--model_path /m --use_default_datasets --output_dir /o".split())
+    assert settings.datasets == DEFAULT_DATASETS
 
 
 def test_evaluation_help_and_missing_model() -> None:

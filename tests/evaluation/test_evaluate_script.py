@@ -10,7 +10,7 @@ from flare.data.sources.base import SourceSpec
 from flare.errors import ConfigError, DataError
 from flare.evaluation.datasets import held_out, join_pages, load_texts, parse_name
 from flare.evaluation.models import milestones
-from flare.evaluation.options import build_parser, settle
+from flare.evaluation.options import resolve_settings
 from flare.evaluation.report.fair_control import differences, same_training, training_of
 from tests.conftest import write_base, write_corpus
 from tests.evaluation.models import PROSE, bpe_tokenizer, tiny
@@ -294,7 +294,7 @@ def test_wikitext_as_one_file_of_lines_gives_its_pages(tmp_path: Path) -> None:
 
 def test_a_local_copy_stands_for_the_default_set_of_its_name() -> None:
     flags = ["--model_path", "m", "--output_dir", "o", "--use_default_datasets", "--datasets", "lambada=x.jsonl"]
-    assert settle(build_parser("").parse_args(flags)).datasets == ("wikitext2", "c4", "pg19", "lambada=x.jsonl")
+    assert resolve_settings(flags).datasets == ("wikitext2", "c4", "pg19", "lambada=x.jsonl")
 
 
 def test_what_fails_beside_the_data_sets_is_told_and_costs_no_report(tmp_path: Path) -> None:

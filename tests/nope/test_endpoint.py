@@ -262,4 +262,4 @@ def test_script_prints_the_verdict_and_exits_by_it(models: dict, directory: Path
     assert "--model_name_or_path" in script("http://127.0.0.1:1")[2]
     result = run_script("patch_qwen_rope.py", "--served_model_name", "x", "--inspect", directory / "true")
     assert (result.returncode, result.stdout) == (2, "")
-    assert "--inspect makes no use of --served_model_name" in result.stderr
+    assert "--inspect does not use --served_model_name" in result.stderr
