@@ -1,7 +1,7 @@
 """lm_head and cross-entropy without the full logits.
 
-Qwen's vocabulary has 151,936 entries: fp32 logits of 16,384 tokens are 9.3 GiB, their gradient as much
-again. Both functions here go through the rows in chunks and keep one chunk's logits at a time.
+Qwen's vocabulary has 151,936 entries: fp32 logits of 16,384 tokens take 9.3 GiB, and so does their gradient. Both
+functions here process the rows in chunks and keep the logits of one chunk at a time.
 """
 
 import torch
@@ -11,8 +11,8 @@ from flare.data.training_rows import IGNORE_INDEX
 from flare.plan.loss_chunks import CPU_BLOCK_ROWS, cpu_softmax_rows, loss_chunk_rows
 
 FP16_FOLD = 2.0**15
-"""What the logits' gradient is multiplied by while it is in fp16, whose smallest normal number is 6.1e-5 and largest
-65,504: its numbers lie in [-1, 1], and a probability of 1 / 151,936 is 6.6e-6. From 1.9e-9 on all digits are kept."""
+"""The logits' gradient is multiplied by this while it is in fp16, whose smallest normal number is 6.1e-5 and largest
+65,504: its numbers are in [-1, 1], and a probability of 1 / 151,936 is 6.6e-6. From 1.9e-9 on no digit is lost."""
 
 SCALED_ROWS = 1024
 
@@ -23,11 +23,11 @@ def linear_cross_entropy_sum(
     """Sum of token NLLs (nats) of ``softmax(hidden @ weight.T)``, differentiable once, in fp32.
 
     Args:
-        hidden: (N, H) final hidden states, any float dtype: the logits are computed in it. In fp16 the gradient by
-            the logits is held times ``FP16_FOLD``, and its products are made in fp32.
-        weight: (V, H) of any float dtype: an fp32 master gets its gradient summed and returned in fp32.
+        hidden: (N, H) final hidden states in any float dtype, which is also that of the logits. In fp16 the gradient
+            of the logits is kept multiplied by ``FP16_FOLD``, and its products are computed in fp32.
+        weight: (V, H) in any float dtype. The gradient of an fp32 master is summed and returned in fp32.
         labels: (N,) int64 targets, already shifted; ``IGNORE_INDEX`` marks positions without one.
-        chunk_rows: rows whose logits exist at the same time.
+        chunk_rows: rows per chunk.
 
     A frozen ``weight`` (``requires_grad=False``) gets no gradient and costs none.
     """
@@ -36,18 +36,18 @@ def linear_cross_entropy_sum(
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """Makes the gradients in the forward pass, while a chunk's logits are there: three matmuls, none done twice.
+    """Computes the gradients in the forward pass, while a chunk's logits exist: three matmuls, none twice.
 
-    torch 2.13's ``linear_cross_entropy`` does this, too; it is not in torch 2.11, and its backward pass allocates
-    zeros as large as both gradients. Checkpointed chunks, tried first, cost a fourth
-    matmul and summed a bf16 weight gradient in bf16. Numbers: docs/experiments.md. The idea is Liger-Kernel's.
+    torch 2.13's ``linear_cross_entropy`` does the same, but torch 2.11 lacks it, and its backward pass allocates zeros
+    as large as both gradients. Checkpointed chunks need a fourth matmul and sum a bf16 weight gradient in bf16.
+    Numbers: docs/experiments.md. Source of the idea: Liger-Kernel.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk_rows):
         head = weight.to(hidden.dtype)
         fp16 = hidden.dtype == torch.float16
-        wide = torch.float32 if fp16 else hidden.dtype  # what is too small for fp16 now may be scaled up in backward
+        wide = torch.float32 if fp16 else hidden.dtype  # backward may scale up what is too small for fp16 here
         hidden_grad = torch.empty_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         chunk_gradient = _chunk_gradient if hidden.is_cuda else _InPlace(min(chunk_rows, len(hidden)), head)
@@ -64,7 +64,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                     hidden_grad[chunk] = _fp32_product(logits_grad, head)
                 else:
                     torch.mm(logits_grad, head, out=hidden_grad[chunk])
-            del logits_grad  # gone before the next chunk's logits come
+            del logits_grad  # freed before the next chunk's logits are allocated
         ctx.gradients = (hidden_grad, weight_grad)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         return total
@@ -87,7 +87,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Multiply a (N, H) gradient in place, some rows at a time in fp32.
 
-    A GPU would first round a scale that lies on it to the gradient's dtype: up to 0.2 % off in bf16, in all numbers.
+    Without fp32, a GPU first rounds the scale to the gradient's dtype. In bf16 all numbers are then up to 0.2 % off.
     """
     for rows in gradient.split(SCALED_ROWS):
         rows.copy_(rows.float().mul_(scale))
@@ -95,10 +95,11 @@ def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _chunk_gradient(rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of NLLs, its gradient by the logits (C, V): softmax minus one-hot, in the dtype of ``rows``, fp16 folded).
+    """(sum of NLLs, its gradient with respect to the logits (C, V)).
 
-    A GPU's kernels cast on the way, so one fp32 copy is all that exists beside bf16 logits, whose place the gradient
-    takes. ``log_softmax`` with ``dtype=float32`` would make two: it casts inside its kernel from fp16 only.
+    The gradient is softmax minus one-hot, in the dtype of ``rows``; in fp16 multiplied by ``FP16_FOLD``. A GPU's
+    kernels cast while they compute, so only one fp32 copy exists next to the bf16 logits, which the gradient
+    overwrites. ``log_softmax`` with ``dtype=float32`` would make two copies: its kernel casts only from fp16.
     """
     logits = rows @ head.T
     wanted, targets = _targets(labels)
@@ -110,14 +111,14 @@ def _chunk_gradient(rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
     ones = wanted * _fold(logits.dtype)
     share = ones / sums
     gradient = torch.mul(exponentials, share, out=logits)
-    # Subtracted before the rounding: near 1 a bf16 probability is worth two digits.
+    # Subtracted before the rounding: near 1 a bf16 probability has two digits.
     gradient.scatter_(1, targets, (exponentials.gather(1, targets) * share - ones).to(logits.dtype))
     return torch.where(wanted, nll, 0).sum(), gradient
 
 
 class _InPlace:
-    """The same on a CPU, where getting fresh memory and going through it takes longer than to compute: all chunks
-    use one place, and a few rows at a time become the gradient while they are in the cache."""
+    """``_chunk_gradient`` on a CPU, where allocating and reading memory takes longer than computing: all chunks share
+    one buffer, and the gradient is computed from a few rows at a time while they are in the cache."""
 
     def __init__(self, chunk_rows: int, head: torch.Tensor) -> None:
         self.logits = head.new_empty(chunk_rows, len(head))
@@ -148,15 +149,15 @@ class _InPlace:
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add ``left @ right`` to an fp32 ``total``. A bf16 product is one of tensor cores or AMX, rounded to bf16."""
+    """Add ``left @ right`` to an fp32 ``total``. A bf16 product runs on tensor cores or AMX and is rounded to bf16."""
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
         return
     fp16 = left.dtype == torch.float16
     if left.is_cuda:
-        block = -(-len(left) // 2) if fp16 else len(left)  # half of it in fp32 takes what all of it takes in bf16
+        block = -(-len(left) // 2) if fp16 else len(left)  # a half in fp32 takes the memory of the whole in bf16
     else:
-        block = CPU_BLOCK_ROWS  # to add, a CPU makes an fp32 copy of the product: of a block it stays in the cache
+        block = CPU_BLOCK_ROWS  # a CPU adds an fp32 copy of the product, which for one block fits in the cache
     for part, rows in zip(total.split(block), left.split(block), strict=True):
         part += _fp32_product(rows, right) if fp16 else rows @ right
 
@@ -164,7 +165,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 def _fp32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``left @ right`` of fp16 operands, in fp32: a sum over many rows may exceed what fp16 holds.
 
-    A CPU's product has no wider result than its operands, so blocks of these are copied.
+    On a CPU a product has the dtype of its operands, so blocks of the operands are converted.
     """
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
@@ -179,7 +180,7 @@ def _fold(dtype: torch.dtype) -> float:
 
 
 def _targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(which rows have a target, the targets with 0 for those that have none), (C, 1) each."""
+    """(whether each row has a target, the targets with 0 for rows without one), (C, 1) each."""
     wanted = (labels != IGNORE_INDEX)[:, None]
     return wanted, torch.where(wanted, labels[:, None], 0)
 
@@ -190,17 +191,17 @@ def score_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """NLL of every target and whether it is the argmax, for evaluation.
 
-    Args: as ``linear_cross_entropy_sum``.
+    Args: as in ``linear_cross_entropy_sum``.
     Returns: ((N,) fp32 NLL in nats, 0 where the label is ``IGNORE_INDEX``; (N,) bool, False there).
     """
     chunk_rows = chunk_rows or loss_chunk_rows(len(weight), hidden.is_cuda)
     weight = weight.to(hidden.dtype)
     score = _score_rows if hidden.is_cuda else _score_rows_in_place
-    # A CPU takes longer to get fresh memory than to compute: all chunks' logits are written to the same.
-    place = None if hidden.is_cuda else hidden.new_empty(min(chunk_rows, len(hidden)), len(weight))
+    # On a CPU allocating memory takes longer than computing: all chunks share one buffer.
+    buffer = None if hidden.is_cuda else hidden.new_empty(min(chunk_rows, len(hidden)), len(weight))
     losses, hits = [], []
     for rows, targets in zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True):
-        logits = torch.mm(rows, weight.T, out=None if place is None else place[: len(rows)])
+        logits = torch.mm(rows, weight.T, out=None if buffer is None else buffer[: len(rows)])
         nll, hit = score(logits.float(), targets)
         losses.append(nll)
         hits.append(hit)
@@ -214,13 +215,13 @@ def _score_rows(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tens
 
 
 def _score_rows_in_place(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, overwriting ``logits``. A row's argmax is looked for only where its target is as high as any: on a
-    CPU argmax takes as long as the exponentials."""
+    """``_score_rows``, overwriting ``logits``. Only rows whose target has the highest logit need the
+    argmax, which on a CPU takes as long as the exponentials."""
     wanted = targets != IGNORE_INDEX
     safe = torch.where(wanted, targets, 0)
     at_target, largest = logits.gather(1, safe[:, None])[:, 0], logits.amax(1)
     hits = wanted & (at_target == largest)
     highest = hits.nonzero()[:, 0]
-    hits[highest] = logits[highest].argmax(1) == safe[highest]  # of several highest the first one counts
+    hits[highest] = logits[highest].argmax(1) == safe[highest]  # of several equal maxima the first one counts
     nll = logits.sub_(largest[:, None]).exp_().sum(1).log_() + largest - at_target
     return torch.where(wanted, nll, 0), hits

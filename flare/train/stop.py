@@ -2,7 +2,7 @@
 
 import signal
 
-from flare.terminal import tell_of_stop
+from flare.terminal import print_stop_notice
 
 STOP_FILE = "STOP"
 
@@ -31,4 +31,4 @@ class StopRequest:
             raise KeyboardInterrupt(f"stopped at once by signal {self.count} ({name})")
         self.signal_name = name
         if name == "SIGINT" and self.aborts_at is not None:  # otherwise the launcher prints it, once for all ranks
-            tell_of_stop()
+            print_stop_notice()

@@ -1,4 +1,4 @@
-"""Selective gradient checkpointing keeps products and attention, and changes no bit of losses and gradients."""
+"""Selective checkpointing keeps products and attention, and losses and gradients stay bit-identical."""
 
 import importlib
 from pathlib import Path
@@ -31,7 +31,7 @@ def loss_and_gradients(
 @pytest.mark.parametrize("train_what", ["all", "nope", "nope_attention"])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_not_a_bit_changes(family: str, train_what: str, bf16: bool, attention: str) -> None:
+def test_losses_and_gradients_are_bit_identical(family: str, train_what: str, bf16: bool, attention: str) -> None:
     plain, selective = (loss_and_gradients(family, train_what, bf16, attention, how) for how in (False, True))
     assert plain.keys() == selective.keys()
     assert all(torch.equal(tensor, selective[name]) for name, tensor in plain.items())
@@ -41,12 +41,12 @@ def kept(monkeypatch: pytest.MonkeyPatch, attention: str) -> list[str]:
     """Names of the operations whose outputs one layer keeps, in order."""
     names, policy = [], activation_checkpointing._policy
 
-    def told(seen: dict, context: object, op: object, *args: object, **kwargs: object) -> object:
+    def note_kept(seen: dict, context: object, op: object, *args: object, **kwargs: object) -> object:
         answer = policy(seen, context, op, *args, **kwargs)
         names.extend([op.name()] if answer is activation_checkpointing.CheckpointPolicy.MUST_SAVE else [])
         return answer
 
-    monkeypatch.setattr(activation_checkpointing, "_policy", told)
+    monkeypatch.setattr(activation_checkpointing, "_policy", note_kept)
     loss_and_gradients("qwen2", "all", False, attention, selective=True)
     return names[: len(names) // 6]
 
@@ -61,7 +61,7 @@ def test_eager_attention_keeps_no_scores(monkeypatch: pytest.MonkeyPatch) -> Non
     assert kept(monkeypatch, "eager") == ["aten::addmm"] * 3 + ["aten::mm"] * 3
 
 
-def test_kernels_of_gpus_are_known_by_name() -> None:
+def test_gpu_kernels_are_recognised_by_name() -> None:
     """They do not run here, but their operations are registered."""
     importlib.import_module("torch.nn.attention.varlen")
     kernels = [torch.ops.torch_attn._varlen_attn.default] + [
@@ -73,7 +73,7 @@ def test_kernels_of_gpus_are_known_by_name() -> None:
     assert not any(activation_checkpointing._is_attention(op.default) for op in others)
 
 
-def test_a_run_says_so_and_has_the_losses_of_one_without(train_flags: list[str], tmp_path: Path) -> None:
+def test_a_run_logs_it_and_has_the_losses_of_a_run_without(train_flags: list[str], tmp_path: Path) -> None:
     for name in ("false", "selective"):
         result = train(*train_flags, "--stage", 2, "--experiment_name", name, "--gradient_checkpointing", name)
         assert result.returncode == 0, result.stderr

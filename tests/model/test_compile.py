@@ -1,4 +1,4 @@
-"""--compile: the same numbers, no graph made after the first step, a clear word where it cannot work."""
+"""--compile: the same numbers, no new graph after the first step, a clear error without a compiler."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def load(directory: Path, trainable: Trainable) -> TrainingModel:
 
 
 def batch(step: int, rows: int = 2) -> dict[str, torch.Tensor]:
-    """Random rows; in step 0 one document each, later with bounds that move."""
+    """Random rows; in step 0 one document each, later several with changing bounds."""
     rng = np.random.default_rng(step)
     position_ids = np.tile(np.arange(LENGTH), (rows, 1))
     if step:
@@ -44,7 +44,7 @@ def batch(step: int, rows: int = 2) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_to_eager(compiled: TrainingModel, eager: TrainingModel, step: int) -> None:
-    """fp32: loss and every gradient within 1e-5, small gradients measured against the whole one."""
+    """fp32: loss and every gradient within 1e-5, small gradients measured against the norm of all gradients."""
     losses = []
     for model in (compiled, eager):
         model.zero_grad()
@@ -58,7 +58,7 @@ def assert_equal_to_eager(compiled: TrainingModel, eager: TrainingModel, step: i
 
 
 def run_steps(base: Path, trainable: Trainable, checkpointing: bool | str, backend: str) -> list[int]:
-    """Graphs made so far after each of four steps, each followed by an evaluation."""
+    """The number of graphs after each of four steps, each followed by an evaluation."""
     torch._dynamo.reset()
     counters.clear()
     compiled, eager = load(base, trainable), load(base, trainable)
@@ -81,7 +81,7 @@ def test_no_graph_is_made_after_the_first_step(
 ) -> None:
     """One graph for each kind of layer: RoPE and NoPE; with frozen layers also below and above a trainable one.
 
-    aot_eager traces forward and backward pass as inductor gets them, and makes no code: seconds instead of minutes.
+    aot_eager traces forward and backward pass like inductor, and generates no code: seconds instead of minutes.
     """
     assert run_steps(base, trainable, checkpointing, "aot_eager") == [kinds] * 4
 
@@ -93,7 +93,7 @@ def test_compiled_code_gives_the_loss_and_gradients_of_eager(base: Path, checkpo
 
 
 def test_a_compiled_layer_keeps_what_an_eager_one_keeps_with_selective_checkpointing(base: Path) -> None:
-    """Bytes that are there after a forward pass; without, the graph keeps more (compiled, less than eager)."""
+    """Bytes allocated after a forward pass. Without checkpointing the graph keeps more (but less than eager)."""
     kept = {}
     for name, selective, compiled in (("eager", True, False), ("compiled", True, True), ("none", False, True)):
         torch._dynamo.reset()
@@ -109,7 +109,7 @@ def test_a_compiled_layer_keeps_what_an_eager_one_keeps_with_selective_checkpoin
 
 
 def test_the_canary_of_a_compiled_model_is_measured_uncompiled(base: Path) -> None:
-    """Its sequences are long and single, its layers cast to the saved dtype while they run: nothing to compile for."""
+    """Its sequences are long and single, and its layers are cast to the saved dtype: not worth compiling."""
     torch._dynamo.reset()
     model = load(base, Trainable(True))
     expected = measure_canary(model.causal_lm)
@@ -129,7 +129,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(train_flags: list[str], t
     assert "each decoder layer is compiled" in (out / "compiled" / "training.log").read_text()
 
 
-def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_one_error_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(EnvError, match=r"--compile needs a compiler, and g\+\+ is not found"):

@@ -47,7 +47,7 @@ def test_bf16_loss_sums_the_heads_gradient_in_fp32() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
-def test_the_gpus_way_to_a_chunks_gradient_equals_float64(dtype: torch.dtype, tolerance: float) -> None:
+def test_the_gpu_gradient_of_a_chunk_equals_float64(dtype: torch.dtype, tolerance: float) -> None:
     """Its arithmetic, on the CPU. bf16: each number within half a bf16 step of float64 on the same logits, also where
     the target's probability is near 1."""
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def test_the_gpus_way_to_a_chunks_gradient_equals_float64(dtype: torch.dtype, to
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_scale_of_a_bf16_gradient_is_not_rounded(device: str) -> None:
-    """1/3009 in bf16 is 0.14 % off, and so would be every gradient below the head; all together they tell 1e-5."""
+    """1/3009 in bf16 is 0.14 % off, and so would be every gradient below the head. The sum shows 1e-5."""
     torch.manual_seed(0)
     hidden = torch.randn(3000, 64, device=device).bfloat16().requires_grad_()
     weight, labels = torch.randn(50, 64, device=device).bfloat16(), torch.randint(50, (3000,), device=device)

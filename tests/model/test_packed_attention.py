@@ -37,8 +37,8 @@ def test_mask_is_transformers_own(base: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_bounds_say_what_the_mask_says(seed: int) -> None:
-    """A query sees exactly the keys of its own stretch between two bounds that are not after it."""
+def test_bounds_agree_with_the_mask(seed: int) -> None:
+    """A query attends to exactly the keys between its own two bounds that are not after it."""
     rng = np.random.default_rng(seed)
     positions = random_positions(rng, 3, 64, mean=2 + 6 * seed)
     bounds = document_bounds(positions)
@@ -52,7 +52,7 @@ def test_bounds_say_what_the_mask_says(seed: int) -> None:
     for row in range(3):
         block = slice(64 * row, 64 * row + 64)
         assert np.array_equal(seen[block, block], mask[row])
-        assert seen[block].sum() == mask[row].sum()  # and nothing of other rows
+        assert seen[block].sum() == mask[row].sum()  # and no key of other rows
 
 
 def test_shape_of_bounds_stays_unless_documents_are_very_short() -> None:
@@ -65,7 +65,7 @@ def test_shape_of_bounds_stays_unless_documents_are_very_short() -> None:
 
 
 def by_documents(query, key, value, bounds, longest, scale):
-    """The kernels' contract in plain torch: causal attention inside each stretch, (B*T, heads, D)."""
+    """What the kernels compute, in plain torch: causal attention between bounds, (B*T, heads, D)."""
     assert all(x.dtype == value.dtype for x in (query, key))
     assert int(bounds.diff().max()) <= longest
     outputs = []
@@ -80,10 +80,10 @@ def by_documents(query, key, value, bounds, longest, scale):
 
 @pytest.mark.parametrize("implementation", ["varlen", "flash_attention_2"])
 @pytest.mark.parametrize("family", ["base", "base_qwen3"])
-def test_a_kernel_gets_what_it_needs_to_equal_the_mask(
+def test_a_kernel_gets_arguments_that_equal_the_mask(
     implementation: str, family: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """The kernel itself needs a GPU; its place is taken by loops over documents. Loss and gradients, fp32, 1e-5."""
+    """The kernel itself needs a GPU and is replaced by a loop over documents. Loss and gradients, fp32, 1e-5."""
     monkeypatch.setattr(attention, "_torch_varlen", by_documents)
     monkeypatch.setattr(attention, "_flash_attn_varlen", by_documents)
     rng = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def test_a_kernel_gets_what_it_needs_to_equal_the_mask(
 
 
 def test_torchs_kernel_is_called_from_inside_a_compiled_layer(base: Path) -> None:
-    """As far as a CPU shows it: a layer is one graph with the kernel in it, and only the kernel itself is missing."""
+    """As far as a CPU can show: a layer is one graph with the kernel in it, and only the kernel itself is missing."""
     model = load(base, [1, 3], Trainable(True), precision="bf16").train()
     use_kernel(model.causal_lm, "varlen")
     kernels: list[int] = []
@@ -142,7 +142,7 @@ def test_varlen_kernel_equals_the_mask_on_a_gpu(base: Path) -> None:
     assert (results[0][1] - results[1][1]).norm() < 0.05 * results[0][1].norm()
 
 
-def test_auto_is_the_flash_kernel_where_it_runs() -> None:
+def test_auto_is_the_flash_kernel_on_gpus_in_bf16() -> None:
     assert choose_attention("auto", use_cuda=True, precision="bf16") == "varlen"
     assert choose_attention("auto", use_cuda=True, precision="fp32") == "sdpa"
     assert choose_attention("auto", use_cuda=False, precision="bf16") == "sdpa"
@@ -151,7 +151,7 @@ def test_auto_is_the_flash_kernel_where_it_runs() -> None:
         choose_attention("varlen", use_cuda=False, precision="bf16")
 
 
-def test_flash_attn_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_flash_attn_is_one_error_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the flash-attn package, which is not installed"):
         choose_attention("flash_attention_2", use_cuda=True, precision="bf16")

@@ -1,4 +1,4 @@
-"""Run by test_fake_cuda.py in a process of its own: training steps on fake CUDA tensors, which have shapes,
+"""Run by test_fake_cuda.py in a separate process: training steps on fake CUDA tensors, which have shapes,
 dtypes and devices but no numbers.
 
 usage: LD_PRELOAD=fake_gpu.so fake_cuda.py OUT    (torch asks for its CUDA part once, when it is imported)
@@ -84,7 +84,7 @@ class Rows(TrainRows):
 
 
 class Event:
-    """In place of torch.cuda.Event, which wants a driver."""
+    """Replaces torch.cuda.Event, which needs a driver."""
 
     def record(self) -> None:
         pass
@@ -94,14 +94,14 @@ class Event:
 
 
 def storages(tensors: object) -> Iterator[torch.UntypedStorage]:
-    """Of the GPU's tensors among these."""
+    """Storages of those tensors that are on the GPU."""
     for tensor in torch.utils._pytree.tree_leaves(tensors):
         if isinstance(tensor, torch.Tensor) and tensor.device == GPU:
             yield tensor.untyped_storage()
 
 
 class LivingBytes(TorchDispatchMode):
-    """Bytes of the GPU's tensors that operations make, as long as they live, and their peak."""
+    """Counts the bytes of living GPU tensors that operations make, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class LivingBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         given = list(storages((args, kwargs)))
-        self.known.update(given)  # a view of what was there before is nothing new
+        self.known.update(given)  # a view of an earlier tensor is not new
         made = operation(*args, **(kwargs or {}))
         for storage in storages(made):
             self._see(storage)
@@ -129,7 +129,7 @@ class LivingBytes(TorchDispatchMode):
 
 
 def on_gpu(module: torch.nn.Module) -> torch.nn.Module:
-    """Put fake tensors of the GPU in the place of a module's (meta) ones; a shared weight stays shared."""
+    """Replace a module's meta tensors by fake GPU tensors; a shared weight stays shared."""
     made: dict[int, torch.Tensor] = {}
     with MODE:
         for owner in module.modules():
@@ -156,7 +156,7 @@ def trainer_of(
     seq_len: int,
     precision: str = "bf16",
 ) -> Trainer:
-    """As the session puts it together, on one GPU."""
+    """A trainer as the session makes it, on one GPU."""
     name = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[config["model_type"]]
     settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     config_class = getattr(modeling_nope, f"{name}NopeConfig")
@@ -178,7 +178,7 @@ def trainer_of(
     with MODE:
         no_stop = Path(tempfile.gettempdir()) / "no-stop"
         trainer = bare_trainer(model, rows, options, World(0, 0, 1, GPU), [2 * micro], no_stop)
-    trainer.pending.take = lambda keep=0: []  # the one place where the host reads numbers, a step late
+    trainer.pending.take = lambda keep=0: []  # the only place where the host reads numbers
     return trainer
 
 
@@ -187,7 +187,7 @@ def tiny(family: str, stage: int, kernel: str, packing: str, checkpointing: bool
 
 
 def outcome(steps: int, trainer: Trainer) -> str:
-    """What came of so many steps: fine, or the error."""
+    """The result of some steps: fine, or the error."""
     try:
         with MODE:
             for _ in range(steps):
@@ -211,7 +211,7 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 def planted(case: str) -> dict[str, str]:
-    """What becomes of two mistakes: labels left on the host, and a number asked for in mid-step."""
+    """The results of two mistakes: labels left on the host, and a number read in mid-step."""
     moved, reduce = trainer_module.to_device, ddp.clip_gradients
 
     def labels_stay(tensors: dict, device: torch.device) -> dict:
@@ -229,7 +229,7 @@ def planted(case: str) -> dict[str, str]:
 
 
 def loss_peaks(head_trains: bool, half_dtype: torch.dtype) -> list[int]:
-    """[bytes that the loss of 4096 tokens makes at its fullest, the plan's number], Qwen's vocabulary."""
+    """[peak bytes of the loss of 4096 tokens, the plan's number], with Qwen's vocabulary."""
     shape = known_shape("Qwen/Qwen2.5-0.5B")
     plan = PlanInputs(shape, 2, (1,), seq_len=4096, gpus=(("GPU", 81559),)).microbatch
     with MODE:
@@ -243,7 +243,7 @@ def loss_peaks(head_trains: bool, half_dtype: torch.dtype) -> list[int]:
 
 
 def step_peaks(model: str, layers: int, stage: int, checkpointing: bool) -> list[int]:
-    """[bytes that a step makes at its fullest beyond weights and moments, the plan's number], rows of 4096, varlen."""
+    """[peak bytes of a step without weights and moments, the plan's number], with rows of 4096 and varlen."""
     config = known_shape(model).to_config() | {"num_hidden_layers": layers}
     shape, nope = ModelShape.from_config(config), [layers - 2, layers - 1]
     trainer = trainer_of(config, nope, stage, "varlen", "document", checkpointing, 2, 4096)
@@ -263,7 +263,7 @@ def step_peaks(model: str, layers: int, stage: int, checkpointing: bool) -> list
 def main() -> None:
     torch.cuda.Event = Event
     torch.cuda.set_device = lambda device: None
-    torch.cuda.is_bf16_supported = lambda *_: True  # autocast asks
+    torch.cuda.is_bf16_supported = lambda *_: True  # autocast calls it
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     found = {
         "torch": [str(torch.accelerator.current_accelerator()), torch.cuda.is_available()],

@@ -1,6 +1,6 @@
 """Run under torchrun: train with results that are read a step late; only rank 1 is asked to stop, in its third step.
 
-usage: late_stop.py BASE CORPUS CACHE OUT    (writes how, at which step and with which checkpoints each rank ended)
+usage: late_stop.py BASE CORPUS CACHE OUT    (writes how each rank ended, at which step and with which checkpoints)
 """
 
 import json
@@ -26,12 +26,12 @@ def main() -> None:
     runner.callbacks = replace(runner.callbacks, save=lambda train_state: saved.append(train_state.step))
     step = runner._step
 
-    def third_step_is_asked_to_stop() -> None:
+    def request_stop_in_third_step() -> None:
         if runner.train_state.step == 2 and runner.world.rank == 1:
             runner.stop_request.signal_name = "SIGTERM"
         step()
 
-    runner._step = third_step_is_asked_to_stop
+    runner._step = request_stop_in_third_step
     ended = runner.train()
     everyone = process_group.gather_objects([ended, runner.train_state.step, saved])
     if runner.world.is_main:

@@ -53,13 +53,13 @@ def test_skipped_steps_leave_the_weights_and_one_more_ends_the_run(
     assert torch.equal(weights[0], model.causal_lm.model.norm.weight)
 
 
-def test_ranks_wait_for_each_other_under_the_steps_clock_only(
+def test_ranks_wait_for_each_other_only_while_the_watchdog_runs(
     cache: TokenCache,  # noqa: F811
     base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In a log line's collective, too: a rank that was stopped there was missed for 27 minutes."""
+    """Also in a log line's collective: a rank that hung there was not noticed for 27 minutes."""
     one = trainer(load(base, [1], Trainable(True)), cache, tmp_path, max_steps=2, logging_steps=1)
     running: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Training steps on fake CUDA tensors in bf16 and fp16: what a machine without a GPU can show of the code for GPUs.
+"""Training steps on fake CUDA tensors in bf16 and fp16: what can be tested of the GPU code on a machine without a GPU.
 
 Shown: devices, dtypes and shapes of every operation's arguments fit, the host asks the device for no number between
 log lines, and the memory of the tensors that are made is the plan's. Not shown: what kernels do, and anything of
@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What a process with a GPU that computes nothing found; see tests/train/fake_cuda.py."""
+    """Results of a process with a fake GPU; see tests/train/fake_cuda.py."""
     place = tmp_path_factory.mktemp("fake_cuda")
     library, out = place / "fake_cuda.so", place / "found.json"
     compile_it = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", f"-I{TORCH / 'include'}", str(SOURCE)]
@@ -42,15 +42,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(out.read_text())
 
 
-def test_steps_mix_no_devices_and_wait_for_nothing(found: dict) -> None:
+def test_steps_mix_no_devices_and_never_wait_for_the_gpu(found: dict) -> None:
     """Two families, both stages, packed rows by the varlen kernel and by SDPA, with and without checkpointing: two
     steps of two micro-batches, clipping, the update and its flag, and a scoring pass."""
-    assert found["torch"] == ["cuda", False]  # torch itself would still say that there is no GPU
+    assert found["torch"] == ["cuda", False]  # torch itself still reports no GPU
     assert len(found["cases"]) == 10
     assert set(found["cases"].values()) == {"fine"}, found["cases"]
 
 
-def test_a_tensor_left_on_the_host_and_a_number_in_mid_step_are_caught(found: dict) -> None:
+def test_a_tensor_on_the_host_and_a_number_read_in_mid_step_are_caught(found: dict) -> None:
     assert re.search("two (different )?devices,? cuda:0", found["planted"]["labels on the host"])
     assert "_local_scalar_dense" in found["planted"]["a number in mid-step"]
 
@@ -58,13 +58,13 @@ def test_a_tensor_left_on_the_host_and_a_number_in_mid_step_are_caught(found: di
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("head_trains", [False, True])
 def test_the_loss_on_a_gpu_takes_the_memory_of_the_plan(found: dict, head_trains: bool, precision: str) -> None:
-    """Four chunks at Qwen's vocabulary; before, 2 bytes a logit were left from the chunk before."""
+    """Four chunks with Qwen's vocabulary. Once, 2 bytes per logit were left from the chunk before."""
     made, planned = found["loss"][f"{precision}, head trains: {head_trains}"]
     assert made == pytest.approx(planned, rel=0.001)
 
 
 def test_a_step_on_a_gpu_takes_the_memory_of_the_plan(found: dict) -> None:
-    """Widths of real models, six layers, rows of 4096 by the varlen kernel, two micro-batches: within 1 %."""
+    """Widths of real models, six layers, rows of 4096, the varlen kernel, two micro-batches: within 1 %."""
     assert len(found["step"]) == 3
     for case, (made, planned) in found["step"].items():
         assert made == pytest.approx(planned, rel=0.01), case

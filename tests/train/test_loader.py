@@ -1,4 +1,4 @@
-"""Rows ahead of time: the same ones, errors where they are asked for, and the time that was waited."""
+"""Rows loaded ahead of time: the right ones, errors in the right step, and the measured wait."""
 
 import gc
 import threading
@@ -44,7 +44,7 @@ def loader(rows: Rows, counts: tuple[int, ...] = (3, 1), rank: int = 0) -> StepL
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_steps_are_those_of_the_order_in_any_sequence(rank: int) -> None:
-    """Also after a jump, as at resume: what was prepared for another position is not used."""
+    """Also after a jump, as at resume: rows prepared for another position are not used."""
     rows, order = Rows(10), RowOrder(0, 10)
     steps = loader(rows, rank=rank)
     for position in (0, 4, 8, 0, 20):
@@ -65,7 +65,7 @@ def test_a_row_that_cannot_be_read_raises_in_its_own_step() -> None:
         steps.take(4)
 
 
-def test_time_in_take_is_added_up_until_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_is_summed_until_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1.0, 1.5, 10.0, 10.25])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     steps = loader(Rows(12))
@@ -75,18 +75,18 @@ def test_time_in_take_is_added_up_until_it_is_asked_for(monkeypatch: pytest.Monk
     assert steps.take_wait() == 0.0
 
 
-def test_the_next_step_is_prepared_without_being_asked_for() -> None:
+def test_the_next_step_is_prepared_ahead() -> None:
     rows = Rows(12)
     steps = loader(rows)
     steps.take(0)
     assert rows.read.acquire(timeout=30)  # step 1: two micro-batches
     assert rows.read.acquire(timeout=30)
-    assert rows.read.acquire(timeout=30)  # and the next one's, though nobody took it
+    assert rows.read.acquire(timeout=30)  # and the next step's, which nobody has taken
     assert rows.read.acquire(timeout=30)
 
 
-def test_memory_is_pinned_by_a_thread_that_is_bound_to_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda and pinning are recorded, not run: the current GPU is each thread's own, and GPU 0 is not ours."""
+def test_memory_is_pinned_by_a_thread_bound_to_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda and pinning are recorded, not run. Each thread has its own current GPU; here it must not be GPU 0."""
     calls: list[tuple[str, object]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: calls.append((threading.current_thread().name, gpu)))
     monkeypatch.setattr(
@@ -99,14 +99,14 @@ def test_memory_is_pinned_by_a_thread_that_is_bound_to_the_ranks_own_gpu(monkeyp
     assert set(calls[1:]) == {("pinned", True)}
 
 
-def test_tensors_are_what_the_model_takes() -> None:
+def test_tensors_are_the_models_arguments() -> None:
     tensors = host_tensors(Rows(4).batch(np.array([2, 3])))
     assert tensors["document_bounds"].tolist() == [0, 8, 16]
     assert tensors["document_bounds"].dtype == torch.int32
     assert {tensors[name].dtype for name in ("input_ids", "labels", "position_ids")} == {torch.int64}
 
 
-def test_garbage_is_collected_at_its_interval_and_the_collector_is_given_back() -> None:
+def test_garbage_is_collected_at_intervals_and_the_collector_is_restored() -> None:
     collections: list[int] = []
     gc.callbacks.append(lambda phase, info: collections.append(info["generation"]) if phase == "stop" else None)
     try:

@@ -1,4 +1,4 @@
-"""What must not be lost or mistaken between runs: each row is a defect that a review found and reproduced."""
+"""What must not be lost or confused between runs. Each test is a defect that a review found and reproduced."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def trained(run: Path) -> dict:
 def test_stage_one_trains_and_resumes_in_bf16_below_frozen_layers(
     train_flags: list[str], run: Path, train_layers: str
 ) -> None:
-    """Layers 2 and 3 stay frozen in bf16 above the fp32 masters of layer 1, as the guide's band has it."""
+    """Layers 2 and 3 stay frozen in bf16 above the fp32 masters of layer 1, as in the guide."""
     flags = [*train_flags, "--precision", "bf16", "--no_rope_layers", "1", "--train_layers", train_layers]
     first = train(*flags, "--max_steps", 2)
     assert first.returncode == 0, first.stderr
@@ -44,10 +44,10 @@ def test_stage_one_trains_and_resumes_in_bf16_below_frozen_layers(
 @pytest.mark.parametrize(
     "layout", [(), pytest.param(("--nproc_per_node", 2, "--parallel", "fsdp"), marks=pytest.mark.slow)]
 )
-def test_fp32_masters_of_a_bf16_model_come_back_as_they_were(
+def test_fp32_masters_of_a_bf16_model_are_restored_exactly(
     train_flags: list[str], base: Path, tmp_path: Path, layout: tuple
 ) -> None:
-    """A checkpoint opens as a bf16 model, too, but a run that goes on must not be rounded to that."""
+    """A checkpoint can be opened as a bf16 model, but a resumed run must not be rounded to bf16."""
     stored = shutil.copytree(base, tmp_path / "bf16")
     load_causal_lm(base, torch.bfloat16).save_pretrained(stored)
     flags = [*train_flags, "--stage", 2, "--precision", "bf16", "--model_name_or_path", stored, *layout]
@@ -62,7 +62,7 @@ def test_fp32_masters_of_a_bf16_model_come_back_as_they_were(
     assert load_file(ends[0])["model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
 
 
-def test_a_start_of_stage_two_that_died_leaves_stage_one_as_it_was(train_flags: list[str], run: Path) -> None:
+def test_a_failed_start_of_stage_two_leaves_stage_one_unchanged(train_flags: list[str], run: Path) -> None:
     assert train(*train_flags, "--max_steps", 1).returncode == 0
     record_status(Experiment(run), 2, "failed", error="ended by signal SIGTERM")  # what the launcher writes
     assert Experiment(run).recorded_stage() == 1
@@ -81,7 +81,7 @@ def test_stage_is_known_without_the_metrics_file(train_flags: list[str], run: Pa
     assert Experiment(run).recorded_stage() == 2
 
 
-def test_overwriting_what_the_run_starts_from_is_refused(train_flags: list[str], run: Path) -> None:
+def test_overwriting_the_model_to_start_from_is_refused(train_flags: list[str], run: Path) -> None:
     assert train(*train_flags, "--max_steps", 1).returncode == 0
     result = train(*train_flags, "--overwrite_output_dir", "--model_name_or_path", run / "final_model")
     assert result.returncode == 2
@@ -89,7 +89,7 @@ def test_overwriting_what_the_run_starts_from_is_refused(train_flags: list[str],
     assert (run / "final_model" / "config.json").is_file()
 
 
-def test_a_final_model_of_a_shorter_run_is_not_taken_for_the_longer_ones(train_flags: list[str], run: Path) -> None:
+def test_a_shorter_runs_final_model_does_not_count_for_the_longer_run(train_flags: list[str], run: Path) -> None:
     assert train(*train_flags, "--max_steps", 2).returncode == 0
     shutil.copytree(run / "final_model", run / "old")
     assert train(*train_flags, "--max_steps", 4).returncode == 0
@@ -100,17 +100,17 @@ def test_a_final_model_of_a_shorter_run_is_not_taken_for_the_longer_ones(train_f
     assert trained(run)["step"] == 4
 
 
-def test_stage_two_does_not_start_from_a_stage_one_that_goes_on(train_flags: list[str], run: Path) -> None:
+def test_stage_two_does_not_start_from_an_unfinished_stage_one(train_flags: list[str], run: Path) -> None:
     assert train(*train_flags, "--max_steps", 1).returncode == 0
     (run / "STOP").touch()
-    assert train(*train_flags, "--max_steps", 4).returncode == 0  # extended, and stopped on the way
+    assert train(*train_flags, "--max_steps", 4).returncode == 0  # extended, and stopped before its end
     flags = [*train_flags[:2], *train_flags[4:-3]]
     result = train(*flags, "--stage", 2, "--max_steps", 1)
     assert result.returncode == 2
     assert "finish it first" in result.stderr
 
 
-def test_early_stopping_can_be_turned_on_at_resume_and_ends_for_good(train_flags: list[str], run: Path) -> None:
+def test_early_stopping_can_be_turned_on_at_resume_and_stays_stopped(train_flags: list[str], run: Path) -> None:
     flags = [*train_flags, "--eval_steps", 1, "--learning_rate", "0.05", "--lr_scheduler_type", "constant"]
     assert train(*flags, "--max_steps", 3).returncode == 0
     flags += ["--max_steps", 40, "--early_stopping_patience", 2]
@@ -123,7 +123,7 @@ def test_early_stopping_can_be_turned_on_at_resume_and_ends_for_good(train_flags
 
 
 def test_a_run_killed_right_after_its_first_evaluation_resumes(train_flags: list[str], run: Path) -> None:
-    """Its first evaluation is known: a second one would count as one without gain, and end a run of patience 1."""
+    """Its first evaluation is recorded: a second one would count as no gain, and end a run with patience 1."""
     flags = [*train_flags, "--eval_steps", 100, "--early_stopping_patience", 1]
     assert train(*flags, "--max_steps", 1).returncode == 0
     for name in ("checkpoint-1", "../final_model"):
@@ -136,7 +136,7 @@ def test_a_run_killed_right_after_its_first_evaluation_resumes(train_flags: list
 
 
 @pytest.mark.slow
-def test_epochs_stay_epochs_on_another_number_of_processes(train_flags: list[str], run: Path) -> None:
+def test_epochs_have_the_same_rows_on_another_number_of_processes(train_flags: list[str], run: Path) -> None:
     steps = train_flags.index("--max_steps")
     flags = [*train_flags[:steps], *train_flags[steps + 2 :], "--num_train_epochs", "0.1", "--save_steps", "2"]
     (run.parent).mkdir()
@@ -151,7 +151,7 @@ def test_epochs_stay_epochs_on_another_number_of_processes(train_flags: list[str
     assert trained(run)["step"] == total
 
 
-def test_resuming_an_older_checkpoint_begins_a_branch_of_its_own(train_flags: list[str], run: Path) -> None:
+def test_resuming_an_older_checkpoint_sets_newer_ones_aside(train_flags: list[str], run: Path) -> None:
     flags = [*train_flags, "--save_steps", 2, "--save_total_limit", 1]
     assert train(*flags, "--save_total_limit", 9).returncode == 0
     elsewhere = shutil.copytree(run / "checkpoints" / "checkpoint-2", run.parent / "checkpoint-2")
@@ -166,7 +166,7 @@ def test_resuming_an_older_checkpoint_begins_a_branch_of_its_own(train_flags: li
     assert (run / "checkpoints" / "superseded-checkpoint-4").is_dir()
 
 
-def test_changes_at_resume_are_named(train_flags: list[str], run: Path) -> None:
+def test_changed_options_are_logged_at_resume(train_flags: list[str], run: Path) -> None:
     assert train(*train_flags, "--max_steps", 1).returncode == 0
     result = train(*train_flags, "--max_steps", 2, "--learning_rate", "5e-4")
     assert result.returncode == 0
@@ -213,7 +213,7 @@ def test_plausible_mistakes_end_in_one_line(train_flags: list[str], base: Path, 
         assert words in result.errors[0], changes
 
 
-def test_warm_up_on_the_command_line_replaces_that_of_the_file() -> None:
+def test_warm_up_on_the_command_line_overrides_the_file() -> None:
     from flare.config.parse import resolve
 
     options = resolve(["--warmup_steps", "10"]).options  # training_config.json sets warmup_ratio

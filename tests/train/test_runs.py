@@ -1,4 +1,4 @@
-"""Whole runs in real processes: layouts, resume, stops, stages, the experiment directory."""
+"""Complete runs in real processes: the files they write, and the same numbers on any number of processes."""
 
 import json
 import re
@@ -185,7 +185,7 @@ def one(base: Path, corpus: Path, cache_dir: Path, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def one_process_run(base: Path, corpus: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps of four rows in one process: what the other layouts must equal."""
+    """Six steps of four rows in one process: other layouts must give the same numbers."""
     out = tmp_path_factory.mktemp("one")
     result = train(*flags_for(base, corpus, cache_dir, out), "--per_device_train_batch_size", 4)
     assert result.returncode == 0, result.stderr
@@ -209,17 +209,17 @@ def start(*flags: object) -> subprocess.Popen:
 
 
 def wait_for_line(process: subprocess.Popen, words: str) -> None:
-    """Read the process's lines until one holds ``words``."""
+    """Read the process's lines until one contains ``words``."""
     for line in process.stderr:
         if words in line:
             return
-    raise AssertionError(f"the process ended without saying {words!r}")
+    raise AssertionError(f"the process ended without the line {words!r}")
 
 
 def test_resume_on_another_number_of_processes_keeps_batch_and_order(
     train_flags: list[str], tmp_path: Path, one_process_run: Path
 ) -> None:
-    """As if ended after step 3 of 6: what comes then is what one process does from the first step on."""
+    """As if the run had ended after step 3 of 6. The rest equals a run on one process from the first step."""
     flags, run = [*train_flags, "--save_steps", 3], tmp_path / "out" / "run"
     first = train(*flags, "--nproc_per_node", 2)
     assert first.returncode == 0, first.stderr
@@ -241,7 +241,7 @@ def test_bin_format_holds_the_same_weights(train_flags: list[str], tmp_path: Pat
     assert all(torch.equal(loaded[n], t) for n, t in expected.items())
 
 
-def test_data_prepared_without_gpus_is_what_the_run_starts_from(train_flags: list[str], tmp_path: Path) -> None:
+def test_a_run_reuses_data_prepared_without_gpus(train_flags: list[str], tmp_path: Path) -> None:
     """With the flags of a GPU run, on a machine without GPUs, and an output directory that cannot be made."""
     flags = [*train_flags, "--cache_dir", tmp_path / "c"]
     result = train(*flags, "--gpu_type", "A800", "--base_output_dir", "/proc/flare", "--prepare_only")

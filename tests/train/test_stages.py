@@ -13,7 +13,7 @@ from tests.processes import train
 from tests.train.test_runs import assert_same_weights, metrics, weights
 
 
-def test_stage_two_takes_over_stage_one_of_the_same_name(train_flags: list[str], base: Path, tmp_path: Path) -> None:
+def test_stage_two_continues_stage_one_of_the_same_name(train_flags: list[str], base: Path, tmp_path: Path) -> None:
     assert train(*train_flags, "--max_steps", 2).returncode == 0
     run = tmp_path / "out" / "run"
     stage1 = weights(run / "final_model")

@@ -1,4 +1,4 @@
-"""Numbers that the host reads a step late, as on a GPU: here on the CPU, whose fused AdamW obeys the same flag."""
+"""Results that the host reads one step late, as on a GPU. Here on the CPU, whose fused AdamW reads the same flag."""
 
 import json
 import time
@@ -52,12 +52,12 @@ def test_a_lag_changes_no_loss_and_no_weight(base: Path, cache: TokenCache, tmp_
         assert torch.equal(weight, weights(late)[name]), name
 
 
-def test_what_is_not_finite_never_reaches_the_weights_though_the_host_learns_it_later(
+def test_an_update_that_is_not_finite_is_never_applied_though_the_host_reads_it_later(
     base: Path,
     cache: TokenCache,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """Step 3 is poisoned: it and step 4, which was queued before the host knew, leave the weights of step 2."""
+    """Step 3 is poisoned. It and step 4, which was queued before the host knew, leave the weights of step 2."""
     runner = lagging(base, cache, tmp_path)
     poison(runner, step=2)
     for _ in range(2):
@@ -68,10 +68,10 @@ def test_what_is_not_finite_never_reaches_the_weights_though_the_host_learns_it_
     with pytest.raises(FlareError, match=r"step 3: loss inf .*weights were not updated"):
         runner._step()
     assert all(torch.equal(weight, before[name]) for name, weight in weights(runner).items())
-    assert (runner.train_state.step, runner.train_state.rows) == (2, 8)  # what a status file then says is true
+    assert (runner.train_state.step, runner.train_state.rows) == (2, 8)  # these numbers go into the status
 
 
-def test_nothing_is_saved_before_its_step_is_known_to_be_good(
+def test_a_step_is_saved_only_after_its_result_is_read(
     base: Path,
     cache: TokenCache,  # noqa: F811
     tmp_path: Path,
@@ -88,20 +88,20 @@ def test_nothing_is_saved_before_its_step_is_known_to_be_good(
 def test_two_ranks_that_read_late_stop_at_the_same_step(
     base: Path, corpus: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
-    """Rank 1 alone is asked to stop, in its third step; the vote is read a step later, on both."""
+    """Only rank 1 is asked to stop, in its third step. Both ranks read the vote one step later."""
     out = tmp_path / "stops.json"
     torchrun(2, "tests.train.late_stop", base, corpus, cache_dir, out)
     assert json.loads(out.read_text()) == [["stopped", 4, [4]]] * 2
 
 
-def test_the_perplexity_of_a_run_that_went_astray_can_be_recorded(tmp_path: Path) -> None:
-    """JSON has no infinity: the checkpoint could not be written, nor how the run ended."""
+def test_the_perplexity_of_a_diverged_run_can_be_written_as_json(tmp_path: Path) -> None:
+    """JSON has no infinity: neither the checkpoint nor the status could be written."""
     write_json(tmp_path / "record.json", {"perplexity": perplexity(1e6)})
     assert json.loads((tmp_path / "record.json").read_text())["perplexity"] > 1e307
     assert perplexity(0.0) == 1.0
 
 
-def test_throughput_leaves_out_what_happens_while_its_clock_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_excludes_the_time_while_its_clock_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.0, 20.0, 23.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     meter = Throughput()
@@ -109,6 +109,6 @@ def test_throughput_leaves_out_what_happens_while_its_clock_stands(monkeypatch: 
         meter.start()
         meter.add(tokens)
         meter.stop()
-    meter.stop()  # stands already
+    meter.stop()  # is stopped already
     assert meter.take() == 100 / 5
     assert meter.take() == 0.0

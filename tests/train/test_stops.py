@@ -16,7 +16,7 @@ from tests.train.test_runs import assert_same_weights, losses, metrics, start, w
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_run_continues_to_the_same_bits(train_flags: list[str], tmp_path: Path, processes: int) -> None:
-    """One process is gone at once. Of two, the launcher is killed: its workers stop by themselves."""
+    """With one process, it is killed itself. With two, the launcher is killed and its workers stop by themselves."""
     flags = [*train_flags, "--max_steps", 100, "--save_steps", 5, "--eval_steps", 10, "--nproc_per_node", processes]
     whole = train(*flags, "--experiment_name", "whole")
     assert whole.returncode == 0, whole.stderr
@@ -39,7 +39,7 @@ def test_killed_run_continues_to_the_same_bits(train_flags: list[str], tmp_path:
 
 
 def wait_until_unlocked(run: Path) -> None:
-    """Workers whose launcher was killed end by themselves; the lock says when."""
+    """Workers whose launcher was killed end by themselves, and then the lock is free."""
     import fcntl
 
     with open(run / ".lock") as file:

@@ -1,4 +1,4 @@
-"""What TensorBoard finds of a run: both stages on one axis, a resumed run's curve once, settings and plan."""
+"""What TensorBoard shows of a run: both stages on one axis, no point of a resumed run twice, settings and plan."""
 
 import itertools
 from pathlib import Path
@@ -35,12 +35,12 @@ def write(experiment: Experiment, stage: int, records: list[dict], history: list
 
 @pytest.fixture(autouse=True)
 def a_second_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Event files are read in the order of the seconds in their names; here as far apart as starts of a run are."""
+    """Event files are read in the order of the seconds in their names; the starts of a run are further apart."""
     seconds = itertools.count(1_800_000_000)
     monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: next(seconds)))
 
 
-def test_tokens_and_the_bases_loss_come_from_the_stages_before() -> None:
+def test_tokens_and_the_bases_loss_come_from_earlier_stages() -> None:
     stages = {
         "1": {"history": [evaluation(0, 3.0, rope_eval_loss=2.0), evaluation(4, 2.5)]},
         "2": {"history": [evaluation(9, 2.1)]},
@@ -64,7 +64,7 @@ def test_stages_follow_each_other_on_one_axis_of_tokens_with_the_base_as_a_line(
     assert curve(experiment.tensorboard / "stage2", "eval/loss") == [(0, 2.5), (3, 2.2)]  # the stages' steps overlay
 
 
-def test_what_a_killed_run_wrote_after_its_checkpoint_is_not_shown_twice(tmp_path: Path) -> None:
+def test_steps_after_a_killed_runs_checkpoint_are_not_shown_twice(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path / "run")
     history = [evaluation(0, 3.0, rope_eval_loss=2.0), evaluation(2, 2.8)]
     write(experiment, 1, [*history, evaluation(4, 9.9)])
@@ -75,7 +75,7 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_not_shown_twice(tmp_pat
     assert curve(by_tokens / "base", "all_stages/eval_loss") == [(0, 2.0), (200, 2.0), (400, 2.0)]
 
 
-def test_settings_and_plan_have_their_tabs(tmp_path: Path) -> None:
+def test_settings_and_plan_are_written(tmp_path: Path) -> None:
     board = TensorBoardWriter(Experiment(tmp_path / "run"), 1, [])
     board.describe({"learning_rate": 1e-4, "nope_layers": "20-32"}, ["model    Qwen", "GPUs     4 x A800"])
     board.close()

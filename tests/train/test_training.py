@@ -1,4 +1,4 @@
-"""Training in this process: what the loss is, what trains, what is frozen, against plain transformers."""
+"""Training in this process: the loss, what trains and what is frozen, against plain transformers."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def trainer(model: TrainingModel, cache: TokenCache, tmp_path: Path, batch: int 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["base", "base_qwen3"])
-def test_packed_documents_have_the_loss_that_each_has_alone(
+def test_packed_documents_have_the_same_loss_as_alone(
     cache: TokenCache, family: str, attention: str, request: pytest.FixtureRequest
 ) -> None:
     model = load(request.getfixturevalue(family), [1, 3], Trainable(True), attention=attention).eval()
@@ -123,8 +123,8 @@ def test_accumulation_gives_the_loss_and_gradients_of_one_big_batch(
     whole = trainer(load(base, [1, 3], Trainable(True)), cache, tmp_path, per_device_train_batch_size=4)
     parts = trainer(load(base, [1, 3], Trainable(True)), cache, tmp_path, per_device_train_batch_size=micro)
     expected, found = gradients(whole), gradients(parts)
-    # A NoPE layer's key bias adds the same to every score of a query: its true gradient is zero, and what is
-    # there is rounding. So small gradients are measured against the whole one.
+    # A NoPE layer's key bias adds the same to every score of a query: its true gradient is zero, and the
+    # computed one is rounding. So small gradients are measured against the norm of all gradients.
     floor = 1e-3 * torch.stack([g.norm() for g in expected.values()]).norm()
     for name, gradient in expected.items():
         difference = (found[name] - gradient).norm() / max(gradient.norm(), floor)
@@ -132,7 +132,7 @@ def test_accumulation_gives_the_loss_and_gradients_of_one_big_batch(
 
 
 @pytest.mark.parametrize("selective", [False, True])
-def test_gradient_checkpointing_changes_nothing_but_memory(
+def test_gradient_checkpointing_changes_only_memory(
     cache: TokenCache, base: Path, tmp_path: Path, selective: bool
 ) -> None:
     plain = gradients(trainer(load(base, [1, 3], Trainable(True)), cache, tmp_path))
