@@ -1,7 +1,7 @@
-# Sourced by run_training.sh and run_tests.sh: sets PYTHON to an interpreter that has what Flare needs.
+# Sourced by run_training.sh and run_tests.sh. Sets PYTHON to an interpreter with the packages that Flare needs.
 #
-# PYTHON=/path given by the user: that one, nothing is installed, what is missing or too old is named.
-# Otherwise .venv beside this file, made from requirements.txt when it is missing or out of date.
+# If the user sets PYTHON=/path, that interpreter is used and nothing is installed; missing packages are printed.
+# Otherwise the interpreter is in .venv next to this file, made from requirements.txt if it is missing or out of date.
 
 FLARE_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -12,7 +12,7 @@ flare_fail() { # exit code, message
   exit "$1"
 }
 
-# Any Python >= 3.11 on PATH.
+# Prints the path of a Python 3.11 to 3.13 on PATH.
 flare_find_python() {
   local candidate
   for candidate in python3 python3.13 python3.12 python3.11; do
@@ -25,10 +25,10 @@ flare_find_python() {
   flare_fail 4 "no Python 3.11 to 3.13 on PATH; install one, or set PYTHON=/path/to/python"
 }
 
-# The newest torch wheel wants CUDA 13, which needs driver 580; servers with an older one are common. A build for any
-# CUDA 12 runs on every driver for CUDA 12, of 525 or newer. Source: NVIDIA, CUDA Compatibility, minor versions.
-# Only the builds for CUDA 12.6 still hold kernels for GPUs before Turing (V100, P100): pytorch/pytorch#172352.
-# Prints the wheel indexes to try, best first, when the default wheel does not fit this machine's driver and GPUs.
+# Prints the wheel indexes to try, best first, if the default torch wheel does not fit this machine's driver and GPUs.
+# The default wheel needs CUDA 13 and driver 580, but older drivers are common. A build for any CUDA 12 runs on every
+# driver for CUDA 12, version 525 or newer. Source: NVIDIA, CUDA Compatibility, minor versions. Only the builds for
+# CUDA 12.6 still contain kernels for GPUs before Turing (V100, P100): pytorch/pytorch#172352.
 flare_torch_indexes() {
   command -v nvidia-smi >/dev/null 2>&1 || return 0
   local cuda
@@ -42,7 +42,7 @@ flare_torch_indexes() {
   fi
   [ "$version" -ge 1300 ] && return 0
   [ "$version" -ge 1200 ] ||
-    flare_fail 4 "the driver supports CUDA $1.$2 only; torch needs one for CUDA 12 (driver 525 or newer)"
+    flare_fail 4 "the driver supports only CUDA $1.$2; torch needs CUDA 12 (driver 525 or newer)"
   [ "$version" -ge 1208 ] && echo "https://download.pytorch.org/whl/cu128"
   echo "https://download.pytorch.org/whl/cu126"
 }
@@ -56,9 +56,9 @@ flare_install() { # requirements file
   local base indexes index pip torch
   base=$(flare_find_python) || exit $?
   indexes=$(flare_torch_indexes) || exit $?
-  echo "setting up $FLARE_HOME/.venv from $(basename "$1") (once; some minutes)" >&2
+  echo "setting up $FLARE_HOME/.venv from $(basename "$1") (only once; takes some minutes)" >&2
   "$base" -m venv "$FLARE_HOME/.venv" ||
-    flare_fail 4 "cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"
+    flare_fail 4 "cannot create a virtual environment; on Debian and Ubuntu: apt install python3-venv"
   pip=("$FLARE_HOME/.venv/bin/python" -m pip install --quiet --disable-pip-version-check)
   torch=$(grep '^torch==' "$FLARE_HOME/requirements.txt")
   if [ -n "$indexes" ]; then
@@ -72,7 +72,7 @@ flare_install() { # requirements file
     flare_fail 4 "pip could not install $(basename "$1"); see the lines above"
 }
 
-# Sets PYTHON. Argument: the requirements file that must be satisfied.
+# Sets PYTHON. Argument: the requirements file to satisfy.
 flare_python() {
   local requirements=$1 missing stamp wanted
   if [ -n "${PYTHON:-}" ]; then
@@ -88,14 +88,14 @@ for name, least in re.findall("^([a-z]+)[=>]=([0-9.]+)", open(sys.argv[1]).read(
     least = "2.11" if name == "torch" else least  # the file pins what the tests ran on
     try:
         found = metadata.version(name)
-    except metadata.PackageNotFoundError:  # some builds tell no version
+    except metadata.PackageNotFoundError:  # some builds have no version
         found = least if util.find_spec(name) else None
     if found is None or numbers(found) < numbers(least):
         lacks.append(name if found is None else f"{name}>={least} (has {found})")
 print(", ".join(lacks))
 PY
 ) || flare_fail 4 "PYTHON=$PYTHON cannot be run"
-    [ -z "$missing" ] || flare_fail 4 "PYTHON=$PYTHON lacks: $missing; install them, or unset PYTHON to use our own .venv"
+    [ -z "$missing" ] || flare_fail 4 "PYTHON=$PYTHON lacks: $missing; install them, or unset PYTHON to use Flare's own .venv"
     return
   fi
   PYTHON=$FLARE_HOME/.venv/bin/python
@@ -103,7 +103,7 @@ PY
   wanted=$(cat "$FLARE_HOME/requirements.txt" "$requirements" | cksum)
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
   (
-    # Two first starts at once: one sets up, the other waits and finds it done.
+    # If two processes start at once, one sets up and the other waits for it.
     command -v flock >/dev/null 2>&1 && flock 9
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
     flare_install "$requirements"

@@ -49,8 +49,8 @@ def run_restore(source: Path, target: Path) -> None:
 
     config = restore_rope(source, target)
     print(
-        f"{target}: {config['architectures'][0]} with RoPE in every layer. Weights trained without RoPE now get RoPE: "
-        "this is not the model that was trained"
+        f"{target}: {config['architectures'][0]} with RoPE in every layer. Weights that were trained without "
+        "RoPE now run with it, so this is not the model that was trained"
     )
 
 

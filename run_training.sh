@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a stage on the GPUs that you name, or run the demo. See --help.
+# Train one stage on the chosen GPUs, or run the demo. See --help.
 set -euo pipefail
 . "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/env.sh"
 
@@ -8,14 +8,14 @@ usage() {
 usage: ./run_training.sh STAGE GPU [NAME] [IDS] [--FLAG VALUE ...]
        ./run_training.sh demo [--control] [--seed N] [--output_dir DIR]
 
-  STAGE  1 (train the NoPE layers only) or 2 (train everything)
-  GPU    words of a model name that nvidia-smi prints (A800, A40, h200),
-         auto (all free GPUs), manual (IDS needed) or cpu
-  NAME   name of the experiment; default stage<STAGE>_<date>_<time>
+  STAGE  1 (train only the NoPE layers) or 2 (train all layers)
+  GPU    words of a GPU name as nvidia-smi prints it (A800, A40, h200),
+         auto (all free GPUs), manual (the GPUs in IDS) or cpu
+  NAME   name of the experiment (default: stage<STAGE>_<date>_<time>)
   IDS    nvidia-smi's GPU numbers for manual: "0,1,2,3"
-  --FLAG any flag of train_qwen_multi_gpu.py; its --help lists them in groups
+  --FLAG any flag of train_qwen_multi_gpu.py, see its --help
 
-  --dry_run anywhere prints the plan and the command and starts nothing.
+  --dry_run anywhere prints the plan and the command, and starts nothing.
 
 examples:
   ./run_training.sh demo
@@ -26,7 +26,7 @@ examples:
 TEXT
 }
 
-# --dry_run may stand before the positional arguments, too.
+# --dry_run may also come before the positional arguments.
 words=() dry_run=()
 for word in "$@"; do
   if [ "$word" = --dry_run ]; then dry_run=(--dry_run); else words+=("$word"); fi
@@ -37,7 +37,7 @@ case ${1:-} in
   demo)
     shift
     flare_python "$FLARE_HOME/requirements.txt"
-    # Not from $FLARE_HOME: a relative --output_dir or PYTHON is the user's. -P: nor from what lies in their directory.
+    # Run in the user's directory, because --output_dir and PYTHON may be relative. -P: import no modules from there.
     PYTHONPATH=$FLARE_HOME${PYTHONPATH:+:$PYTHONPATH} \
       exec "$PYTHON" -P -m flare.demo "$@" ${dry_run[@]+"${dry_run[@]}"}
     ;;
@@ -61,7 +61,7 @@ if [ "$gpu" = manual ]; then
   flags+=(--gpu_ids "$1")
   shift
 else
-  [ $# -eq 0 ] || [ "${1#-}" != "$1" ] || flare_fail 2 "'$1' is no flag; GPU numbers are for GPU \"manual\" only"
+  [ $# -eq 0 ] || [ "${1#-}" != "$1" ] || flare_fail 2 "'$1' is not a flag; GPU numbers are for GPU \"manual\" only"
   flags+=(--gpu_type "$gpu")
 fi
 

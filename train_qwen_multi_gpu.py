@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Train one stage of a Qwen model with NoPE layers on one or many GPUs.
+"""Train one stage of a Qwen model with NoPE layers on one or more GPUs.
 
-Started plainly it chooses the GPUs and starts its own workers; under torchrun it joins.
+Started with python, it chooses GPUs and starts its own workers. Started by torchrun, it is one of the workers.
 """
 
 import os
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(resolved: ResolvedOptions) -> int:
-    """Make the data that a run starts from and say what it is. No GPU is looked at."""
+    """Build the token cache of a run and print its facts. Needs no GPU."""
     from flare.train.prepare_data import prepare_only
 
     print("\n".join(prepare_only(resolved)))
@@ -67,7 +67,7 @@ def start(resolved: ResolvedOptions) -> int:
 
 
 def show_plan(run: "Run") -> None:
-    """Print the plan. Raises: ConfigError, EnvError for what cannot fit."""
+    """Print the plan. Raises: ConfigError, EnvError if it does not fit."""
     from flare.data.corpus import split_names
     from flare.data.sources.open import is_missing_path
     from flare.plan.plan import check_fits
@@ -83,7 +83,7 @@ def show_plan(run: "Run") -> None:
 
 
 def launch_run(run: "Run", selection: "Selection | None") -> int:
-    """Train in this process if it is the only one, else start workers."""
+    """Train in this process if it is the only one, otherwise start workers."""
     from flare.launch import launch
     from flare.launch.hardware import check_torch_sees_cuda
     from flare.launch.worker_environment import export_environment
@@ -99,7 +99,7 @@ def launch_run(run: "Run", selection: "Selection | None") -> int:
 
 
 def join(resolved: ResolvedOptions) -> int:
-    """Be one of torchrun's workers; in a dry run the first of them prints the plan."""
+    """Train as one of torchrun's workers. In a dry run rank 0 prints the plan."""
     from flare.distributed.process_group import end_process
     from flare.launch.worker_environment import options_from_launcher, worker_hardware
     from flare.run.resolve import resolve_run

@@ -1,8 +1,8 @@
-"""The demo: a tiny base model from the embedded corpus, then the real scripts, end to end and offline.
+"""The demo makes a tiny base model from the embedded corpus and runs the real scripts on it, offline.
 
     ./run_training.sh demo [--control]
 
-Patch, stage 1, stage 2 and evaluation run as a user would run them. What is finished is not done again.
+Patch, stage 1, stage 2 and evaluation run as a user would run them. Finished steps are not repeated.
 """
 
 import argparse
@@ -35,14 +35,14 @@ SHAPE = {
 }
 BASE_STEPS = 850
 CONTEXT_LENGTHS = "64,128,256,512,1024"
-"""Up to four times the rows that the stages train on (examples/demo.json)."""
+"""Up to four times the training length in examples/demo.json."""
 NOPE_LAYERS = "every:3"
-"""Layers 2 and 5. In such a small model a single layer learns to look at the previous token, another one for each
-seed; these two cost something whatever the seed (docs/experiments.md)."""
+"""Layers 2 and 5. In a model this small a single layer learns to attend to the previous token, and the seed decides
+which one. Without these two layers the loss rises for every seed (docs/experiments.md)."""
 KEEP_ROPE = ("--no_rope_layers", "none", "--nproc_per_node", "2")
 TOY = (
-    "This model has 1.3 million parameters and learned from rows of 256 tokens: the demo shows what each step does "
-    "and that it is measured, not what removing RoPE does to a real model."
+    "This model has 1.3 million parameters and was trained on rows of 256 tokens. The demo shows what each step does "
+    "and how it is measured. It does not show what removing RoPE does to a real model."
 )
 
 
@@ -58,25 +58,29 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser("./run_training.sh demo", "[flags]", __doc__.split("\n")[0], "")
     place = Path(os.environ.get("FLARE_OUTPUT_DIR") or REPO) / "demo_output"
-    group = parser.add_argument_group("all of them may be left out")
-    group.add_argument("--output_dir", metavar="DIR", default=str(place), help="where all of it goes [%(default)s]")
-    group.add_argument("--seed", metavar="N", type=int, default=0, help="of the base's weights and the row order [0]")
+    group = parser.add_argument_group("optional flags")
+    group.add_argument(
+        "--output_dir", metavar="DIR", default=str(place), help="directory of all results (default: %(default)s)"
+    )
+    group.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="seed of the weights and the row order (default: %(default)s)"
+    )
     group.add_argument(
         "--control",
         action="store_true",
-        help="also give the base the same two stages with RoPE kept, and compare with that (a minute more)",
+        help="also train the base model in the same two stages with RoPE kept, and compare (takes a minute more)",
     )
     return parser.parse_args(argv)
 
 
 class Demo:
-    """Steps of the demo under one output directory."""
+    """The steps of the demo and their directories."""
 
     def __init__(self, root: Path, seed: int, with_control: bool = False) -> None:
         self.root = root
         self.seed = seed
         self.with_control = with_control
-        self.verdict_is_told = False
+        self.verdict_was_printed = False
         self.start = root / "base_start"
         self.base = Experiment(root / "base")
         self.patched = root / "patched"
@@ -87,28 +91,32 @@ class Demo:
         self.results = self.demo.root / "evaluation" / "evaluation_results.json"
 
     def run(self) -> None:
-        """Every step that is not done yet."""
+        """Run every step that is not finished."""
         self.step("tiny Qwen2 with random weights, tokenizer from the embedded corpus", self.start, self.make_start)
-        self.step("pretrain the base with RoPE everywhere", self.base.final_model, self.pretrain)
+        self.step("pretrain the base with RoPE in every layer", self.base.final_model, self.pretrain)
         self.step("remove RoPE from chosen layers", self.patched, self.patch)
-        self.step("stage 1: train the NoPE layers, two processes", self.stage1_model, self.stage1)
-        self.step("stage 2: train everything", self.demo.final_model_of(2), self.stage2)
+        self.step("stage 1: train the NoPE layers with two processes", self.stage1_model, self.stage1)
+        self.step("stage 2: train all layers", self.demo.final_model_of(2), self.stage2)
         if self.with_control:
-            self.step("control, stage 1: the same layers, RoPE kept", self.control_stage1_model, self.control_stage1)
-            self.step("control, stage 2: everything, RoPE kept", self.control.final_model_of(2), self.control_stage2)
-        self.verdict_is_told = not self.is_compared()  # the evaluation ends with it
-        self.step("evaluate", self.results if self.is_compared() else None, self.evaluate)
+            self.step(
+                "control, stage 1: train the same layers, RoPE kept", self.control_stage1_model, self.control_stage1
+            )
+            self.step(
+                "control, stage 2: train all layers, RoPE kept", self.control.final_model_of(2), self.control_stage2
+            )
+        self.verdict_was_printed = not self.is_evaluated()  # by the evaluation
+        self.step("evaluate", self.results if self.is_evaluated() else None, self.evaluate)
 
     def step(self, title: str, result: Path | None, work: object) -> None:
-        """Say what comes, and do it unless its result is there."""
+        """Print the title and run the step, unless its result exists."""
         if result is not None and result.exists():
-            print(f"== {title}: done already", flush=True)
+            print(f"== {title}: already done", flush=True)
             return
         print(f"== {title}", flush=True)
         work()
 
     def make_start(self) -> None:
-        """Write the base's random start and its tokenizer."""
+        """Write the base model with random weights, and its tokenizer."""
         import torch
         from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -153,8 +161,8 @@ class Demo:
     def control_stage2(self) -> None:
         self.train(2, self.control, *KEEP_ROPE)
 
-    def is_compared(self) -> bool:
-        """Whether the results there are hold the control, if one is asked for."""
+    def is_evaluated(self) -> bool:
+        """Whether results exist and, with ``--control``, contain the control."""
         if not self.results.is_file():
             return False
         return not self.with_control or "control" in {m["role"] for m in self.read_results()["milestones"]}
@@ -180,23 +188,23 @@ class Demo:
         )  # fmt: skip
 
     def python(self, script: str, *flags: str) -> None:
-        """Run one of our scripts as a user would, and stop at its first failure."""
+        """Run one of the scripts as a user would. Raises: FlareError when it fails."""
         print(f"$ python {script} {shlex.join(flags)}", flush=True)
         result = subprocess.run([sys.executable, str(REPO / script), *flags])
         if result.returncode:
             raise FlareError(f"the demo stopped: {script} ended with exit code {result.returncode}")
 
     def print_summary(self, seconds: float) -> None:
-        """The table and where to look."""
+        """Print the table of losses and the paths of the results."""
         from flare.evaluation.report.report import milestones_table
 
         results = self.read_results()
         print("\n" + milestones_table(results, "embedded"))
-        if not self.verdict_is_told:
+        if not self.verdict_was_printed:
             print("\n" + textwrap.fill(results["verdict"], 100))
         print("\n" + textwrap.fill(TOY, 100))
         if not self.with_control:
-            print("\nthe control:  ./run_training.sh demo --control   (a minute more; what is done stays)")
+            print("\ncontrol:      ./run_training.sh demo --control   (a minute more; finished steps are kept)")
         print(f"\nreport:       {self.results.with_name('evaluation_report.md')}")
         print(f"TensorBoard:  tensorboard --logdir={shlex.quote(str(self.demo.tensorboard))}")
         print(f"final model:  {self.demo.final_model}")

@@ -1,8 +1,7 @@
-"""What users see when something is wrong. Imports only how a terminal shows it.
+"""The errors that users see, and how scripts print them.
 
-Every error carries the exit code of its kind (contract, section 8) and a message of one line:
-what, the value, where, and the way out. Scripts print ``error: MESSAGE`` and no traceback, unless
-``FLARE_DEBUG=1`` asks for one.
+Each class has an exit code. A message is one line: what is wrong, the value, where, and how to fix it. Scripts print
+``error: MESSAGE``; ``FLARE_DEBUG=1`` adds the traceback.
 """
 
 import contextlib
@@ -20,60 +19,60 @@ URL_USER = re.compile(r"://[^/@\s]+@")
 
 
 class FlareError(Exception):
-    """The run itself failed (exit code 5), or a more exact kind below."""
+    """The run itself failed (exit code 5). Base class of the errors below."""
 
     exit_code = 5
 
 
 class ConfigError(FlareError):
-    """The user asked for something that cannot be: a flag, a key, a name, a path (exit code 2)."""
+    """A flag, key, name or path of the user is wrong (exit code 2)."""
 
     exit_code = 2
 
 
 class DataError(FlareError):
-    """The data cannot be had or is not what it should be (exit code 3)."""
+    """The data is missing or invalid (exit code 3)."""
 
     exit_code = 3
 
 
 class EnvError(FlareError):
-    """The machine does not offer what the run needs: driver, packages, disk (exit code 4)."""
+    """The machine lacks something that the run needs: driver, package, disk space (exit code 4)."""
 
     exit_code = 4
 
 
 class CheckpointError(FlareError):
-    """A checkpoint or model directory is incomplete, damaged or not ours (exit code 2)."""
+    """A checkpoint or model directory is incomplete, damaged or not made by Flare (exit code 2)."""
 
     exit_code = 2
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known name closest to ``name``, or '' when none is close."""
+    """'; did you mean X?' for the known name closest to ``name``, or '' when none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, as a part of one line; its kind when it says nothing."""
+    """The first line of another library's error message, or the error's class when it has no message."""
     lines = str(error).strip().splitlines()
     return without_users(lines[0][:200]) if lines else type(error).__name__
 
 
 def without_users(text: str) -> str:
-    """The text with the users and passwords in its URLs, of a mirror or a proxy, left out."""
+    """The text without the user names and passwords in its URLs."""
     return URL_USER.sub("://...@", text)
 
 
 def one_line(text: str, limit: int = 160) -> str:
-    """``text`` of another program or person, fit for one line of an error: no control characters, cut."""
+    """``text`` on one line of at most ``limit`` characters, without control characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 8 * limit]).split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def join_errors(problems: list[str]) -> str:
-    """One message of several problems: alone as it is, else numbered, one a line."""
+    """One message for several problems, numbered and one per line; a single problem stays as it is."""
     if len(problems) == 1:
         return problems[0]
     lines = "".join(f"\n  {i}. {p}" for i, p in enumerate(problems, 1))
@@ -81,17 +80,14 @@ def join_errors(problems: list[str]) -> str:
 
 
 def run_script(main: Callable[[], int]) -> int:
-    """Run a script's body and turn errors into one line on stderr and an exit code.
-
-    Returns the code for ``sys.exit``. ``FLARE_DEBUG=1`` prints the traceback as well.
-    """
+    """Run a script and turn errors into one line on stderr. Returns the exit code for ``sys.exit``."""
     try:
         return main()
     except FlareError as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        # `script | head` closed our stdout: not an error of the run. Point stdout elsewhere, so that
-        # the interpreter's last flush does not raise again.
+        # `script | head` closed stdout, which is not an error. Redirect stdout so that the interpreter's last
+        # flush does not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -99,14 +95,14 @@ def run_script(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except ImportError as error:
-        if _was_interrupted(error):  # transformers turns a Ctrl-C during its imports into this
+        if _was_interrupted(error):  # transformers raises this for a Ctrl-C during its imports
             return _interrupted()
         raise
 
 
 def _interrupted() -> int:
     print("interrupted", file=sys.stderr, flush=True)
-    return 130  # what shells say of a process that Ctrl-C ended
+    return 130  # the exit code that shells report after Ctrl-C
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
@@ -116,7 +112,7 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    """Print the line, after the traceback when one is asked for; returns the code."""
+    """Print the error line, with ``FLARE_DEBUG=1`` after the traceback. Returns the exit code."""
     if os.environ.get("FLARE_DEBUG") == "1":
         traceback.print_exc()
     print_error(message)
@@ -124,7 +120,7 @@ def _fail(message: str, exit_code: int) -> int:
 
 
 def print_error(message: str) -> None:
-    """The one line on stderr; on a terminal folded to its width, and the first word red."""
+    """Print the error line on stderr. On a terminal it is folded, and its first word is red."""
     text = fold(f"error: {message}", sys.stderr).removeprefix("error:")
     print(paint("error:", "red", sys.stderr) + text, file=sys.stderr, flush=True)
 
@@ -136,15 +132,14 @@ MEMORY_WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "can't start new thread",
 )
-"""Of the errors of CUDA and NCCL, of torch's CPU allocator, of C++, of cuBLAS and of Python's threads (for want of a
-stack, or of a process number: the words are shown), all of them RuntimeError."""
+"""Words in the RuntimeErrors of CUDA and NCCL, of torch's CPU allocator, of C++, of cuBLAS and of Python's threads."""
 
 _phases: list[str] = []
 
 
 @contextlib.contextmanager
 def during(what: str) -> Iterator[None]:
-    """Around a phase, or as a decorator of its function. One that an error ended stays the current one."""
+    """Context manager or decorator of a phase of the run. A phase that raised an error stays the current one."""
     depth = len(_phases)
     _phases.append(what)
     yield
@@ -152,12 +147,12 @@ def during(what: str) -> Iterator[None]:
 
 
 def while_phase() -> str:
-    """The innermost phase that has begun and not ended, as the end of a clause; nothing when none has."""
+    """ " while PHASE" for the innermost current phase, as the end of a sentence; "" when there is none."""
     return f" while {_phases[-1]}" if _phases else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short, of this host or of a GPU; also of an error that was raised from such a one."""
+    """Whether the error, or one of its causes, says that the host or a GPU ran out of memory."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: readers see the old content or the new, never half. Standard library only."""
+"""Atomic writes of text files: readers see the old content or the new, never a part. Standard library only."""
 
 import json
 import os
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def file_mode() -> int:
-    """Permissions that a new file gets under this process's umask."""
+    """Permissions of a new file under the umask of this process."""
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write UTF-8 text to a temporary file beside ``path``, sync it, and rename it into place."""
+    """Write UTF-8 text to a temporary file next to ``path``, sync it, and rename it to ``path``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -23,7 +23,7 @@ def write_text(path: Path | str, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, file_mode())  # mkstemp's 0600 would hide the file from the user's group
+        os.chmod(temporary, file_mode())  # mkstemp gives 0600, which the user's group cannot read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -31,10 +31,10 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, content: object) -> None:
-    """``write_text`` of indented JSON. Raises: ValueError for NaN and infinity, which are no JSON."""
+    """Write indented JSON atomically. Raises: ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def file_name(name: str) -> str:
-    """A name as (part of) a file's name."""
+    """``name`` with all characters replaced that could be a problem in a file name."""
     return "".join(c if c.isalnum() or c in "-." else "_" for c in Path(name).name)

@@ -1,6 +1,6 @@
-"""What a terminal can show: its width, colours, lines folded to it. Standard library only, imports nothing of ours.
+"""Width, colors and line folding of a terminal. Standard library only.
 
-What goes into a file or a pipe is left as it is: one message a line, no colours.
+Output to a file or a pipe is not changed: one message per line, no colors.
 """
 
 import contextlib
@@ -9,13 +9,13 @@ import textwrap
 from typing import TextIO
 
 MAX_COLUMNS = 100
-"""Longer lines are hard to read; what we print is no wider on any terminal."""
+"""Limit on any terminal, because longer lines are hard to read."""
 
 COLORS = {"bold": "1", "red": "1;31", "yellow": "33"}
 
 
 def columns(stream: TextIO) -> int:
-    """Columns to fill: the terminal's or ``COLUMNS``, at most 100; 100 where there is neither."""
+    """Number of columns to use: ``COLUMNS`` or the terminal's width, at most 100; 100 without a terminal."""
     try:
         found = int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns)
     except (OSError, ValueError, AttributeError):
@@ -24,34 +24,34 @@ def columns(stream: TextIO) -> int:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether somebody looks at it."""
+    """Whether the stream is a terminal."""
     try:
         return stream.isatty()
-    except (ValueError, AttributeError):  # closed, or replaced by something that is no file
+    except (ValueError, AttributeError):  # closed, or replaced by an object that is not a file
         return False
 
 
 def has_colors(stream: TextIO) -> bool:
-    """A terminal that may be coloured. Source: https://no-color.org."""
+    """Whether the stream is a terminal that may use colors. Source: https://no-color.org."""
     return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, color: str, stream: TextIO) -> str:
-    """The text in a colour of ``COLORS`` where the stream has colours."""
+    """The text in a color of ``COLORS``, if the stream has colors."""
     return f"\033[{COLORS[color]}m{text}\033[0m" if has_colors(stream) else text
 
 
-def tell_of_stop() -> None:
-    """Say on stderr that a first Ctrl-C was heard: a step and a checkpoint can take minutes.
+def print_stop_notice() -> None:
+    """Print on stderr that the run will stop after a first Ctrl-C, because step and checkpoint can take minutes.
 
-    For signal handlers, which may not use a stream that the program is writing to.
+    Safe in signal handlers, which must not use a stream that the program may be writing to.
     """
     with contextlib.suppress(OSError):
-        os.write(2, b"Ctrl-C: ends after this step, with a checkpoint; a second Ctrl-C ends at once\n")
+        os.write(2, b"Ctrl-C: the run stops after this step, with a checkpoint; a second Ctrl-C stops it at once\n")
 
 
 def fold(text: str, stream: TextIO) -> str:
-    """Lines that are too wide for a terminal, broken between words and indented; paths stay whole."""
+    """The text with lines wider than the terminal broken between words and indented. Paths are not broken."""
     if not is_terminal(stream):
         return text
     width = columns(stream)

@@ -1,4 +1,4 @@
-"""The demo, as a newcomer runs it: the story in its numbers, for three seeds, and nothing done twice."""
+"""The demo as a new user runs it: the expected losses for three seeds, and no step is repeated."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def run_demo(output: Path, seed: int, *flags: str) -> subprocess.CompletedProces
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_removing_rope_hurts_stage_one_wins_most_back_stage_two_the_rest(tmp_path: Path, seed: int) -> None:
+def test_removing_rope_raises_the_loss_and_the_two_stages_recover_it(tmp_path: Path, seed: int) -> None:
     result = run_demo(tmp_path, seed)
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "demo" / "evaluation" / "evaluation_results.json").read_text())
@@ -41,20 +41,20 @@ def test_removing_rope_hurts_stage_one_wins_most_back_stage_two_the_rest(tmp_pat
 
     again = run_demo(tmp_path, seed)
     assert again.returncode == 0
-    assert again.stdout.count("done already") == 6
+    assert again.stdout.count("already done") == 6
     assert "$ python" not in again.stdout
     if seed == 0:
-        assert_a_control_is_added(tmp_path)
+        assert_control_is_added(tmp_path)
 
 
-def assert_a_control_is_added(output: Path) -> None:
-    """The control ends below the NoPE model: without it the demo would call more training a success."""
+def assert_control_is_added(output: Path) -> None:
+    """The loss of the control is below that of the NoPE model. Without it, more training would look like a success."""
     result = run_demo(output, 0, "--control")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("done already") == 5
+    assert result.stdout.count("already done") == 5
     results = json.loads((output / "demo" / "evaluation" / "evaluation_results.json").read_text())
     loss = {m["label"]: m["datasets"]["embedded"]["loss"] for m in results["milestones"]}
     assert loss["control (stage 2)"] < loss["stage 2"]
     assert results["verdict"].startswith("Not for free")
     assert "The squares are the control" in (output / "demo" / "evaluation" / "evaluation_report.md").read_text()
-    assert run_demo(output, 0, "--control").stdout.count("done already") == 8
+    assert run_demo(output, 0, "--control").stdout.count("already done") == 8

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flare.errors import EnvError, first_line
 from flare.launch.nodes import master, num_nodes, rendezvous
-from flare.terminal import tell_of_stop
+from flare.terminal import print_stop_notice
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -74,7 +74,7 @@ def _on_interrupt(_number: int, _frame: object) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
 
     signal.signal(signal.SIGINT, _on_second_interrupt)
-    tell_of_stop()
+    print_stop_notice()
     raise SignalException(INTERRUPTED, sigval=signal.SIGTERM)
 
 

@@ -33,11 +33,11 @@ def assert_one_line(result: subprocess.CompletedProcess, code: int, *words: str)
         (["--no_rope_layers", "none"], ["nothing to train", "--train_layers"]),
         (["--dataset_name", "/nowhere/x.jsonl"], ["/nowhere/x.jsonl", "no such file"]),
         (["--text_column", "body"], ["column 'body' not in", "columns: id, text", "--text_column"]),
-        (["--model_name_or_path", "./nowhere"], ["'./nowhere'", "is no directory"]),
+        (["--model_name_or_path", "./nowhere"], ["'./nowhere'", "is not a directory"]),
         (["--max_seq_length", "4096"], ["--max_seq_length 4096 is above the model's 512 positions"]),
         (["--global_batch_size", "5"], ["--global_batch_size 5 is not divisible", "nearest: 4, 6"]),
         (["--base_output_dir", "/proc/flare"], ["--base_output_dir"]),
-        (["--resume", "/nowhere"], ["--resume /nowhere is no complete checkpoint"]),
+        (["--resume", "/nowhere"], ["--resume /nowhere is not a complete checkpoint"]),
     ],
 )
 def test_mistake_is_one_line_and_changes_nothing(
@@ -121,7 +121,7 @@ def launch(*arguments: object, **environment: str) -> subprocess.CompletedProces
         (["3", "A800"], "unknown stage '3'"),
         (["1"], "no GPU given"),
         (["1", "manual", "x"], "needs the GPU numbers"),
-        (["1", "A800", "x", "0,1"], "'0,1' is no flag; GPU numbers are for GPU \"manual\" only"),
+        (["1", "A800", "x", "0,1"], "'0,1' is not a flag; GPU numbers are for GPU \"manual\" only"),
         (["demo", "--dry_run"], "unrecognized arguments: --dry_run"),
     ],
 )
@@ -167,7 +167,7 @@ def test_demo_starts_where_the_user_is(tmp_path: Path) -> None:
         ("13.0 7.0", "https://download.pytorch.org/whl/cu126"),  # a V100 beside an H100
         ("12.8", "https://download.pytorch.org/whl/cu128 https://download.pytorch.org/whl/cu126"),
         ("12.2", "https://download.pytorch.org/whl/cu126"),
-        ("11.4", "error: the driver supports CUDA 11.4 only; torch needs one for CUDA 12 (driver 525 or newer)"),
+        ("11.4", "error: the driver supports only CUDA 11.4; torch needs CUDA 12 (driver 525 or newer)"),
     ],
 )
 def test_setup_takes_a_torch_that_the_driver_runs(tmp_path: Path, cuda: str, words: str) -> None:

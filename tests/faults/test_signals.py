@@ -84,7 +84,7 @@ def test_who_insists_ends_the_save_and_keeps_the_checkpoint_before(
     ended = running.wait()
     assert ended.returncode == 130
     assert ended.stderr.endswith("interrupted\n")
-    assert ended.stderr.count("a second Ctrl-C ends at once") == (number == signal.SIGINT)
+    assert ended.stderr.count("a second Ctrl-C stops it at once") == (number == signal.SIGINT)
     assert stage(run)["status"] == "failed"
     assert f"stopped at once by signal {2 if number == signal.SIGINT else 3} ({number.name})" in stage(run)["error"]
     assert complete_steps(run) == [PAUSED - 2]
