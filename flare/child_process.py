@@ -1,4 +1,4 @@
-"""A process of ours with a pipe to it, for work beside the training. It is started anew, not forked."""
+"""A child process with a pipe, for work that runs next to training. It is started fresh, not forked."""
 
 import contextlib
 import ctypes
@@ -12,15 +12,15 @@ from pathlib import Path
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""A tokenizer looks up words and merges all over tables of many megabytes; with pages of 2 MiB it does so a sixth
-faster (docs/experiments.md). Asks the kernel by madvise; a C library or a kernel that does not know it leaves it."""
+"""A tokenizer reads random places of tables of many megabytes. Pages of 2 MiB make it one sixth faster
+(docs/experiments.md). glibc requests them with madvise; other C libraries and old kernels ignore the setting."""
 
 
 class Child:
-    """``python -m MODULE FD PID`` on the other end of ``pipe``.
+    """A process ``python -m MODULE FD PID``, connected by ``pipe``.
 
     Args:
-        threads: of the tokenizer in it, so that all processes together fill the cores.
+        threads: number of tokenizer threads in the process.
     """
 
     def __init__(self, module: str, threads: int = 1) -> None:
@@ -31,17 +31,17 @@ class Child:
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=child_environment(threads)
             )
 
-    def tell(self, message: object) -> None:
-        """Send something. That it is dead is noticed where answers are read.
+    def send(self, message: object) -> None:
+        """Send a message. A dead process is detected where its answers are read.
 
-        Pickled plainly: ``send`` would put a tensor, as streamed sets of ``datasets`` hold one, into shared memory
-        that only children of ``multiprocessing`` can open.
+        The message is pickled here, because ``Connection.send`` would put a tensor (streamed ``datasets`` contain one)
+        into shared memory that only children of ``multiprocessing`` can open.
         """
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send_bytes(pickle.dumps(message))
 
-    def how_it_ended(self) -> str:
-        """For people; waits for its end."""
+    def describe_exit(self) -> str:
+        """Wait for the process to end, and describe how it ended, for an error message."""
         code = self.process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
@@ -49,14 +49,17 @@ class Child:
 
 
 def ignore_stop_signals() -> None:
-    """In a process that training reads from: a scheduler, or Ctrl-C, signals the whole group, and the training still
-    has a step to finish. It ends us."""
+    """Ignore stop signals in a process that training reads from.
+
+    A scheduler or Ctrl-C signals the complete process group, but training still has a step to finish. It ends this
+    process afterwards.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """This environment with the package importable and threads set."""
+    """The environment for a child process: the package importable, huge pages, numbers of threads."""
     paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
     tunables = list(filter(None, [os.environ.get("GLIBC_TUNABLES")]))
     if not any(HUGE_PAGES.split("=")[0] in text for text in tunables):
@@ -71,14 +74,14 @@ def child_environment(threads: int) -> dict[str, str]:
 
 
 PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that a process gets when its parent dies."""
+"""prctl(2) option: the signal that a process receives when its parent dies."""
 
 
 def end_with_parent(number: signal.Signals, parent: int | None = None) -> None:
-    """Get this signal when the parent dies, killed or not.
+    """Make this process receive a signal when its parent ends for any reason. Linux only.
 
     Args:
-        parent: process id of the parent, if known: when it died before this call, this process ends here.
+        parent: process id of the parent, if known. If the parent ended before this call, this process exits here.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

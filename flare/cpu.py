@@ -1,6 +1,6 @@
-"""CPU threads: how they wait, and on which processor.
+"""The CPU: how OpenMP threads wait, the name of the processor, available memory.
 
-Standard library only: how they wait must be settled before torch loads OpenMP.
+Standard library only, because the wait policy must be set before torch loads OpenMP.
 """
 
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 
 
 def wait_without_spinning() -> None:
-    """Let OpenMP's idle threads sleep instead of spin, unless the user chose otherwise.
+    """Make OpenMP's idle threads sleep instead of spin, unless the user has set a policy.
 
-    Spinning threads of two processes on the same cores starve each other: beside one busy process a training
-    step ran at 233 tokens/s with spinning and at 5,348 without (2 cores, docs/experiments.md).
+    Spinning threads of two processes on the same cores slow each other down: next to one busy process, training ran
+    at 233 tokens/s with spinning and at 5,348 without (2 cores, docs/experiments.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def processor_name() -> str:
-    """The processor as the kernel names it."""
+    """Name of the processor, as the kernel reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -28,7 +28,7 @@ def processor_name() -> str:
 
 
 def read_available_ram(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that programs can still take on this machine; None where the kernel does not say."""
+    """Available memory of this machine in bytes; None when the kernel does not report it."""
     try:
         match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(encoding="ascii"), re.MULTILINE)
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""One logger for all: training.log for people, stderr for the terminal. Rank 0 at INFO, the others at WARNING."""
+"""The logger of Flare, for training.log and the terminal. Rank 0 logs at INFO, the other ranks at WARNING."""
 
 import contextlib
 import logging
@@ -14,31 +14,31 @@ log = logging.getLogger("flare")
 
 
 FILES_ONLY = {"terminal": False}
-"""``extra`` of a record that the terminal does not show, because the script prints it itself."""
+"""``extra`` of a log record that is not shown on the terminal, because the script prints it itself."""
 
 
 COLORS = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
 
 class _TerminalHandler(logging.Handler):
-    """Lines that do not tear the progress bar."""
+    """Writes to stderr without breaking the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not getattr(record, "terminal", True):
             return
-        with contextlib.suppress(OSError, ValueError):  # stderr closed under us: a line lost, not the run
+        with contextlib.suppress(OSError, ValueError):  # if stderr is closed, the line is lost but the run continues
             text = fold(self.format(record), sys.stderr)
             color = COLORS.get(record.levelno)
             tqdm.write(paint(text, color, sys.stderr) if color else text, file=sys.stderr)
 
 
 class _LogFileHandler(logging.FileHandler):
-    """A log file that may be deleted or whose disk may be full: it is warned of once, training goes on."""
+    """A log file that may be deleted, or whose disk may be full. It warns once, and training continues."""
 
     warned = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:  # the base class opens the file outside its own guard
+        try:  # the base class opens the file outside its own try
             if self.stream is not None and not Path(self.baseFilename).exists():
                 self.close()
             super().emit(record)
@@ -52,22 +52,27 @@ class _LogFileHandler(logging.FileHandler):
 
 
 def quiet_torchao() -> None:
-    """Let torchao, which transformers imports when it is there, not tell of kernels for other GPUs."""
+    """Silence torchao's messages about kernels for other GPUs. transformers imports torchao if it is installed."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _thread_ended(ended: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writers end on a full disk: a line, no traceback, as for every log that cannot be written."""
-    if issubclass(ended.exc_type, OSError) and type(ended.thread).__module__.startswith("tensorboard."):
-        log.warning(f"cannot write TensorBoard's files: {ended.exc_value}")
+def _handle_thread_error(args: threading.ExceptHookArgs) -> None:
+    """Handle errors of threads. TensorBoard's writer ends on a full disk: one warning instead of a traceback."""
+    if issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard."):
+        log.warning(f"cannot write TensorBoard's files: {args.exc_value}")
     else:
-        threading.__excepthook__(ended)
+        threading.__excepthook__(args)
 
 
 def start_logging(rank: int = 0, world_size: int = 1, path: Path | None = None, logs_dir: Path | None = None) -> None:
-    """Point the logger at the terminal (rank 0), at training.log and at this rank's own file."""
-    threading.excepthook = _thread_ended
+    """Set the outputs of the logger: the terminal (rank 0), training.log, and the log file of this rank.
+
+    Args:
+        path: training.log; None for no such file.
+        logs_dir: directory for rankN.log; None for no such file.
+    """
+    threading.excepthook = _handle_thread_error
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()

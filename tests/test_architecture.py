@@ -19,6 +19,7 @@ PACKAGES = [
         "option_values",
         "argument_parser",
         "hub",
+        "index_ranges",
         "__init__",
     ],
     ["nope", "gpus"],

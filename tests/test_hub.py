@@ -76,7 +76,7 @@ def test_a_repository_without_a_configuration_is_told_as_that(tmp_path: Path, tr
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c", "plain"])
 def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(name: str) -> None:
-    with pytest.raises(ConfigError, match="is no directory; give a directory or a hub name"):
+    with pytest.raises(ConfigError, match="is not a directory; give a directory or a hub name"):
         local_model_dir(name)
 
 

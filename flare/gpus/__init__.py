@@ -1,1 +1,1 @@
-"""Which GPUs this machine has and which a run takes. ``python -m flare.gpus`` lists them."""
+"""The GPUs of this machine, and the selection for a run. ``python -m flare.gpus`` lists them."""

@@ -1,6 +1,6 @@
-"""``python -m flare.gpus``: the GPUs as a table, and what a choice would take. Starts nothing.
+"""``python -m flare.gpus``: print the GPUs as a table, and the GPUs that a run would select. Starts nothing.
 
-The choice itself is in selection.py; this file only reads the command line and lays out text.
+The selection itself is in selection.py. This file only parses the command line and formats text.
 """
 
 import io
@@ -14,7 +14,7 @@ from flare.errors import ConfigError, EnvError, run_script
 from flare.gpus.nvidia_smi import Gpu, query_gpus
 from flare.gpus.selection import (
     GpuRequest,
-    gib,
+    format_gib,
     list_gpus,
     parse_gpu_ids,
     select_environment,
@@ -30,21 +30,21 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table and the choice. Errors: see flare.errors (2: the request, 4: nvidia-smi)."""
+    """Print the table and the selection. Exit codes: see flare.errors (2: the request, 4: nvidia-smi)."""
     parser = OneLineParser(
         "python -m flare.gpus",
         "[--gpu_type NAME | --gpu_ids ID ...] [flags]",
-        "The GPUs as a table, and what a choice would take. Starts nothing.",
+        "Print the GPUs as a table, and the GPUs that a run would select. Starts nothing.",
         EXAMPLES,
     )
-    group = parser.add_argument_group("the choice, as a run would make it")
+    group = parser.add_argument_group("selection, as in a run")
     which = group.add_mutually_exclusive_group()
     words = 'words of the model name, as "A40" or "A800 80GB"; auto: every GPU'
     which.add_argument("--gpu_type", metavar="NAME", help=words)
     which.add_argument("--gpu_ids", nargs="+", metavar="ID", help="nvidia-smi's indices: 0 1, 0,1 or 0-3")
-    group.add_argument("--allow_busy_gpus", action="store_true", help="take GPUs that are in use as well")
+    group.add_argument("--allow_busy_gpus", action="store_true", help="also select GPUs that are in use")
     args = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a GPU's name never stops the table, whatever the locale
+    if isinstance(sys.stdout, io.TextIOWrapper):  # any GPU name can be printed, whatever the locale
         sys.stdout.reconfigure(errors="replace")
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hidden = [gpu for gpu in gpus if gpu not in allowed]
     try:
         selection = select_gpus(GpuRequest(args.gpu_type, gpu_ids, args.allow_busy_gpus), gpus, visible)
-    except ConfigError:  # the table helps to correct the request; flush: it comes before the error
+    except ConfigError:  # the table helps to correct the request; flushed, to come before the error
         print(format_table(gpus, [], hidden), flush=True)
         raise
     print(format_table(gpus, selection.gpus, hidden))
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_gpus_found(error: ConfigError) -> ConfigError:
-    """The same error with the GPUs of this machine at its end, when nvidia-smi can tell them.
+    """The same error with the list of GPUs appended, when nvidia-smi works.
 
-    For requests that are wrong in themselves and fail before any GPU is looked at.
+    For requests that are invalid on any machine and fail before the GPUs are queried.
     """
     with suppress(EnvError):
         return ConfigError(f"{error}; GPUs found: {list_gpus(query_gpus())}")
@@ -87,7 +87,9 @@ def format_table(gpus: Sequence[Gpu], chosen: Collection[Gpu], hidden: Collectio
         states = ["chosen"] if gpu in chosen else ["hidden"] if gpu in hidden else []
         states += ["busy"] if gpu.is_busy else []
         state = ", ".join(states) or "free"
-        rows.append((str(gpu.index), gpu.name, gib(gpu.memory_total_mib), gib(gpu.memory_free_mib), state))
+        rows.append(
+            (str(gpu.index), gpu.name, format_gib(gpu.memory_total_mib), format_gib(gpu.memory_free_mib), state)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         f"{index:>{widths[0]}}  {name:<{widths[1]}}  {memory:>{widths[2]}}  {free:>{widths[3]}}  {state}"

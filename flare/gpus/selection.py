@@ -1,17 +1,17 @@
-"""Which GPUs this machine has, and which of them a run takes. Standard library only.
+"""Select the GPUs of a run. Standard library only.
 
-``query_gpus`` (nvidia_smi.py) finds the GPUs; ``select_gpus`` is a pure choice among them, by words of the
-model's name, by nvidia-smi's index, or all. The shell launcher, the Python script and
-``python -m flare.gpus`` (__main__.py) use this code, before torch is imported.
+``query_gpus`` (nvidia_smi.py) lists the GPUs. ``select_gpus`` is a pure function that selects some of them: by words
+of the model name, by nvidia-smi's index, or all. The shell launcher, the Python script and ``python -m flare.gpus``
+(__main__.py) call it before torch is imported.
 
-A preset ``CUDA_VISIBLE_DEVICES`` (a scheduler's) is a limit. Understood in it, as CUDA does: indices, taken
-in nvidia-smi's (PCI) order; GPU UUIDs and unique beginnings of them; MIG device UUIDs (``MIG-<uuid>`` and
-the older ``MIG-GPU-<uuid>/<gi>/<ci>``). MIG devices are taken only when they are named there, and one at
-most: CUDA shows a process one MIG device. Without a MIG entry a GPU in MIG mode looks like a whole GPU
-here; ``check_gpu`` then stops the rank that got a slice of it.
+A preset ``CUDA_VISIBLE_DEVICES`` (a scheduler's) is a limit. It is read as CUDA reads it: indices in nvidia-smi's
+(PCI) order; GPU UUIDs and unique prefixes of them; MIG device UUIDs (``MIG-<uuid>`` and the older
+``MIG-GPU-<uuid>/<gi>/<ci>``). A MIG device is selected only when it is named there, and at most one, because CUDA
+shows a process only one MIG device. Without a MIG entry, a GPU in MIG mode looks like a complete GPU here;
+``check_gpu`` then stops the rank that got a slice of it.
 
-Left to others: starting workers (launch.py), what fits into the memory (plan.py), and asking torch for the
-GPU that a rank got (distributed.py, which hands it to ``check_gpu``).
+Other modules start the workers (launch/), plan the memory (plan/), and read the GPU of a rank from torch
+(distributed/process_group.py, which passes it to ``check_gpu``).
 """
 
 import re
@@ -21,20 +21,23 @@ from dataclasses import dataclass, field
 from flare.errors import ConfigError, EnvError, nearest, one_line
 from flare.gpus.nvidia_smi import Gpu
 from flare.gpus.specs import name_words
+from flare.index_ranges import format_ranges
 
 
 @dataclass(frozen=True)
 class GpuRequest:
-    """What the user asked for; with nothing given, every free GPU."""
+    """The GPUs that the user requests; by default every free GPU."""
 
-    gpu_type: str | None = None  # words of the model name, or "auto"; given with gpu_ids, those must match it
-    gpu_ids: list[int] | None = None  # nvidia-smi's indices, taken in this order
-    allow_busy: bool = False  # take GPUs that another process holds
+    gpu_type: str | None = (
+        None  # words of the model name, or "auto"; when gpu_ids is set too, those GPUs must match it
+    )
+    gpu_ids: list[int] | None = None  # nvidia-smi's indices, selected in this order
+    allow_busy: bool = False  # also select GPUs that another process uses
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A GPU that was asked for and is not taken."""
+    """A GPU that was requested but is not selected."""
 
     gpu: Gpu
     reason: str
@@ -46,7 +49,7 @@ class Selection:
 
     gpus: list[Gpu]
     skipped: list[Skipped] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # remarks for the user, a line each
+    notes: list[str] = field(default_factory=list)  # notes for the user, one per line
 
     @property
     def visible_devices(self) -> str:
@@ -54,26 +57,26 @@ class Selection:
         return ",".join(gpu.uuid if gpu.mig else str(gpu.index) for gpu in self.gpus)
 
     def describe(self) -> list[str]:
-        """Lines for a log: the GPUs taken, the GPUs skipped and why, remarks."""
-        lines = [gpu_line(gpu) for gpu in self.gpus]
+        """Lines for the log: the selected GPUs, the skipped GPUs and why, notes."""
+        lines = [describe_gpu(gpu) for gpu in self.gpus]
         lines += [f"GPU {s.gpu.index} skipped: {s.gpu.name}, {s.reason}" for s in self.skipped]
         return lines + self.notes
 
 
-# --- choosing ---
+# --- selection ---
 
 
 def select_gpus(request: GpuRequest, gpus: Sequence[Gpu], visible: str | None) -> Selection:
-    """The GPUs that ``request`` gets of ``gpus`` inside the limit ``visible``. Pure.
+    """Select GPUs by a request, within the limit of CUDA_VISIBLE_DEVICES. Pure.
 
-    The order is that of ``gpu_ids``, else that of CUDA_VISIBLE_DEVICES, else nvidia-smi's. Busy GPUs are
-    skipped, explicitly named ones too, unless ``allow_busy``.
+    The order is that of ``gpu_ids``, otherwise that of CUDA_VISIBLE_DEVICES, otherwise nvidia-smi's. Busy GPUs are
+    skipped unless ``allow_busy``, even if the user named them.
 
     Args:
-        visible: a preset CUDA_VISIBLE_DEVICES, None when unset; the empty string hides every GPU.
+        visible: the preset CUDA_VISIBLE_DEVICES; None when unset. The empty string hides every GPU.
 
     Raises:
-        ConfigError: the request cannot be met; names the problem and lists the GPUs.
+        ConfigError: the request cannot be met. The message names the problem and lists the GPUs.
     """
     allowed, notes = visible_gpus(gpus, visible)
     found = f"GPUs found: {list_gpus(gpu for gpu in gpus if not gpu.mig) or 'none'}"
@@ -90,8 +93,8 @@ def select_gpus(request: GpuRequest, gpus: Sequence[Gpu], visible: str | None) -
     skipped = [Skipped(gpu, f"{_busy_reason(gpu)}; --allow_busy_gpus takes it") for gpu in busy]
     chosen = [gpu for gpu in wanted if gpu not in busy]
     if not chosen:
-        which = list_indices(g.index for g in wanted)
-        raise ConfigError(f"every GPU asked for ({which}) is busy; --allow_busy_gpus takes busy GPUs; {found}")
+        which = format_ranges(g.index for g in wanted)
+        raise ConfigError(f"every requested GPU ({which}) is busy; --allow_busy_gpus takes busy GPUs; {found}")
     if chosen[0].mig:  # source: CUDA C++ Programming Guide, CUDA_VISIBLE_DEVICES: one MIG instance
         skipped += [Skipped(g, "CUDA shows a process one MIG device, the first") for g in chosen[1:]]
         chosen = chosen[:1]
@@ -99,15 +102,15 @@ def select_gpus(request: GpuRequest, gpus: Sequence[Gpu], visible: str | None) -
         if gpu.is_busy:
             notes.append(f"GPU {gpu.index} is taken though {_busy_reason(gpu)} (--allow_busy_gpus)")
         elif gpu.memory_used_mib is None and not gpu.mig:
-            notes.append(f"GPU {gpu.index}: nvidia-smi does not tell its memory use; taken as free")
+            notes.append(f"GPU {gpu.index}: nvidia-smi does not report its memory use; it counts as free")
     return Selection(chosen, skipped, notes)
 
 
 def visible_gpus(gpus: Sequence[Gpu], visible: str | None) -> tuple[list[Gpu], list[str]]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order, and remarks on what it does.
+    """(GPUs that CUDA_VISIBLE_DEVICES allows, in its order; notes for the user).
 
-    As CUDA reads it: the first entry decides between indices, GPU and MIG UUIDs; reading stops at the first
-    entry that is no such GPU; a GPU named twice hides all. Compared with torch's reading in the tests.
+    It is read as CUDA reads it: the first entry decides between indices, GPU UUIDs and MIG UUIDs; reading stops at the
+    first entry that does not name such a GPU; a GPU that is named twice hides all. A test compares this with torch.
     """
     if visible is None:
         return [gpu for gpu in gpus if not gpu.mig], []
@@ -117,7 +120,7 @@ def visible_gpus(gpus: Sequence[Gpu], visible: str | None) -> tuple[list[Gpu], l
     for entry in entries:
         gpu = _find_visible(entry, kind, gpus)
         if gpu is None:
-            if entry in ("", "-1"):  # the usual ways to say "no more"
+            if entry in ("", "-1"):  # the usual ways to end the list
                 return allowed, []
             return allowed, [f"CUDA_VISIBLE_DEVICES is read up to {one_line(entry)!r}, which names no GPU here"]
         if gpu in allowed:
@@ -136,22 +139,22 @@ def _find_visible(entry: str, kind: str, gpus: Sequence[Gpu]) -> Gpu | None:
 
 
 def _gpus_of_ids(request: GpuRequest, gpus: Sequence[Gpu], allowed: Sequence[Gpu], found: str) -> list[Gpu]:
-    """The allowed GPUs with these indices, in this order, or the ConfigError that says what is wrong."""
+    """The allowed GPUs with these indices, in this order. Raises ConfigError when one is unknown or not allowed."""
     ids = request.gpu_ids or []
     _check_ids(ids, f"--gpu_ids {','.join(map(str, ids))}", found)
     unknown = [i for i in ids if all(i != gpu.index for gpu in gpus)]
     if unknown:
         verb = "does not exist" if len(unknown) == 1 else "do not exist"
-        raise ConfigError(f"GPU {list_indices(unknown)} {verb}; {found}")
+        raise ConfigError(f"GPU {format_ranges(unknown)} {verb}; {found}")
     hidden = [i for i in ids if all(i != gpu.index for gpu in allowed)]
     if hidden:
-        raise ConfigError(f"GPU {list_indices(hidden)} is outside CUDA_VISIBLE_DEVICES; {found}")
+        raise ConfigError(f"GPU {format_ranges(hidden)} is outside CUDA_VISIBLE_DEVICES; {found}")
     wanted = [gpu for i in ids for gpu in allowed if gpu.index == i]
     if request.gpu_type is not None:
-        right = _gpus_of_type(request.gpu_type, allowed, found)
-        wrong = list_indices(gpu.index for gpu in wanted if gpu not in right)
+        matching = _gpus_of_type(request.gpu_type, allowed, found)
+        wrong = format_ranges(gpu.index for gpu in wanted if gpu not in matching)
         if wrong:
-            raise ConfigError(f"GPU {wrong} of --gpu_ids is no {request.gpu_type!r} (--gpu_type); {found}")
+            raise ConfigError(f"GPU {wrong} of --gpu_ids does not match --gpu_type {request.gpu_type!r}; {found}")
     return wanted
 
 
@@ -161,7 +164,7 @@ def _gpus_of_type(gpu_type: str | None, allowed: Sequence[Gpu], found: str) -> l
         return list(allowed)
     words = name_words(gpu_type)
     if not words:
-        raise ConfigError(f"--gpu_type {one_line(gpu_type)!r} is no model name; give one or auto; {found}")
+        raise ConfigError(f"--gpu_type {one_line(gpu_type)!r} is not a model name; give one, or auto; {found}")
     gpus = [gpu for gpu in allowed if words <= name_words(gpu.name)]
     if not gpus:
         known = {word.upper() for gpu in allowed for word in name_words(gpu.name)}
@@ -171,17 +174,17 @@ def _gpus_of_type(gpu_type: str | None, allowed: Sequence[Gpu], found: str) -> l
 
 
 def _busy_reason(gpu: Gpu) -> str:
-    return f"busy: {gib(gpu.memory_used_mib)} of {gib(gpu.memory_total_mib)} memory in use by others"
+    return f"busy: {format_gib(gpu.memory_used_mib)} of {format_gib(gpu.memory_total_mib)} memory in use by others"
 
 
-# --- what people type and read ---
+# --- indices and names as text ---
 
 
 def parse_gpu_ids(value: str | int | Sequence[str | int], flag: str = "--gpu_ids") -> list[int]:
-    """Indices from "0,1,2,3", "0-3", "0 1 4 5", or a list of such pieces. ``flag`` is named in errors.
+    """Indices from "0,1,2,3", "0-3", "0 1 4 5", or a list of such pieces. Errors name ``flag``.
 
     Raises:
-        ConfigError: empty, not a number, negative, a reversed range, or an index twice.
+        ConfigError: the list is empty, or a piece is not a number, negative, a reversed range, or a duplicate.
     """
     pieces = [str(piece) for piece in (value if isinstance(value, (list, tuple)) else [value])]
     where = f"{flag} {one_line(' '.join(pieces))}".rstrip()
@@ -191,7 +194,7 @@ def parse_gpu_ids(value: str | int | Sequence[str | int], flag: str = "--gpu_ids
             continue
         match = re.fullmatch("([0-9]{1,4})(?:-([0-9]{1,4}))?", piece)
         if not match:
-            raise ConfigError(f'{flag} wants numbers like 0,1 or 0-3, got "{one_line(piece)}"')
+            raise ConfigError(f'{flag} must be numbers like 0,1 or 0-3, got "{one_line(piece)}"')
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ConfigError(f"{where}: the range {piece} is reversed; write {last}-{first}")
@@ -201,7 +204,7 @@ def parse_gpu_ids(value: str | int | Sequence[str | int], flag: str = "--gpu_ids
 
 
 def _check_ids(ids: Sequence[int], where: str, ending: str = "") -> None:
-    """ConfigError for an empty list or an index that is listed twice."""
+    """Raise ConfigError for an empty list or a duplicate index."""
     ending = ending and f"; {ending}"
     if not ids:
         raise ConfigError(
@@ -215,48 +218,37 @@ def _check_ids(ids: Sequence[int], where: str, ending: str = "") -> None:
 
 
 def list_gpus(gpus: Iterable[Gpu]) -> str:
-    """ "0-3 NVIDIA A800 80GB PCIe, 4-7 NVIDIA A40"."""
+    """GPUs grouped by name: "0-3 NVIDIA A800 80GB PCIe, 4-7 NVIDIA A40"."""
     by_name: dict[str, list[int]] = {}
     for gpu in gpus:
         by_name.setdefault(gpu.name, []).append(gpu.index)
-    return ", ".join(f"{list_indices(indices)} {name}" for name, indices in by_name.items())
+    return ", ".join(f"{format_ranges(indices)} {name}" for name, indices in by_name.items())
 
 
-def list_indices(indices: Iterable[int]) -> str:
-    """ "0-3,5" for 0, 1, 2, 3 and 5, in any order."""
-    runs: list[list[int]] = []
-    for index in sorted(set(indices)):
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def gpu_line(gpu: Gpu) -> str:
-    """A GPU as logs have it: index, name, memory, UUID."""
-    memory = f"memory {gib(gpu.memory_total_mib)}, free {gib(gpu.memory_free_mib)}"
+def describe_gpu(gpu: Gpu) -> str:
+    """A GPU as one line of a log: index, name, memory, UUID."""
+    memory = f"memory {format_gib(gpu.memory_total_mib)}, free {format_gib(gpu.memory_free_mib)}"
     return f"GPU {gpu.index}: {gpu.name}, {memory}, {gpu.uuid}"
 
 
-def gib(mib: int | None) -> str:
-    """ "80.0 GiB", or "unknown"."""
+def format_gib(mib: int | None) -> str:
+    """MiB as text in GiB: "80.0 GiB"; "unknown" for None."""
     return "unknown" if mib is None else f"{mib / 1024:.1f} GiB"
 
 
-# --- what a run does with its GPUs ---
+# --- the selected GPUs in a run ---
 
 
 def select_environment(selection: Selection) -> dict[str, str]:
-    """What makes CUDA see these GPUs, numbered in this order."""
+    """The environment variables that make CUDA see these GPUs, numbered in this order."""
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": selection.visible_devices}
 
 
 def check_gpu(planned: Gpu, name: str, uuid: str) -> None:
-    """Is the GPU that a rank got the planned one? ``name`` and ``uuid`` as torch.cuda tells them.
+    """Check that a rank has the planned GPU. ``name`` and ``uuid`` are those that torch.cuda reports.
 
     Raises:
-        EnvError: another name or, for a whole GPU, another UUID (torch leaves out the "GPU-").
+        EnvError: the name differs, or, unless it is a MIG device, the UUID (torch omits the "GPU-").
     """
     same_name = " ".join(name.split()).casefold() == planned.name.casefold()
     plain = uuid.removeprefix("GPU-").casefold()

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 
 from flare.errors import ConfigError, one_line
+from flare.index_ranges import format_ranges
 
 EVERY = re.compile(r"every:([0-9]{1,9})")
 RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
@@ -74,10 +75,4 @@ def _parse_word(word: str, depth: int, flag: str) -> list[int]:
 
 def format_layers(layers: list[int]) -> str:
     """Layers as people write them: ``3 7 20-32``; ``none`` for an empty list."""
-    runs: list[list[int]] = []
-    for index in sorted(layers):
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+    return format_ranges(layers, " ") or "none"

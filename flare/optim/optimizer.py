@@ -1,4 +1,4 @@
-"""Optimizer and schedule. The schedule is a pure function of the step, so it needs no state in a checkpoint."""
+"""Optimizer and learning-rate schedule. The schedule is a function of the step and has no state in checkpoints."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -24,18 +24,18 @@ from flare.plan.optimizer_state import EIGHT_BIT, block_size
 
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Matrices (and embeddings) with weight decay; norms and biases, which are vectors, without."""
-    decayed: dict = {"params": [], "names": [], "weight_decay": weight_decay}
-    plain: dict = {"params": [], "names": [], "weight_decay": 0.0}
+    """Two parameter groups: matrices and embeddings with weight decay, norms and biases (vectors) without."""
+    decay: dict = {"params": [], "names": [], "weight_decay": weight_decay}
+    no_decay: dict = {"params": [], "names": [], "weight_decay": 0.0}
     for name, parameter in named:
-        group = decayed if parameter.ndim >= 2 else plain
+        group = decay if parameter.ndim >= 2 else no_decay
         group["params"].append(parameter)
         group["names"].append(name)
-    return [group for group in (decayed, plain) if group["params"]]
+    return [group for group in (decay, no_decay) if group["params"]]
 
 
 def build_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], options: Options) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; each group carries their ``names``."""
+    """AdamW for the trainable parameters. Each parameter group also has the ``names`` of its parameters."""
     groups = parameter_groups(named, options.weight_decay)
     settings = {"lr": options.learning_rate, "betas": (options.adam_beta1, options.adam_beta2)}
     settings["eps"] = options.adam_epsilon
@@ -45,25 +45,28 @@ def build_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], options: Op
 
 
 def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its update obeys ``optimizer.found_inf``, a flag on the device: fused kernels do, as for GradScaler."""
+    """Whether the optimizer reads ``found_inf``, a flag on the device that skips the update. Fused kernels do."""
     return bool(optimizer.defaults.get("fused"))
 
 
 def build_schedule(options: Options, max_steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate at a step (0-based), by transformers' schedule of that name."""
+    """A function from a step (0-based) to the factor on the learning rate: transformers' schedule of that name."""
     warmup = options.warmup_steps or int(options.warmup_ratio * max_steps)
-    probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.learning_rate)
-    scheduler = get_scheduler(options.lr_scheduler_type, probe, num_warmup_steps=warmup, num_training_steps=max_steps)
+    placeholder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.learning_rate)
+    scheduler = get_scheduler(
+        options.lr_scheduler_type, placeholder, num_warmup_steps=warmup, num_training_steps=max_steps
+    )
     return scheduler.lr_lambdas[0]
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Update the parameters by their gradients, at this learning rate.
+    """Update the parameters with this learning rate.
 
-    torchao compiles its update, once for each shape of a parameter; on a CPU that takes longer than short runs do.
+    torchao compiles its update once for each parameter shape. On a CPU it runs without compilation, which would take
+    longer than a short run.
     """
     for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):  # torchao's: each other number would be compiled anew
+        if torch.is_tensor(group["lr"]):  # torchao: a Python number would be compiled again whenever it changes
             group["lr"].fill_(learning_rate)
         else:
             group["lr"] = learning_rate
@@ -73,34 +76,37 @@ def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> No
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimizer state by parameter name: ``<name>|exp_avg`` and so on; plain tensors, sharded as the parameters are.
+    """Optimizer state as plain tensors by name (``<name>|exp_avg``, ...), sharded as the parameters are.
 
-    Keyed by name, never by number: with other layers trainable, numbers would put one layer's moments
-    on another of equal shape. A moment in 8 bits is ``<name>|exp_avg|codes`` and ``<name>|exp_avg|scale``; what the
-    codes mean is there once, ``table|exp_avg``.
+    Keys are names, not positions: when other layers train, positions would assign the moments of one layer to another
+    layer of the same shape. An 8-bit moment is stored as ``<name>|exp_avg|codes`` and ``<name>|exp_avg|scale``; the
+    quantization map is stored once, as ``table|exp_avg``.
     """
     eight_bit = is_8bit(optimizer)
     tensors = {f"table|{key}": quantization_map(key) for key in MOMENTS} if eight_bit else {}
     for name, parameter in named_parameters(optimizer):
         for key, value in optimizer.state[parameter].items():
-            tensors |= _stored(f"{name}|{key}", parameter, value, eight_bit)
+            tensors |= _checkpoint_tensors(f"{name}|{key}", parameter, value, eight_bit)
     return tensors
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, reader: TensorReader) -> None:
-    """Inverse of ``optimizer_tensors``: state from files; of sharded parameters this rank's rows. fp32 moments are
-    rounded for an optimizer that has 8 bits, and 8-bit ones decoded for one that has fp32.
+    """Load the state that ``optimizer_tensors`` has stored; of sharded parameters only this rank's rows.
 
-    Raises: KeyError when a parameter has no state in the files, or they hold state of another parameter: never a
-        fresh Adam in silence. CheckpointError for 8-bit codes of another meaning.
+    fp32 moments are quantized for an 8-bit optimizer, and 8-bit moments are dequantized for an fp32 optimizer.
+
+    Raises: KeyError when the state of a parameter is missing, or the files hold the state of an unknown parameter: the
+        moments are never reset silently. CheckpointError when the files use another quantization map.
     """
     eight_bit, left = is_8bit(optimizer), reader.names()
     tables = {key: reader.read(f"table|{key}") for key in MOMENTS if f"table|{key}" in left}
     if eight_bit != bool(tables):
-        how = "rounded to 8 bits" if eight_bit else "in fp32, as 8 bits had rounded them"
-        log.info(f"AdamW's moments go on {how}")
+        how = "rounded to 8 bits" if eight_bit else "converted to fp32 from 8 bits"
+        log.info(f"AdamW's moments are {how}")
     elif any(not torch.equal(table, quantization_map(key)) for key, table in tables.items()):
-        raise CheckpointError(f"{reader.where}: its 8-bit optimizer state means other numbers in this torchao")
+        raise CheckpointError(
+            f"{reader.where}: its 8-bit optimizer state has another quantization map than this torchao"
+        )
     left -= {f"table|{key}" for key in tables}
     for name, parameter in named_parameters(optimizer):
         state = optimizer.state[parameter] if eight_bit else _fp32_state(parameter)
@@ -117,39 +123,42 @@ def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, to
 
 
 def _fp32_state(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    # Fused AdamW keeps its step count on the parameter's device.
+    # Fused AdamW has its step count on the device of the parameter.
     state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
     return state | {key: torch.zeros_like(parameter, dtype=torch.float32) for key in MOMENTS}
 
 
-def _stored(place: str, parameter: torch.Tensor, value: torch.Tensor, eight_bit: bool) -> dict[str, torch.Tensor]:
-    """One entry of the state as a checkpoint names it; the tensors share its memory."""
+def _checkpoint_tensors(
+    name: str, parameter: torch.Tensor, value: torch.Tensor, eight_bit: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors of one state entry, by their names in a checkpoint. They share the memory of the entry."""
     if not (eight_bit and value.ndim and block_size(parameter.shape)):
-        return {place: value}
-    return {f"{place}|{part}": tensor for part, tensor in tensors_of_8bit_moment(parameter, value).items()}
+        return {name: value}
+    return {f"{name}|{part}": tensor for part, tensor in tensors_of_8bit_moment(parameter, value).items()}
 
 
 def _load(
     reader: TensorReader,
-    place: str,
+    entry: str,
     parameter: torch.Tensor,
     value: torch.Tensor,
     eight_bit: bool,
     table: torch.Tensor | None,
 ) -> set[str]:
-    """Fill one entry of the state from the form that the files have it in; returns the names that were read.
+    """Load one state entry, and convert it if the files have another format. Returns the names that were read.
 
     Args:
-        eight_bit: the state is an optimizer's that has 8-bit moments.
-        table: what the codes in the files mean; None where they hold fp32.
+        entry: name of the entry, ``<name>|exp_avg``.
+        eight_bit: whether the optimizer has 8-bit moments.
+        table: quantization map of the moment in the files; None when it is in fp32.
     """
     has_blocks = value.ndim > 0 and block_size(parameter.shape) is not None
     if not has_blocks or eight_bit == (table is not None):
-        parts = _stored(place, parameter, value, eight_bit)
+        parts = _checkpoint_tensors(entry, parameter, value, eight_bit)
     elif eight_bit:
-        parts = {place: torch.zeros_like(parameter.detach())}
+        parts = {entry: torch.zeros_like(parameter.detach())}
     else:
-        parts = {f"{place}|{part}": tensor for part, tensor in empty_tensors_of_8bit_moment(parameter).items()}
+        parts = {f"{entry}|{part}": tensor for part, tensor in empty_tensors_of_8bit_moment(parameter).items()}
     for name, tensor in parts.items():
         reader.copy_into(name, tensor)
     if has_blocks and eight_bit and table is None:

@@ -1,1 +1,1 @@
-"""One run as a value, resolved from options, model and hardware; the experiment directory."""
+"""The run as one value, resolved from options, model and hardware; the experiment directory."""

@@ -1,4 +1,4 @@
-"""environment_info.txt: versions, GPUs, git commit and the relevant environment, without secrets."""
+"""environment_info.txt: versions, GPUs, git commit and relevant environment variables, without secrets."""
 
 import os
 import platform
@@ -34,7 +34,7 @@ SECRET = re.compile(r"TOKEN|SECRET|PASS|PWD|KEY|CREDENTIAL|AUTH|COOKIE|BEARER|PR
 
 
 def environment_lines() -> list[str]:
-    """OS, Python, packages, GPUs, git commit and the relevant environment, a fact a line."""
+    """OS, Python, packages, GPUs, git commit and relevant environment variables, one per line."""
     lines = [
         f"date: {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
         f"host: {socket.gethostname()}",
@@ -59,7 +59,7 @@ def _gpu_lines() -> list[str]:
     query = ["nvidia-smi", "--query-gpu=index,name,uuid,memory.total,driver_version", "--format=csv,noheader"]
     found = _output(query)
     lines = [f"gpu: {line}" for line in found.splitlines()] if found else ["gpu: none found by nvidia-smi"]
-    torch = sys.modules.get("torch")  # a record must not import what the run does not need
+    torch = sys.modules.get("torch")  # this record must not import torch if the run does not need it
     return [*lines, f"cuda of torch: {torch.version.cuda if torch else 'torch not loaded'}"]
 
 

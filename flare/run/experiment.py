@@ -1,7 +1,6 @@
-"""The experiment directory: names, lock, what is recorded beside the results, stage hand-over.
+"""The experiment directory: its paths, its lock, its records, and the move of stage 1's results for stage 2.
 
-Leaves to others what lies inside a checkpoint (``flare.checkpoint``) and what is measured
-(``flare.train.metrics``).
+The content of a checkpoint is in ``flare.checkpoint``, and the metrics in ``flare.train.metrics``.
 """
 
 import fcntl
@@ -21,7 +20,7 @@ STAGE_CONTENT = ("checkpoints", "final_model")
 
 
 class Experiment:
-    """Paths of one experiment and the few operations on them. Creating the object touches nothing."""
+    """The paths of one experiment, and operations on them. Creating the object changes no file."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -34,19 +33,19 @@ class Experiment:
         self.stage1 = root / "stage1"
         self._lock_fd: int | None = None
 
-    # -- what is there ---------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------
 
     def read_metrics(self) -> dict:
-        """The content of training_metrics.json; empty when missing, cut off by a crash or damaged."""
+        """The content of training_metrics.json; empty when the file is missing, truncated or damaged."""
         try:
             content = json.loads(self.metrics_file.read_text(encoding="utf-8"))
-            is_ours = all(isinstance(block, dict) for block in content.get("stages", {}).values())
-            return content if is_ours else {}
+            is_valid = all(isinstance(block, dict) for block in content.get("stages", {}).values())
+            return content if is_valid else {}
         except (OSError, ValueError, AttributeError, RecursionError):
             return {}
 
     def recorded_stage(self) -> int | None:
-        """The stage whose results lie directly in the directory: as recorded, else as its final model says."""
+        """The stage whose results are in the directory itself: as recorded, otherwise as its final model says."""
         for recorded in (self.read_metrics().get("current_stage"), self.trained(self.final_model).get("stage")):
             if type(recorded) is int and recorded in (1, 2):
                 return recorded
@@ -54,14 +53,14 @@ class Experiment:
 
     @staticmethod
     def trained(model_dir: Path) -> dict:
-        """What a final model's config.json says of its training (stage, step, trained_tokens); else nothing."""
+        """Training facts in a final model's config.json (stage, step, trained_tokens); empty when there are none."""
         try:
             return dict(json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["flare"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
 
     def final_model_of(self, stage: int) -> Path | None:
-        """The final model of a stage, or None while there is none or the stage goes on."""
+        """The final model of a stage; None when there is none or the stage is not finished."""
         status = self.read_metrics().get("stages", {}).get(str(stage), {}).get("status", "finished")
         if status != "finished":
             return None
@@ -71,7 +70,7 @@ class Experiment:
         return next((path for path in candidates if (path / "config.json").is_file()), None)
 
     def saved_global_batch_size(self) -> int | None:
-        """Rows of an optimizer step of the run that lies here, as its newest checkpoint says; None without one."""
+        """Rows of an optimizer step of the run, from its newest checkpoint; None without a checkpoint."""
         states = [
             (p.parent.name.partition("-")[2], p) for p in self.checkpoints.glob("checkpoint-*/trainer_state.json")
         ]
@@ -86,9 +85,9 @@ class Experiment:
     # -- lock --------------------------------------------------------------------------------------
 
     def lock(self) -> None:
-        """Take the directory for this process. The kernel frees the lock when the process dies.
+        """Lock the directory for this process. The kernel releases the lock when the process ends.
 
-        Raises: ConfigError naming the holder when another run has it.
+        Raises: ConfigError when another run holds the lock. The message names its process and host.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -107,31 +106,31 @@ class Experiment:
         self._lock_fd = fd
 
     def unlock(self) -> None:
-        """Give the directory back."""
+        """Release the lock."""
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
 
     def check_not_removed(self) -> None:
-        """For the process that holds the lock. Raises: EnvError when the directory was deleted since it took it."""
+        """Raises: EnvError when the directory was deleted after this process locked it."""
         if self._lock_fd is not None and os.fstat(self._lock_fd).st_nlink == 0:
             raise EnvError(
-                f"{self.root} was removed while this run used it: what it had saved is gone and it stops here; "
-                "the same command starts it anew"
+                f"{self.root} was removed while this run used it: its checkpoints are lost, and it stops here; "
+                "the same command starts it again"
             )
 
-    # -- changes -------------------------------------------------------------------------------------
+    # -- changing -------------------------------------------------------------------------------------
 
     def create(self) -> None:
-        """Make the directories that every run has."""
+        """Create the directories that every run has."""
         for path in (self.checkpoints, self.logs, self.tensorboard):
             path.mkdir(parents=True, exist_ok=True)
 
     def paths_to_overwrite(self, stage: int) -> list[Path]:
-        """What ``--overwrite_output_dir`` deletes before a run of this stage; a stage-1 result stays for stage 2."""
+        """Paths that ``--overwrite_output_dir`` deletes before a run of this stage. Stage 2 keeps stage 1's result."""
         if stage == 2 and self.recorded_stage() == 1:
             return []
-        doomed = [
+        paths = [
             *STAGE_CONTENT,
             "logs",
             "tensorboard",
@@ -140,13 +139,13 @@ class Experiment:
             "evaluation",
         ]
         if stage == 2 and self.stage1.exists():
-            doomed = [*STAGE_CONTENT]
+            paths = [*STAGE_CONTENT]
         elif stage == 1:
-            doomed.append("stage1")
-        return [self.root / name for name in doomed]
+            paths.append("stage1")
+        return [self.root / name for name in paths]
 
     def clear(self, stage: int) -> None:
-        """Delete what a run of this stage wrote."""
+        """Delete the results of earlier runs of this stage."""
         for path in self.paths_to_overwrite(stage):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -154,7 +153,7 @@ class Experiment:
                 path.unlink(missing_ok=True)
 
     def move_results_to_stage1(self) -> None:
-        """Move stage 1's checkpoints and final model into ``stage1/``. Can be repeated after a crash."""
+        """Move stage 1's checkpoints and final model to ``stage1/``. Can be repeated after a crash."""
         if self.recorded_stage() != 1:
             return
         self.stage1.mkdir(exist_ok=True)
@@ -165,14 +164,14 @@ class Experiment:
     # -- records -------------------------------------------------------------------------------------
 
     def record_command(self, command: list[str]) -> None:
-        """Append the command, ready to paste, with date and working directory."""
+        """Append the command to train_command.txt, ready to paste, with date and working directory."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S %z")
         text = f"# {stamp}\ncd {shlex.quote(os.getcwd())} && {shlex.join(command)}\n\n"
         with open(self.root / "train_command.txt", "a", encoding="utf-8") as file:
             file.write(text)
 
     def record_environment(self) -> None:
-        """Write environment_info.txt. Values of variables that look like secrets are left out."""
+        """Write environment_info.txt. Variables that look like secrets are omitted."""
         with open(self.root / "environment_info.txt", "w", encoding="utf-8") as file:
             file.write("\n".join(environment_lines()) + "\n")
 
@@ -186,36 +185,41 @@ def existing_parent(path: Path) -> Path:
 
 
 def check_output_dir(base_output_dir: str) -> None:
-    """Refuse, before anything is changed, a base directory that cannot be written."""
+    """Check that the base output directory can be written, before anything is changed."""
     check_writable("--base_output_dir", Path(base_output_dir), " or set FLARE_OUTPUT_DIR")
 
 
-def check_writable(option: str, directory: Path, other_way_out: str = "") -> None:
-    """Refuse, before anything is changed, a directory of the user's that cannot be written or made.
+def check_writable(option: str, directory: Path, alternative: str = "") -> None:
+    """Check that a directory can be written or created, before anything is changed.
 
-    Raises: ConfigError naming the option that gave it.
+    Args:
+        option: the option that names the directory.
+        alternative: another way to set the directory, for the message.
+    Raises: ConfigError naming the option.
     """
     path = existing_parent(directory)
     if not path.is_dir():
         raise ConfigError(f"{option} {directory}: {path} is a file, not a directory")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".flare-", dir=path))  # permissions alone do not tell: root, read-only mounts
+        os.rmdir(
+            tempfile.mkdtemp(prefix=".flare-", dir=path)
+        )  # permission bits are not enough: root, read-only mounts
     except OSError as error:
         raise ConfigError(
-            f"cannot write to {option} {directory} ({path}: {error.strerror}); give another {option}{other_way_out}"
+            f"cannot write to {option} {directory} ({path}: {error.strerror}); give another {option}{alternative}"
         ) from error
 
 
 def check_is_directory(root: Path) -> None:
-    """Refuse an experiment whose place a file has, or a link that leads nowhere."""
+    """Check that no file or broken link is in the place of the experiment directory. Raises: ConfigError."""
     for path in (root, *root.parents):
         if os.path.lexists(path) and not path.is_dir():
             what = "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
-            raise ConfigError(f"{path} is {what}, not an experiment's directory; choose another --experiment_name")
+            raise ConfigError(f"{path} is {what}, not an experiment directory; choose another --experiment_name")
 
 
 def stage1_sibling(experiment: Experiment) -> Experiment | None:
-    """NAME_stage1 beside NAME_stage2, whether it is there or not."""
+    """The experiment NAME_stage1 next to NAME_stage2, whether it exists or not; None for other names."""
     name = experiment.root.name
     if not name.endswith("_stage2"):
         return None
@@ -223,9 +227,9 @@ def stage1_sibling(experiment: Experiment) -> Experiment | None:
 
 
 def stage1_result(experiment: Experiment) -> Path | None:
-    """Where stage 2 of this experiment starts from: its own stage 1, or its ``_stage1`` sibling's.
+    """The stage-1 model that stage 2 of this experiment starts from: its own, or that of its ``_stage1`` sibling.
 
-    Raises: CheckpointError when such a stage 1 exists and has no final model yet.
+    Raises: CheckpointError when such a stage 1 exists but has no final model yet.
     """
     for candidate in filter(None, (experiment, stage1_sibling(experiment))):
         result = candidate.final_model_of(1)
@@ -234,6 +238,6 @@ def stage1_result(experiment: Experiment) -> Path | None:
         if candidate.recorded_stage() == 1:
             raise CheckpointError(
                 f"stage 1 of {candidate.root.name!r} has no final_model yet; finish it first, "
-                "or name another start with --model_name_or_path"
+                "or choose another model with --model_name_or_path"
             )
     return None

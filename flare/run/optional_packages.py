@@ -1,4 +1,4 @@
-"""Optional packages and compilers that a flag needs, checked before the run starts. No torch."""
+"""Check optional packages and compilers that a flag needs, before the run starts. Does not import torch."""
 
 import os
 import shutil
@@ -9,16 +9,16 @@ from flare.plan.optimizer_state import EIGHT_BIT
 
 
 def check_compiler(use_cuda: bool, flag: str = "--compile") -> None:
-    """Refuse ``--compile``, or another flag whose work is compiled, where code could not be made. No torch.
+    """Check the compilers for ``--compile``, or for another flag that compiles code.
 
     Raises: EnvError when the C++ compiler (CPU), or triton or its C compiler (GPUs), is missing.
     """
     if use_cuda and find_spec("triton") is None:
         raise EnvError(f"{flag} needs triton, which is not installed; pip install triton, or leave {flag} out")
     variable, usual = ("CC", ("gcc", "clang")) if use_cuda else ("CXX", ("g++",))
-    asked = os.environ.get(variable)
-    if not any(shutil.which(name) for name in ([asked] if asked else usual)):
-        missing = f"{variable}={asked}" if asked else " or ".join(usual)
+    given = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ([given] if given else usual)):
+        missing = f"{variable}={given}" if given else " or ".join(usual)
         raise EnvError(
             f"{flag} needs a compiler, and {missing} is not found; install one, name it in {variable}, or leave "
             f"{flag} out"
@@ -26,9 +26,9 @@ def check_compiler(use_cuda: bool, flag: str = "--compile") -> None:
 
 
 def check_torchao(use_cuda: bool) -> None:
-    """Refuse ``--optim adamw_torch_8bit`` where it could not run. No torch.
+    """Check the packages for ``--optim adamw_torch_8bit``.
 
-    Raises: EnvError when torchao, or on GPUs what its compiled update needs, is missing.
+    Raises: EnvError when torchao is missing, or on GPUs the compiler for its update.
     """
     if find_spec("torchao") is None:
         raise EnvError(

@@ -1,6 +1,6 @@
-"""Settle what a run is, from options and files alone, before a weight or a document is loaded.
+"""Resolve a run from options and files, before any weight or document is loaded.
 
-The launcher and every worker call ``resolve_run`` and come to the same ``Run``. Nothing is written here.
+The launcher and every worker call ``resolve_run`` and get the same ``Run``. Nothing is written here.
 """
 
 import functools
@@ -28,9 +28,9 @@ from flare.run.run import Hardware, Run, choose_attention
 
 
 def resolve_run(resolved: ResolvedOptions, hardware: Hardware) -> Run:
-    """Resolve model, layers, stage hand-over and batch arithmetic.
+    """Resolve the model, its layers, the model to start from, the batch sizes and the memory layout.
 
-    Raises: FlareError kinds for everything that can be told without loading; nothing has been changed then.
+    Raises: subclasses of FlareError for all errors that can be found without loading weights. No file is changed.
     """
     options = resolved.options
     check_output_dir(options.base_output_dir)
@@ -74,36 +74,36 @@ def resolve_run(resolved: ResolvedOptions, hardware: Hardware) -> Run:
 
 
 def _check_8bit(run: Run) -> None:
-    """Raises: EnvError without what it needs; ConfigError where no moment would be in 8 bits."""
+    """Raises: EnvError when a package is missing; ConfigError when no moment would be in 8 bits."""
     check_torchao(run.hardware.use_cuda)
     if not any(map(block_size, run.trainable.tensors(ModelShape.from_config(run.config)))):
         raise ConfigError(
-            f"--optim {EIGHT_BIT} would hold no moment in 8 bits: no matrix that trains has rows of a multiple of "
+            f"--optim {EIGHT_BIT} would have no moment in 8 bits: no trainable matrix has rows of a multiple of "
             f"{min(BLOCKS)} numbers; use --optim adamw_torch_fused"
         )
 
 
 def _check_resume(resume: str) -> None:
-    """``--resume PATH``: that there is such a checkpoint. Whether it is whole is seen when it is opened."""
+    """Check that the checkpoint of ``--resume PATH`` exists. Its files are verified when it is opened."""
     if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
-        raise CheckpointError(f"--resume {resume} is no complete checkpoint (no manifest.json)")
+        raise CheckpointError(f"--resume {resume} is not a complete checkpoint (no manifest.json)")
 
 
 def resolve_layout(run: Run) -> Run:
-    """Turn ``auto`` of micro-batch, gradient checkpointing and ddp or fsdp into what the plan finds to fit.
+    """Resolve ``auto`` for micro-batch, gradient checkpointing and ddp or fsdp to the first choice that fits.
 
-    Rows of a step are the same whatever fits: a smaller micro-batch means more accumulation. A smaller micro-batch
-    is tried before checkpointing, selective before that of everything, which costs a second forward pass of the layers
-    that train, and all before sharding, which sends every weight to every rank three times a micro-batch.
-    What is given is kept; what does not fit in the end is refused later, with numbers (``check_fits``).
+    The rows of a step stay the same: a smaller micro-batch means more gradient accumulation. Smaller micro-batches are
+    tried first. Selective checkpointing comes next, then full checkpointing, which runs the forward pass of trainable
+    layers twice. Sharding comes last, because it sends every weight to every rank three times per micro-batch.
+    Values that the user gave are kept. If nothing fits, ``check_fits`` raises the error later, with numbers.
     """
     options, processes = run.options, run.hardware.world_size
     sizes = micro_batch_choices(options, run.global_batch_size, processes)
-    asked = options.gradient_checkpointing
-    switches = (False, SELECTIVE, True) if asked == "auto" else (asked,)
+    given = options.gradient_checkpointing
+    switches = (False, SELECTIVE, True) if given == "auto" else (given,)
     layouts = (options.parallel,) if options.parallel != "auto" else ("ddp", "fsdp")[: 2 if processes > 1 else 1]
-    if run.with_layout(sizes[-1], switches[0], layouts[0]).plan().fits is None:  # no GPU tells its memory
-        sizes = [size for size in sizes if size <= default_micro_batch(options)] or sizes  # the guide's size
+    if run.with_layout(sizes[-1], switches[0], layouts[0]).plan().fits is None:  # the memory of the GPUs is unknown
+        sizes = [size for size in sizes if size <= default_micro_batch(options)] or sizes  # at most the default size
     tried = run
     for parallel, checkpointing, size in itertools.product(layouts, switches, sizes):
         tried = run.with_layout(size, checkpointing, parallel)
@@ -113,15 +113,15 @@ def resolve_layout(run: Run) -> Run:
 
 
 def _check_overwrite(experiment: Experiment, options: Options, init_from: Path | None) -> None:
-    """``--overwrite_output_dir`` must not delete what the run starts from."""
+    """Check that ``--overwrite_output_dir`` does not delete the model or checkpoint that the run starts from."""
     if not options.overwrite_output_dir:
         return
-    doomed = [path.resolve() for path in experiment.paths_to_overwrite(options.stage)]
+    overwritten = [path.resolve() for path in experiment.paths_to_overwrite(options.stage)]
     starts = [init_from] if init_from else []
     if options.resume not in ("auto", "never"):
         starts.append(Path(options.resume))
     for start in starts:
-        if any(path == start.resolve() or path in start.resolve().parents for path in doomed):
+        if any(path == start.resolve() or path in start.resolve().parents for path in overwritten):
             raise ConfigError(
                 f"--overwrite_output_dir would delete {start}, which the run starts from; choose another "
                 "--experiment_name"
@@ -129,24 +129,24 @@ def _check_overwrite(experiment: Experiment, options: Options, init_from: Path |
 
 
 def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
-    """(directory, config.json) of the model to start from; a dry run is content with the configuration.
+    """(directory, config.json) of the model to start from. A dry run needs no weights and may return None first.
 
-    Raises: ConfigError, CheckpointError or EnvError when there is no such model or it lacks weights.
+    Raises: ConfigError, CheckpointError or EnvError when the model does not exist or has no weights.
     """
     if options.dry_run and not Path(name).is_dir():
         return None, deepcopy(hub_model_config(name, options.cache_dir))
     directory = local_model_dir(name, options.cache_dir)
     raw = read_model_config(directory)
     refuse_foreign_code(raw, str(directory))
-    ModelShape.from_config(raw, str(directory))  # refuses another family, and sizes that are missing
+    ModelShape.from_config(raw, str(directory))  # raises for other model families and missing sizes
     weight_files(directory)
     check_recorded_layers(directory, nope_layers_of(raw))
     return directory, raw
 
 
-@functools.cache  # a plan opens its model twice, and a hub that is out of reach takes half a minute to tell
+@functools.cache  # a plan opens its model twice, and an unreachable hub takes half a minute to fail
 def hub_model_config(name: str, cache_dir: str | None) -> dict:
-    """config.json of a hub model without its weights; for known Qwen models also without the hub."""
+    """config.json of a hub model, without its weights. Known Qwen models do not need the hub."""
     try:
         return read_hub_config(name, cache_dir)
     except EnvError:
@@ -156,8 +156,8 @@ def hub_model_config(name: str, cache_dir: str | None) -> dict:
 
 
 def _check_stage_order(experiment: Experiment, options: Options) -> None:
-    handed_over = experiment.recorded_stage() == 2 or experiment.stage1.exists()
-    if handed_over and options.stage == 1 and not options.overwrite_output_dir:
+    has_stage2 = experiment.recorded_stage() == 2 or experiment.stage1.exists()
+    if has_stage2 and options.stage == 1 and not options.overwrite_output_dir:
         raise ConfigError(
             f"experiment {experiment.root.name!r} is in stage 2 already; choose another --experiment_name "
             "for a new stage 1, or --overwrite_output_dir"
@@ -165,16 +165,16 @@ def _check_stage_order(experiment: Experiment, options: Options) -> None:
 
 
 def choose_init_from(resolved: ResolvedOptions, experiment: Experiment) -> tuple[str, str]:
-    """Name or directory of the weights that a stage starts from, and the sentence that says why.
+    """(name or directory of the model that a stage starts from, sentence for the log that says why).
 
-    The order of stage 2 is the contract's (section 3).
+    For stage 2 the order is that of the contract (section 3).
     """
     options = resolved.options
     name = options.model_name_or_path
     if options.stage == 2 and not resolved.is_set_for_stage("model_name_or_path"):
         result = stage1_result(experiment)
         if result is not None:
-            # The experiment's own result has moved when this is read: Experiment.move_results_to_stage1.
+            # When the user reads this, the experiment's own result has moved: Experiment.move_results_to_stage1.
             place = experiment.stage1 / "final_model" if result == experiment.final_model else result
             return str(result), f"stage 2 starts from the result of stage 1: {place}"
         reason = f"warning: no stage 1 result for {experiment.root.name!r}; stage 2 starts from the base model {name}"
@@ -184,7 +184,7 @@ def choose_init_from(resolved: ResolvedOptions, experiment: Experiment) -> tuple
 
 
 def choose_nope_layers(resolved: ResolvedOptions, raw: dict, where: str) -> list[int]:
-    """NoPE layers of the run: those that the starting model has, else those that the options name.
+    """NoPE layers of the run: those of the model that it starts from, otherwise those in the options.
 
     Raises: ConfigError when the command line contradicts a model that has NoPE layers already.
     """
@@ -194,24 +194,24 @@ def choose_nope_layers(resolved: ResolvedOptions, raw: dict, where: str) -> list
     if not existing:
         return parse_layers(options.no_rope_layers, depth)
     if resolved.is_on_command_line("no_rope_layers"):
-        asked = parse_layers(options.no_rope_layers, depth)
-        if asked != existing:
+        requested = parse_layers(options.no_rope_layers, depth)
+        if requested != existing:
             raise ConfigError(
-                f"--no_rope_layers {format_layers(asked)} contradicts {where}, whose NoPE layers are "
+                f"--no_rope_layers {format_layers(requested)} contradicts {where}, whose NoPE layers are "
                 f"{format_layers(existing)}; leave the flag out"
             )
     return existing
 
 
 def use_theta_of_model(resolved: ResolvedOptions, raw: dict, where: str) -> ResolvedOptions:
-    """The options with the RoPE base of a starting model that has NoPE layers: it was trained with that.
+    """Set ``rope_theta`` to that of a model which already has NoPE layers, because it was trained with it.
 
-    Raises: ConfigError when the command line says another one.
+    Raises: ConfigError when the command line gives another value.
     """
-    theta, asked = theta_of(raw, where), resolved.options.rope_theta
-    if resolved.is_on_command_line("rope_theta") and asked != theta:
+    theta, requested = theta_of(raw, where), resolved.options.rope_theta
+    if resolved.is_on_command_line("rope_theta") and requested != theta:
         raise ConfigError(
-            f"--rope_theta {asked:g} contradicts {where}, whose rope_theta is {theta:g}; leave the flag out"
+            f"--rope_theta {requested:g} contradicts {where}, whose rope_theta is {theta:g}; leave the flag out"
         )
     return resolved.with_values(rope_theta=theta)
 
@@ -222,34 +222,37 @@ def _check_length(options: Options, config: dict) -> None:
         raise ConfigError(f"--max_seq_length {options.max_seq_length} is above the model's {limit} positions")
 
 
-def choose_precision(asked: str, hardware: Hardware) -> tuple[str, str]:
-    """(precision, why): ``auto`` is bf16 on GPUs, fp16 if one of them is older than Ampere, and fp32 on the CPU.
+def choose_precision(requested: str, hardware: Hardware) -> tuple[str, str]:
+    """(precision, reason). ``auto`` is bf16 on GPUs, fp16 if one of them is older than Ampere, and fp32 on the CPU.
 
-    Raises: ConfigError for bf16 on GPUs that have none.
+    Raises: ConfigError for bf16 on a GPU without bf16.
     """
     old = next((f"GPU {gpu.index} ({gpu.name})" for gpu in hardware.gpus if lacks_bf16(gpu.name)), None)
-    if asked == "bf16" and old:
+    if requested == "bf16" and old:
         raise ConfigError(f"--precision bf16: {old} is older than Ampere and has no bf16; use --precision fp16")
-    if asked != "auto":
-        return asked, "as asked"
+    if requested != "auto":
+        return requested, "as requested"
     if not hardware.use_cuda:
         return "fp32", "auto on the CPU"
     if old:
         return "fp16", f"auto: {old} is older than Ampere and has no bf16"
-    return "bf16", "auto on GPUs from Ampere on"
+    return "bf16", "auto on GPUs since Ampere"
 
 
-def check_identity(now: dict, then: dict, where: str, reasons: dict[str, str | None] | None = None) -> None:
-    """Refuse to resume what is not the same run.
+def check_identity(now: dict, then: dict, where: str, explanations: dict[str, str | None] | None = None) -> None:
+    """Check that a checkpoint belongs to this run.
 
     Args:
-        reasons: what a value of ``now`` that differs is to be explained by, where there is more to say.
+        now: identity of this run.
+        then: identity in the checkpoint.
+        where: name of the checkpoint, for the message.
+        explanations: text for a key that differs, instead of both values.
     Raises: CheckpointError listing every difference.
     """
-    explained = reasons or {}
-    differences = [f"{k}: {explained.get(k) or f'{then.get(k)} -> {now[k]}'}" for k in now if then.get(k) != now[k]]
+    explanations = explanations or {}
+    differences = [f"{k}: {explanations.get(k) or f'{then.get(k)} -> {now[k]}'}" for k in now if then.get(k) != now[k]]
     if differences:
         raise CheckpointError(
             f"{where} belongs to another run ({'; '.join(differences)}); use the same settings, another "
-            "--experiment_name, or --overwrite_output_dir to start anew"
+            "--experiment_name, or --overwrite_output_dir to start again"
         )

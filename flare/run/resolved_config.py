@@ -1,4 +1,4 @@
-"""logs/resolved_config-*.json: what a start settled on, option by option, and where each value came from. No torch."""
+"""logs/resolved_config-*.json: the resolved options of a start, and the source of each value. No torch."""
 
 import time
 
@@ -12,10 +12,10 @@ from flare.run.run import Run
 
 
 def write_resolved_config(run: Run) -> None:
-    """Write the file of this start into the experiment's logs. Raises: OSError.
+    """Write the resolved options of this start to the experiment's logs. Raises: OSError.
 
-    It is a file of named configurations: ``--config FILE#options`` starts the same run. ``sources`` says of each
-    option which level of precedence gave it, and ``run`` what it meant here.
+    The file can be used as a configuration: ``--config FILE#options`` starts the same run. ``sources`` has the source
+    of each option, and ``run`` the model and the hardware.
     """
     resolved = resolved_options(run)
     values, hardware = vars(resolved.options), run.hardware
@@ -37,18 +37,18 @@ def write_resolved_config(run: Run) -> None:
 
 
 def resolved_options(run: Run) -> ResolvedOptions:
-    """The run's options with ``auto``, and what the model decides, replaced by what they came to."""
+    """The options with ``auto`` and the values that the model determines replaced by the resolved values."""
     return run.resolved.with_values(
         precision=run.precision,
         attn_implementation=run.attention,
         no_rope_layers=format_layers(list(run.nope_layers)).split(),
         rope_theta=theta_of(run.config, run.model_name),
-        train_layers=_words(run.trainable),
+        train_layers=_train_layers_option(run.trainable),
     )
 
 
-def _words(trainable: Trainable) -> list[str]:
-    """``--train_layers`` that means this."""
+def _train_layers_option(trainable: Trainable) -> list[str]:
+    """The value of ``--train_layers`` for these trainable layers."""
     if trainable.everything:
         return ["all"]
     return ["nope_attention"] if trainable.attention_only else format_layers(list(trainable.layers)).split()

@@ -1,6 +1,6 @@
-"""What a run is, settled before a weight or a document is loaded: one value that launcher and workers share.
+"""A run as one value, resolved before any weight or document is loaded. The launcher and workers share it.
 
-How it comes about is in ``flare.run.resolve``. No torch.
+``flare.run.resolve`` creates it. This module does not import torch.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ FINGERPRINT_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the run computes on: GPUs (as the launcher chose them) or the CPU; and how many processes in all."""
+    """The hardware of a run: the GPUs of this node or the CPU, and the total numbers of processes and nodes."""
 
     use_cuda: bool
     world_size: int
@@ -37,7 +37,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything about a run that is settled before it starts."""
+    """A run as it is resolved before it starts."""
 
     resolved: ResolvedOptions
     hardware: Hardware
@@ -49,8 +49,8 @@ class Run:
     trainable: Trainable
     precision: str
     global_batch_size: int
-    precision_reason: str = "as asked"
-    last_throughput: tuple[int, float | None] = (0, None)  # of this stage so far: ``metrics_file.last_throughput``
+    precision_reason: str = "as requested"
+    last_throughput: tuple[int, float | None] = (0, None)  # of this stage: ``metrics_file.last_throughput``
 
     @property
     def options(self) -> Options:
@@ -87,7 +87,7 @@ class Run:
         return replace(self, resolved=resolved)
 
     def shared_settings(self) -> dict[str, object]:
-        """What every rank must have the same, on whichever host it was started."""
+        """Settings that must be the same on all ranks of all nodes."""
         names = ("per_device_train_batch_size", "gradient_checkpointing", "parallel", "max_steps", "num_train_epochs")
         names += ("resume", "balance", "compile")
         return (
@@ -97,7 +97,7 @@ class Run:
         )
 
     def identity(self) -> dict:
-        """What must be the same when a run is resumed; the data's part is added by the caller."""
+        """Values that must be the same when a run is resumed. The caller adds those of the data."""
         options = self.options
         return {
             "stage": options.stage,
@@ -114,7 +114,7 @@ class Run:
         }
 
     def plan(self) -> Plan:
-        """What the run needs, from its configuration alone."""
+        """The memory, time and disk space that the run needs, from its configuration alone."""
         options, hardware = self.options, self.hardware
         micro = self.micro_batch_size
         steps_done, tokens_per_sec = self.last_throughput
@@ -155,37 +155,39 @@ class Run:
 
     @property
     def model_name(self) -> str:
-        """The model as people call it: what they typed, or where it lies."""
+        """Directory of the model, or its name in the options while it is not downloaded."""
         return str(self.init_from or self.options.model_name_or_path)
 
     def settings(self) -> dict:
-        """All options as plain JSON values."""
+        """All options as JSON values."""
         return asdict(self.options)
 
 
-def choose_attention(asked: str, use_cuda: bool, precision: str) -> str:
-    """``auto`` is torch's flash kernel for packed rows where it runs, on GPUs in bf16; SDPA elsewhere.
+def choose_attention(requested: str, use_cuda: bool, precision: str) -> str:
+    """Resolve ``auto``: torch's flash kernel for packed rows on GPUs in bf16, SDPA everywhere else.
 
-    Raises: ConfigError for a kernel that does not run here.
+    Raises: ConfigError for a kernel that cannot run on this hardware.
     """
     has_flash = use_cuda and precision == "bf16"
-    if asked == "auto":
+    if requested == "auto":
         return "varlen" if has_flash else "sdpa"
-    if asked in ("varlen", "flash_attention_2") and not has_flash:
-        raise ConfigError(f"--attn_implementation {asked} runs on GPUs in bf16 only; use --attn_implementation sdpa")
-    if asked == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+    if requested in ("varlen", "flash_attention_2") and not has_flash:
+        raise ConfigError(
+            f"--attn_implementation {requested} runs on GPUs in bf16 only; use --attn_implementation sdpa"
+        )
+    if requested == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise ConfigError(
             "--attn_implementation flash_attention_2 needs the flash-attn package, which is not installed: "
-            "pip install flash-attn --no-build-isolation; or use varlen, which torch brings along"
+            "pip install flash-attn --no-build-isolation; or use varlen, which is part of torch"
         )
-    return asked
+    return requested
 
 
 def model_fingerprint(directory: Path) -> str:
-    """Identity of a model on disk: sizes, and the first and last 64 KiB, of its weight files.
+    """Fingerprint of a model on disk: a hash of the sizes and the first and last 64 KiB of its weight files.
 
-    A safetensors file begins with the names, shapes and places of all tensors. Hashing 60 GB at each start
-    would take a minute, and a resumed run takes its weights from the checkpoint anyway.
+    A safetensors file begins with the names, shapes and offsets of all tensors. Hashing 60 GB at each start would take
+    a minute, and a resumed run reads its weights from the checkpoint anyway.
     """
     digest = hashlib.sha256()
     for path in weight_files(directory):

@@ -20,13 +20,13 @@ from flare.gpus.selection import (
     Selection,
     check_gpu,
     list_gpus,
-    list_indices,
     parse_gpu_ids,
     select_environment,
     select_gpus,
     visible_gpus,
 )
 from flare.gpus.specs import peak_tflops
+from flare.index_ranges import format_ranges
 from tests.fake_nvidia_smi import FakeNvidiaSmi, gpu_uuid, install, install_raw, mig_uuid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,7 +279,7 @@ def test_wrong_ids_are_named_and_the_gpus_listed(choose, ids, named):
 
 
 def test_ids_of_another_type_than_asked_are_an_error(choose):
-    with pytest.raises(ConfigError, match="GPU 4 of --gpu_ids is no 'A800'"):
+    with pytest.raises(ConfigError, match="GPU 4 of --gpu_ids does not match --gpu_type 'A800'"):
         choose("guide", gpu_ids=[0, 4], gpu_type="A800")
     assert indices(choose("guide", gpu_ids=[0, 4], gpu_type="auto")) == [0, 4]
 
@@ -526,20 +526,20 @@ def test_ids_are_understood_as_people_type_them(value, ids):
         ("", "--gpu_ids is empty; give numbers like 0,1"),
         ([], "--gpu_ids is empty"),
         (" , ", "is empty"),
-        ("a", '--gpu_ids wants numbers like 0,1 or 0-3, got "a"'),
+        ("a", '--gpu_ids must be numbers like 0,1 or 0-3, got "a"'),
         ("-1", 'got "-1"'),
         ("0,-1", 'got "-1"'),
         ("0,0", "GPU 0 listed twice in --gpu_ids 0,0"),
         ("0-3,2", "GPU 2 listed twice in --gpu_ids 0-3,2"),
         ("3-0", "the range 3-0 is reversed; write 0-3"),
         ("1.5", 'got "1.5"'),
-        ("²", "wants numbers"),
+        ("²", "must be numbers"),
         ("0-", 'got "0-"'),
-        ("0-99999999999", "wants numbers"),
+        ("0-99999999999", "must be numbers"),
         ([True], 'got "True"'),
         (None, 'got "None"'),
-        ([[0, 1]], "wants numbers"),
-        ("x\ny" * 1000, "wants numbers"),
+        ([[0, 1]], "must be numbers"),
+        ("x\ny" * 1000, "must be numbers"),
     ],
 )
 def test_wrong_ids_are_one_line_that_names_them(value, message):
@@ -550,13 +550,13 @@ def test_wrong_ids_are_one_line_that_names_them(value, message):
 
 
 def test_error_names_the_key_that_the_user_typed():
-    with pytest.raises(ConfigError, match=re.escape("training_args.gpu_ids wants numbers")):
+    with pytest.raises(ConfigError, match=re.escape("training_args.gpu_ids must be numbers")):
         parse_gpu_ids(["x"], flag="training_args.gpu_ids")
 
 
 @given(st.sets(st.integers(0, 300), min_size=1))
 def test_listed_indices_read_back_as_the_same_set(ids):
-    assert parse_gpu_ids(list_indices(ids)) == sorted(ids)
+    assert parse_gpu_ids(format_ranges(ids)) == sorted(ids)
 
 
 # --- table, peak, the GPU that a rank got ---

@@ -395,7 +395,7 @@ def test_stage_one_runs_and_resumes_in_fp16(train_flags: list[str], tmp_path: Pa
         result = train(*train_flags, "--precision", "fp16", "--max_steps", steps, *layout)
         assert result.returncode == 0, result.stderr
     assert "resumes from checkpoint-2" in result.stderr
-    assert "precision fp16 (as asked)" in result.stderr
+    assert "precision fp16 (as requested)" in result.stderr
     refused = train(*train_flags, "--precision", "bf16", "--max_steps", 6, *layout)
     assert refused.returncode != 0
     assert "precision: fp16 -> bf16" in refused.stderr

@@ -85,7 +85,7 @@ class Making:
     def __init__(self, order: Order, window: Window) -> None:
         self.window, self.directory = window, window.directory
         self.child = Child("flare.data.streaming.producer")
-        self.child.tell(order)
+        self.child.send(order)
         self.made = order.place.block - 1
         self.warned = 0
 
@@ -97,7 +97,7 @@ class Making:
                 kind, *facts = self.child.pipe.recv()
             except (EOFError, OSError):
                 raise EnvError(
-                    f"the process that tokenises ahead {self.child.how_it_ended()}; the last checkpoint is good, the "
+                    f"the process that tokenises ahead {self.child.describe_exit()}; the last checkpoint is good, the "
                     "same command goes on from there"
                 ) from None
             if kind == "error":
@@ -117,7 +117,7 @@ class Making:
 
     def discard_below(self, block: int) -> None:
         """No rank of this host will read these blocks again."""
-        self.child.tell(block)
+        self.child.send(block)
 
     def close(self) -> None:
         """End the producer, which ends its workers, and remove the window.
@@ -126,7 +126,7 @@ class Making:
         """
         if self.child.pipe.closed:
             return
-        self.child.tell(None)
+        self.child.send(None)
         try:
             self.child.process.wait(END_SEC)
         except subprocess.TimeoutExpired:

@@ -152,7 +152,7 @@ class Worker(Child):
 
     def ask(self, question: tuple[int, int, int]) -> None:
         """Send a question; it answers one at a time."""
-        self.tell(question)
+        self.send(question)
         self.is_busy = True
 
     def answer(self) -> tuple[int, Segment]:
@@ -161,7 +161,7 @@ class Worker(Child):
             lane, answer = self.pipe.recv()
         except (EOFError, OSError):
             raise EnvError(
-                f"a tokenising worker {self.how_it_ended()}; the last checkpoint is good, the same command goes on "
+                f"a tokenising worker {self.describe_exit()}; the last checkpoint is good, the same command goes on "
                 "from there; --preprocessing_num_workers N takes fewer workers"
             ) from None
         self.is_busy = False
@@ -192,7 +192,7 @@ class Producer:
         count = max(1, min(self.order.num_workers, len(self.lanes)))
         self.workers = [Worker() for _ in range(count)]
         for worker in self.workers:
-            worker.tell(self.order.job)
+            worker.send(self.order.job)
         while True:
             self._make_blocks()
             self._ask()

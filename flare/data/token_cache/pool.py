@@ -61,13 +61,13 @@ class Worker(Child):
 
     def give(self, task: Task) -> None:
         """Send a task."""
-        self.tell((task.index, task.piece, str(task.directory), task.limit))
+        self.send((task.index, task.piece, str(task.directory), task.limit))
         self.task = task
 
     def death(self) -> EnvError:
         """How it died, for people."""
         return EnvError(
-            f"a tokenising worker {self.how_it_ended()}; finished parts are kept, the same command "
+            f"a tokenising worker {self.describe_exit()}; finished parts are kept, the same command "
             "goes on from there; --preprocessing_num_workers N takes fewer workers"
         )
 
@@ -79,7 +79,7 @@ class WorkerPool:
         self.workers = [Worker(threads) for _ in range(processes)]
         message = encoder.to_message()
         for worker in self.workers:  # all are started by now: megabytes wait in a pipe till they are read
-            worker.tell(message)
+            worker.send(message)
 
     def __enter__(self) -> "WorkerPool":
         return self
