@@ -517,7 +517,7 @@ def test_first_interrupt_stops_with_a_checkpoint(train_flags: list[str], tmp_pat
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 0, rest
-    assert rest.count("Ctrl-C: ends after this step, with a checkpoint; a second Ctrl-C stops it at once") == 1
+    assert rest.count("Ctrl-C: the run stops after this step, with a checkpoint; a second Ctrl-C stops it at once") == 1
     run = tmp_path / "out" / "run"
     assert metrics(run)["stages"]["1"]["status"] == "stopped"
     assert len(list((run / "checkpoints").iterdir())) == 1
