@@ -82,7 +82,7 @@ def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(name: str) ->
 
 def test_experiment_directory_in_place_of_its_final_model_is_told(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "run" / "final_model")
-    with pytest.raises(CheckpointError, match=r"no model directory; did you mean .*/run/final_model\?"):
+    with pytest.raises(CheckpointError, match=r"not a model directory; did you mean .*/run/final_model\?"):
         read_model_config(tmp_path / "run")
 
 

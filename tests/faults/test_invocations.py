@@ -1,7 +1,7 @@
-"""Wrong invocations: each in one line that names what was typed and the way out; nothing is written.
+"""Wrong invocations: each is one line that names what was typed and how to fix it. Nothing is written.
 
-The list is that of the project's fault page, with our flags. GPUs are in test_gpus.py and test_launch.py, models in
-test_inputs.py, running and finished experiments in test_runs.py.
+The list is that of the project's fault page, with our flags. GPUs are in tests/gpus and
+tests/launch/test_gpu_selection.py, models in test_inputs.py, running and finished experiments in test_runs.py.
 """
 
 import os
