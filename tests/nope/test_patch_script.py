@@ -185,7 +185,7 @@ def test_layers_that_cannot_be_are_refused(base: Path, tmp_path: Path, layers: s
 
 @pytest.mark.parametrize("theta", ["0", "nan", "inf"])
 def test_a_theta_that_cannot_be_is_refused(base: Path, tmp_path: Path, theta: str) -> None:
-    with pytest.raises(ConfigError, match="--rope_theta must be (a number|> 0), got"):
+    with pytest.raises(ConfigError, match=r"--rope_theta must be (a number|> 0), got"):
         run("--model_name_or_path", base, "--output_dir", tmp_path / "out", "--rope_theta", theta)
     assert not (tmp_path / "out").exists()
 
