@@ -9,7 +9,8 @@ set -euo pipefail
 FAST=(
   test_architecture test_documents test_documented_flags test_examples config/test_config data/test_mixture
   data/test_order data/test_sources
-  evaluation/test_report gpus/test_command gpus/test_gpu_ids gpus/test_nvidia_smi gpus/test_selection gpus/test_specs
+  evaluation/test_plots evaluation/test_report evaluation/test_verdict
+  gpus/test_command gpus/test_gpu_ids gpus/test_nvidia_smi gpus/test_selection gpus/test_specs
   gpus/test_visible_devices nope/test_layers plan/test_plan
 )
 
