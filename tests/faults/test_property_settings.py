@@ -52,10 +52,10 @@ def right_value(name: str) -> st.SearchStrategy:
     field = FIELDS[name]
     low, high = field.ge or field.gt or 0, field.le or field.lt or 1000
     numbers = st.floats(low, high, exclude_min=field.gt is not None, exclude_max=field.lt is not None)
-    whole = st.integers(low, max(high, low + 1000) if field.le is None else high)
+    integers = st.integers(low, max(high, low + 1000) if field.le is None else high)
     texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
     strategies: dict[object, st.SearchStrategy] = {
-        "int": whole, "float": numbers, "bool": st.booleans(), "str": texts,
+        "int": integers, "float": numbers, "bool": st.booleans(), "str": texts,
         parse_gpu_ids: st.just([0, 1]), parse_weights: st.just([0.5, 2.0]), parse_lengths: st.just([16, 32]),
         parse_layer_words: st.sampled_from((["1", "3-5"], ["every:4"], ["all"])),
     }  # fmt: skip

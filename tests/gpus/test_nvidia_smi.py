@@ -150,11 +150,11 @@ def test_both_nvidia_smi_calls_share_one_time_limit(server, monkeypatch):
     server("mig")
     limits = []
 
-    def ask(arguments, timeout_sec):
+    def record_timeout(arguments, timeout_sec):
         limits.append(timeout_sec)
         return run_nvidia_smi(arguments, timeout_sec)
 
-    monkeypatch.setattr("flare.gpus.nvidia_smi.run_nvidia_smi", ask)
+    monkeypatch.setattr("flare.gpus.nvidia_smi.run_nvidia_smi", record_timeout)
     query_gpus(timeout_sec=50, visible=mig_uuid(0, 0))
     assert limits[0] == 50
     assert limits[1] < 50

@@ -30,7 +30,7 @@ def test_auto_takes_the_largest_divisor_that_fits_the_smallest_gpu(base: Path, t
 
 
 def test_auto_shards_what_does_not_fit_unsharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen2.5-7B in stage 2 needs 118 GB a GPU with DDP; three billion fit on an A800 whole, on four A40 sharded."""
+    """Qwen2.5-7B in stage 2 needs 118 GB per GPU with DDP; 3B fits on an A800 unsharded, on four A40 sharded."""
 
     def not_reached(*_: object) -> dict:
         raise EnvError("no hub here")

@@ -21,14 +21,14 @@ from tests.processes import torchrun, train
 
 @needs_torchao
 def test_a_loaded_state_continues_to_the_same_bits(tmp_path: Path) -> None:
-    whole = run(build(), range(6))
+    unbroken = run(build(), range(6))
     first = build()
     weights = run(first, range(3))
     second = build(seed=1)
     load_optimizer_tensors(second, stored(first, tmp_path))
     for name, parameter in optimizer_module.named_parameters(second):
         parameter.data.copy_(weights[name])
-    assert all(torch.equal(weight, whole[name]) for name, weight in run(second, range(3, 6)).items())
+    assert all(torch.equal(weight, unbroken[name]) for name, weight in run(second, range(3, 6)).items())
 
 
 @needs_torchao
@@ -107,13 +107,13 @@ def wide_flags(train_flags: list[str], wide_base: Path) -> Iterator[list[str]]:
 def test_a_run_resumes_to_the_same_bits_and_a_change_of_its_optimizer_is_logged(
     wide_flags: list[str], tmp_path: Path
 ) -> None:
-    whole = train(*wide_flags, "--base_output_dir", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    unbroken = train(*wide_flags, "--base_output_dir", tmp_path / "unbroken")
+    assert unbroken.returncode == 0, unbroken.stderr
     for steps in (3, 6):
         result = train(*wide_flags, "--max_steps", steps)
         assert result.returncode == 0, result.stderr
     assert "resumes from checkpoint-3" in result.stderr
-    weights = [(tmp_path / out / "run/final_model/model.safetensors").read_bytes() for out in ("out", "whole")]
+    weights = [(tmp_path / out / "run/final_model/model.safetensors").read_bytes() for out in ("out", "unbroken")]
     assert weights[0] == weights[1]
     changed = train(*wide_flags, "--max_steps", 7, "--optim", "adamw_torch_fused")
     assert changed.returncode == 0, changed.stderr

@@ -47,7 +47,9 @@ def test_every_known_model_needs_a_quarter_of_the_bytes(name: str) -> None:
         eight = PlanInputs(shape, trainable=trainable, optimizer=EIGHT_BIT)
         assert optimizer_state_bytes(plain) == ADAM_STATE_BYTES * trainable.params(shape)
         assert 0.253 < optimizer_state_bytes(eight) / optimizer_state_bytes(plain) < 0.26
-        assert make_plan(plain).checkpoint_bytes - make_plan(eight).checkpoint_bytes > 0.7 * optimizer_state_bytes(plain)
+        assert make_plan(plain).checkpoint_bytes - make_plan(eight).checkpoint_bytes > 0.7 * optimizer_state_bytes(
+            plain
+        )
 
 
 def test_without_torchao_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +99,7 @@ def test_the_tiny_shape_of_the_plans_tests_has_no_8_bit_moments() -> None:
 
 
 def test_it_is_suggested_where_nothing_else_on_these_gpus_fits() -> None:
-    """Qwen2.5-7B whole on 96 GB: 28 GB of masters, 28 of gradients, 57 of moments in fp32, 15 in 8 bits."""
+    """Qwen2.5-7B unsharded on 96 GB: 28 GB of masters, 28 of gradients, 57 of moments in fp32, 15 in 8 bits."""
     gpu = ("NVIDIA RTX PRO 6000 Blackwell", 97887)
     inputs = qwen("Qwen2.5-7B", 2, (gpu,), per_device_batch=1, gradient_checkpointing=True)
     assert make_plan(inputs).fits is False

@@ -31,7 +31,7 @@ def test_gradients_over_qwens_vocabulary_are_closer_to_float64_than_bf16s() -> N
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_no_probability_of_qwens_vocabulary_loses_digits_in_fp16(on_gpu: bool) -> None:
     """The gradient by the logits, the GPUs' way and the CPU's: each number within half a step (4.9e-4) of float64 on
-    the same logits, 1 / 151,936 and a thousandth of it alike; unfolded, fp16 holds those to 3e-8: the second as 0."""
+    the same logits, 1 / 151,936 and a thousandth of it; unfolded, fp16 holds those to 3e-8: the second as 0."""
     torch.manual_seed(0)
     logits, labels = torch.randn(8, VOCAB_SIZE).half(), torch.randint(0, VOCAB_SIZE, (8,))
     logits[:, ::2] -= 7

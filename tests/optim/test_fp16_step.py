@@ -31,17 +31,17 @@ def test_losses_and_gradients_are_those_of_fp32(
 ) -> None:
     """The loss to 1e-3, each gradient to 1 % of its norm (at least a hundredth of all gradients')."""
     directory = request.getfixturevalue(family)
-    whole = trainer(load(directory, [1, 3], STAGES[stage]), cache, tmp_path)
+    fp32 = trainer(load(directory, [1, 3], STAGES[stage]), cache, tmp_path)
     half = fp16(directory, cache, tmp_path, stage)
     if checkpointing:
         checkpoint_layers(half.components.model.causal_lm, checkpointing == "selective")
-    expected, found = gradients(whole), gradients(half)
+    expected, found = gradients(fp32), gradients(half)
     floor = 1e-2 * torch.stack([g.norm() for g in expected.values()]).norm()
     for name, gradient in expected.items():
         assert found[name].dtype == torch.float32
         assert (found[name] - gradient).norm() < 1e-2 * max(gradient.norm(), floor), name
-    assert half.window[0].loss == pytest.approx(whole.window[0].loss, rel=1e-3)
-    assert half.window[0].grad_norm == pytest.approx(whole.window[0].grad_norm, rel=1e-2)  # unscaled
+    assert half.window[0].loss == pytest.approx(fp32.window[0].loss, rel=1e-3)
+    assert half.window[0].grad_norm == pytest.approx(fp32.window[0].grad_norm, rel=1e-2)  # unscaled
     dtypes = {p.dtype for p in half.components.model.parameters()}
     assert dtypes == ({torch.float32} if stage == 2 else {torch.float32, torch.float16})
 

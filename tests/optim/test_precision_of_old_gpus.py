@@ -81,10 +81,10 @@ def test_names_show_which_gpus_are_older_than_ampere(names: tuple[str, ...], lac
 
 
 @pytest.mark.parametrize(
-    ("asked", "on_gpu", "old", "expected"),
+    ("requested", "on_gpu", "old", "expected"),
     [("auto", True, True, "fp16"), ("auto", True, False, "bf16"), ("auto", False, False, "fp32"),
      ("bf16", True, True, "bf16")],
 )  # fmt: skip
-def test_evaluation_on_old_gpus_is_in_fp16(asked: str, on_gpu: bool, old: bool, expected: str) -> None:
-    settings = EvaluationSettings("model", ("data",), Path("out"), precision=asked)
+def test_evaluation_on_old_gpus_is_in_fp16(requested: str, on_gpu: bool, old: bool, expected: str) -> None:
+    settings = EvaluationSettings("model", ("data",), Path("out"), precision=requested)
     assert with_precision(settings, on_gpu, old).precision == expected
