@@ -9,10 +9,10 @@ import sys
 from dataclasses import replace
 
 from flare.checkpoint import directory as ckpt
-from flare.config.parse import REPO
 from flare.distributed import peer_failure, process_group
 from flare.distributed.process_group import World
 from flare.errors import ConfigError, FlareError, during, first_line, is_out_of_memory, while_phase
+from flare.files import REPO
 from flare.launch.worker_errors import report_to_launcher, stop_when_launcher_dies
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.plan.capacity import in_gib

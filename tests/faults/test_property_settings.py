@@ -16,6 +16,7 @@ from flare.config.options import FIELDS, SECTIONS
 from flare.config.parse import resolve
 from flare.config.validate import parse_layer_words, parse_lengths, parse_weights
 from flare.errors import ConfigError, EnvError, FlareError
+from flare.files import REPO
 from flare.gpus.nvidia_smi import Gpu, query_gpus
 from flare.gpus.selection import GpuRequest, parse_gpu_ids, select_gpus
 from flare.nope.layers import format_layers, parse_layers
@@ -130,7 +131,7 @@ def is_plain(name: str) -> bool:
     return name in FIELDS and name not in REPLACING and not FIELDS[name].parse and not FIELDS[name].words
 
 
-SHIPPED = (Path(__file__).resolve().parents[2] / "training_config.json").read_bytes()
+SHIPPED = (REPO / "training_config.json").read_bytes()
 
 
 @given(CHANGES)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,13 +9,12 @@ from flare.gpus.__main__ import format_table
 from flare.gpus.nvidia_smi import query_gpus
 from tests.fake_nvidia_smi import install
 from tests.gpus.selections import GUIDE_GPUS
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import REPO
 
 
 def run_cli(env: dict[str, str], *arguments: str, timeout_sec: float = 60) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flare.gpus", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_sec)
+    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout_sec)
 
 
 def test_table_is_aligned_and_shows_the_state_of_every_gpu(server):
@@ -122,7 +120,7 @@ def test_hanging_nvidia_smi_ends_the_command_in_under_12_seconds(tmp_path, argum
 
 def test_import_needs_the_standard_library_only(tmp_path):
     code = "import sys, flare.gpus.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
     ours = {"flare", "__main__", "_distutils_hack", "sitecustomize", "usercustomize"}
     foreign = set(done.stdout.split()) - set(sys.stdlib_module_names) - ours
     assert done.returncode == 0
