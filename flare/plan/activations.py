@@ -98,7 +98,7 @@ def layer_input_bytes(shape: ModelShape, batch: Microbatch) -> int:
     return batch.residual_bytes * batch.tokens * shape.hidden_size
 
 
-def products_bytes(shape: ModelShape, batch: Microbatch) -> int:
+def selective_saved_bytes(shape: ModelShape, batch: Microbatch) -> int:
     """What a selectively checkpointed layer keeps beside its input: what matrix products and attention gave.
 
     q, k, v, o, gate and up; not down_proj, whose output nothing in the layer reads. The kernel's output and its fp32

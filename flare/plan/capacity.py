@@ -13,7 +13,7 @@ workspaces (the bytes). An estimate until measured on a GPU. On the CPU, per pro
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """Memory that one process may use, on GPUs of one kind or on the CPU."""
 
     label: str
@@ -26,20 +26,20 @@ def usable_bytes(total_bytes: int) -> int:
     return max(0, int(total_bytes * (1 - RESERVE_FRACTION)) - RESERVE_BYTES)
 
 
-def rooms(inputs: PlanInputs) -> tuple[Room, ...]:
+def capacities(inputs: PlanInputs) -> tuple[Capacity, ...]:
     """One entry for each kind of GPU whose memory is known, or one for the CPU."""
     if inputs.gpus:
         kinds = Counter(inputs.gpus).items()
         known = [(f"{n} x {name}", mib * MIB) for (name, mib), n in kinds if mib is not None]
-        return tuple(Room(label, total, usable_bytes(total)) for label, total in known)
+        return tuple(Capacity(label, total, usable_bytes(total)) for label, total in known)
     if inputs.available_ram_bytes is None:
         return ()
     processes = inputs.processes_per_host or inputs.world_size
     share = inputs.available_ram_bytes // processes
-    return (Room(f"CPU, {count_processes(processes)}", share, usable_bytes(share)),)
+    return (Capacity(f"CPU, {format_processes(processes)}", share, usable_bytes(share)),)
 
 
-def count_processes(count: int) -> str:
+def format_processes(count: int) -> str:
     return f"{count} process{'' if count == 1 else 'es'}"
 
 

@@ -43,7 +43,7 @@ class PlanInputs:
         assert min(self.world_size, self.per_device_batch, self.accumulation, self.seq_len) >= 1, self
 
     @property
-    def what_trains(self) -> Trainable:
+    def resolved_trainable(self) -> Trainable:
         return self.trainable or Trainable.of(self.nope_layers if self.stage == 1 else "all")
 
     @property
@@ -63,7 +63,7 @@ class PlanInputs:
             seq_len=self.seq_len,
             half=self.half,
             fp16=self.precision == "fp16",
-            fp32_residual=self.what_trains.everything and self.shards == 1,
+            fp32_residual=self.resolved_trainable.everything and self.shards == 1,
             document_mask=self.document_mask,
             eager_attention=self.attn_implementation == "eager",
         )

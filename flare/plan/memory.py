@@ -15,7 +15,7 @@ from flare.plan.activations import Microbatch
 from flare.plan.inputs import PlanInputs
 from flare.plan.loss_chunks import CPU_BLOCK_ROWS, cpu_softmax_rows, loss_chunk_rows
 from flare.plan.model_shape import FP32_BYTES, HALF_BYTES, ModelShape
-from flare.plan.optimizer_state import COMPILED_UPDATE_BYTES, EAGER_UPDATE_BYTES, EIGHT_BIT, moment_bytes
+from flare.plan.optimizer_state import COMPILED_UPDATE_BYTES, EAGER_UPDATE_BYTES, EIGHT_BIT, parameter_state_bytes
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,21 @@ def memory(inputs: PlanInputs) -> Memory:
     ddp: everything on every GPU; the reduction buckets are the gradients (gradient_as_bucket_view).
     fsdp: weights, gradients and optimizer state divided by the world size, and what is gathered (gathered.py).
     """
-    trainable, shape, batch = inputs.what_trains, inputs.shape, inputs.microbatch
+    trainable, shape, batch = inputs.resolved_trainable, inputs.shape, inputs.microbatch
     shards = inputs.shards
     params = trainable.params(shape)
     gradients = FP32_BYTES * params // shards
     weights = (inputs.frozen_bytes * (shape.total_params - params) + FP32_BYTES * params) // shards
-    moments = moments_bytes(inputs, shards)
+    moments = optimizer_state_bytes(inputs, shards)
     with_backward = range(trainable.first_backward(shape), shape.num_hidden_layers)
     layers = [_layer(inputs, layer_idx, shards) for layer_idx in with_backward]
-    whole = gathered(inputs)
+    buffers = fsdp_buffers(inputs)
     phases = dict(_phases(inputs, layers, gradients, shards))
     phase = max(phases, key=phases.__getitem__)
     copies = sum(layer.copies for layer in layers)
     return Memory(
         weights=weights,
-        weight_copies=max(whole.forward, whole.backward) or copies,
+        weight_copies=max(buffers.forward, buffers.backward) or copies,
         gradients=gradients,
         optimizer=moments + _update_bytes(inputs, shards),
         activations=sum(layer.kept for layer in layers)
@@ -96,7 +96,7 @@ def memory(inputs: PlanInputs) -> Memory:
 
 
 def _layer(inputs: PlanInputs, layer_idx: int, shards: int) -> _Layer:
-    shape, batch, trainable = inputs.shape, inputs.microbatch, inputs.what_trains
+    shape, batch, trainable = inputs.shape, inputs.microbatch, inputs.resolved_trainable
     saved = activations.layer_saved_bytes(shape, batch, trainable, layer_idx)
     params = trainable.attention(layer_idx) * shape.attention_params
     params += trainable.mlp(layer_idx) * (shape.mlp_params + shape.norm_params)
@@ -104,7 +104,7 @@ def _layer(inputs: PlanInputs, layer_idx: int, shards: int) -> _Layer:
     own_input = activations.layer_input_bytes(shape, batch)
     kept, rerun = saved, 0
     if inputs.gradient_checkpointing:
-        products = activations.products_bytes(shape, batch) * (inputs.gradient_checkpointing == SELECTIVE)
+        products = activations.selective_saved_bytes(shape, batch) * (inputs.gradient_checkpointing == SELECTIVE)
         # The input is itself what the first norm saves: counted once.
         first = layer_idx == trainable.first_backward(shape)
         input_saved = trainable.everything or not first or trainable.mlp(layer_idx)
@@ -130,18 +130,18 @@ def _phases(
     Gradients are there from the start when they outlive a backward pass: in DDP's buckets, or while
     micro-batches accumulate. Else they grow, layer by layer from the top, while activations go.
     """
-    shape, batch, trainable = inputs.shape, inputs.microbatch, inputs.what_trains
+    shape, batch, trainable = inputs.shape, inputs.microbatch, inputs.resolved_trainable
     persistent = gradients if inputs.accumulation > 1 or (inputs.world_size > 1 and shards == 1) else 0
-    first, held, whole = trainable.first_backward(shape), _held_bytes(inputs), gathered(inputs)
+    first, held, buffers = trainable.first_backward(shape), _held_bytes(inputs), fsdp_buffers(inputs)
     shared = held + activations.final_norm_saved_bytes(shape, batch)
     kept = sum(layer.kept for layer in layers)
     copies = sum(layer.copies for layer in layers)
     # Checkpointed layers save no copies, but autocast's cache holds all of them until the forward pass ends.
     graph_copies = 0 if inputs.gradient_checkpointing else copies
     forward = activations.forward_transient_bytes(shape, batch, bool(inputs.gradient_checkpointing))
-    yield "end of the forward pass", persistent + kept + copies + shared + forward + whole.forward
+    yield "end of the forward pass", persistent + kept + copies + shared + forward + buffers.forward
     chunk = loss_bytes(shape, batch, trainable.everything, bool(inputs.gpus)) + _final_hidden_bytes(shape, batch)
-    yield "loss", persistent + kept + graph_copies + shared + chunk + whole.loss
+    yield "loss", persistent + kept + graph_copies + shared + chunk + buffers.loss
     grown = FP32_BYTES * shape.embedding_params // shards if trainable.everything else 0
     # The embedding's gradient is dense and, when tied, is added to the head's, which waits for it; the sum of both
     # is then added to a gradient that is there already.
@@ -153,9 +153,9 @@ def _phases(
         below = sum(x.kept + (x.copies if graph_copies else 0) for x in layers[: index + 1])
         own = layer.rerun + (0 if graph_copies else layer.copies) + layer.transient
         alive = persistent + waiting if persistent else grown + layer.first_gradient
-        yield f"backward of layer {first + index}", alive + below + own + held + whole.backward
+        yield f"backward of layer {first + index}", alive + below + own + held + buffers.backward
         grown += layer.gradients
-    yield "end of the backward pass", gradients + embedding + waiting + whole.end
+    yield "end of the backward pass", gradients + embedding + waiting + buffers.end
     yield "optimizer update", gradients + _update_bytes(inputs, shards)
 
 
@@ -170,10 +170,10 @@ def _final_hidden_bytes(shape: ModelShape, batch: Microbatch) -> int:
     return batch.compute_bytes * batch.tokens * shape.hidden_size
 
 
-def moments_bytes(inputs: PlanInputs, shards: int = 1) -> int:
+def optimizer_state_bytes(inputs: PlanInputs, shards: int = 1) -> int:
     """AdamW's two moments of all that trains, on one of ``shards`` ranks."""
-    tensors = inputs.what_trains.tensors(inputs.shape)
-    return sum(moment_bytes(tensor, inputs.optimizer, shards) for tensor in tensors)
+    tensors = inputs.resolved_trainable.tensors(inputs.shape)
+    return sum(parameter_state_bytes(tensor, inputs.optimizer, shards) for tensor in tensors)
 
 
 def _update_bytes(inputs: PlanInputs, shards: int) -> int:
@@ -183,7 +183,7 @@ def _update_bytes(inputs: PlanInputs, shards: int) -> int:
     each = 2 * FP32_BYTES
     if inputs.optimizer == EIGHT_BIT:
         each = COMPILED_UPDATE_BYTES if inputs.gpus else EAGER_UPDATE_BYTES
-    return each * max(map(math.prod, inputs.what_trains.tensors(inputs.shape)), default=0) // shards
+    return each * max(map(math.prod, inputs.resolved_trainable.tensors(inputs.shape)), default=0) // shards
 
 
 def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_gpu: bool = False) -> int:
@@ -213,7 +213,7 @@ def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_gpu: 
 
 
 @dataclass(frozen=True)
-class Gathered:
+class FsdpBuffers:
     """Bytes beyond shards and activations, at each moment of a step. All zero for DDP."""
 
     forward: int = 0
@@ -222,7 +222,7 @@ class Gathered:
     end: int = 0  # of the backward pass, when embedding and head are reduced
 
 
-def gathered(inputs: PlanInputs) -> Gathered:
+def fsdp_buffers(inputs: PlanInputs) -> FsdpBuffers:
     """For one rank; weights are gathered in the dtype that they compute in, gradients are reduced in fp32.
 
     forward: a layer, the one before whose memory is not free yet, and the next, which is fetched meanwhile.
@@ -230,13 +230,13 @@ def gathered(inputs: PlanInputs) -> Gathered:
     gloo, which CPU runs use, reduces a copy of its input.
     """
     if inputs.shards == 1:
-        return Gathered()
-    shape, trainable, unit = inputs.shape, inputs.what_trains, inputs.frozen_bytes
+        return FsdpBuffers()
+    shape, trainable, unit = inputs.shape, inputs.resolved_trainable, inputs.frozen_bytes
     rest = shape.total_params - shape.num_hidden_layers * shape.layer_params
     layer_trains = shape.attention_params if trainable.attention_only else shape.layer_params
     rest_trains = rest if trainable.everything else 0
     reduced = FP32_BYTES * (1 if inputs.gpus else 2)
-    return Gathered(
+    return FsdpBuffers(
         forward=unit * (rest + 3 * shape.layer_params),
         loss=unit * (rest + shape.layer_params),
         backward=unit * (rest + rest_trains + 2 * shape.layer_params + layer_trains) + reduced * layer_trains,

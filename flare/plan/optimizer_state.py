@@ -15,7 +15,7 @@ BLOCKS = (256, 128)
 SMALLEST = 4096
 """Elements of a tensor below which its moments stay in fp32, as in bitsandbytes and torchao."""
 
-TABLE_BYTES = 256 * 4
+DEQUANTIZATION_TABLE_BYTES = 256 * 4
 """What the 8 bits mean: 256 fp32 numbers beside every 8-bit moment."""
 
 ADAM_STATE_BYTES = 2 * 4
@@ -37,9 +37,9 @@ def block_size(shape: tuple[int, ...]) -> int | None:
     return next((block for block in BLOCKS if math.prod(shape[1:]) % block == 0), None)
 
 
-def moment_bytes(shape: tuple[int, ...], optimizer: str, shards: int = 1) -> int:
+def parameter_state_bytes(shape: tuple[int, ...], optimizer: str, shards: int = 1) -> int:
     """Bytes of both moments of one parameter, on one of ``shards`` ranks."""
     elements, block = math.prod(shape), block_size(shape) if optimizer == EIGHT_BIT else None
     if block is None:
         return ADAM_STATE_BYTES * elements // shards
-    return 2 * ((elements + 4 * elements // block) // shards + TABLE_BYTES)
+    return 2 * ((elements + 4 * elements // block) // shards + DEQUANTIZATION_TABLE_BYTES)

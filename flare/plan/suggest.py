@@ -7,15 +7,12 @@ import math
 from dataclasses import replace
 
 from flare.config.options import SELECTIVE
-from flare.plan.capacity import GIB, RESERVE_BYTES, RESERVE_FRACTION, in_gib, rooms
+from flare.plan.capacity import GIB, RESERVE_BYTES, RESERVE_FRACTION, capacities, in_gib
 from flare.plan.inputs import PlanInputs
 from flare.plan.memory import memory
 from flare.plan.model_shape import KNOWN_SHAPES
 from flare.plan.optimizer_state import EIGHT_BIT
 from flare.plan.trainable import Trainable
-
-MAX_MICRO_BATCH = 4096
-"""Where the search for the largest micro-batch ends."""
 
 MAX_GPUS = 64
 """Where the search for enough GPUs ends."""
@@ -29,18 +26,6 @@ def fits(inputs: PlanInputs, limit_bytes: int) -> bool:
     return memory(inputs).peak_bytes <= limit_bytes
 
 
-def largest_micro_batch(inputs: PlanInputs, limit_bytes: int) -> int:
-    """Most rows of a micro-batch whose peak stays within ``limit_bytes``; 0 when one row is too much."""
-    low, high = 0, MAX_MICRO_BATCH + 1  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(replace(inputs, per_device_batch=middle), limit_bytes):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 def suggest(inputs: PlanInputs, limit_bytes: int | None = None) -> str:
     """Flag values that would fit where ``inputs`` do not, all with the same global batch; '' if they fit.
 
@@ -49,8 +34,8 @@ def suggest(inputs: PlanInputs, limit_bytes: int | None = None) -> str:
 
     When no choice of batch, row length and checkpointing fits, it says so, and what else would do.
     """
-    known = rooms(inputs)
-    limit = limit_bytes or min((room.usable_bytes for room in known), default=None)
+    known = capacities(inputs)
+    limit = limit_bytes or min((capacity.usable_bytes for capacity in known), default=None)
     if limit is None or fits(inputs, limit):
         return ""
     cheaply, checkpointed = (replace(inputs, gradient_checkpointing=how) for how in (SELECTIVE, True))
@@ -63,8 +48,8 @@ def suggest(inputs: PlanInputs, limit_bytes: int | None = None) -> str:
         ways.append(_shorter_rows(checkpointed, limit))
     texts = [_flags(inputs, way) for way in ways if way]
     peak = memory(inputs).peak_bytes
-    big = [room for room in known if room.usable_bytes >= peak] if limit_bytes is None else []
-    texts += [f"only the {' and '.join(room.label for room in big)} (--gpu_ids)"] if big else []
+    big = [capacity for capacity in known if capacity.usable_bytes >= peak] if limit_bytes is None else []
+    texts += [f"only the {' and '.join(capacity.label for capacity in big)} (--gpu_ids)"] if big else []
     return "what fits: " + "; or ".join(texts) if texts else _nothing_fits(inputs, limit)
 
 
@@ -92,7 +77,7 @@ def _fewer_processes(inputs: PlanInputs) -> PlanInputs | None:
         return None
     accumulation = inputs.accumulation * inputs.world_size
     way = replace(inputs, world_size=1, processes_per_host=1, accumulation=accumulation)
-    return way if fits(way, rooms(way)[0].usable_bytes) else None
+    return way if fits(way, capacities(way)[0].usable_bytes) else None
 
 
 def _shorter_rows(inputs: PlanInputs, limit_bytes: int) -> PlanInputs | None:
@@ -163,7 +148,7 @@ def _more_gpus(inputs: PlanInputs, limit_bytes: int) -> list[str]:
 
 def _smaller_model(inputs: PlanInputs, limit_bytes: int) -> list[str]:
     """The largest known model of the family that fits, training all of it or the same share of layers."""
-    trainable, depth = inputs.what_trains, inputs.shape.num_hidden_layers
+    trainable, depth = inputs.resolved_trainable, inputs.shape.num_hidden_layers
     by_size = sorted(KNOWN_SHAPES.items(), key=lambda item: -item[1].total_params)
     for name, shape in by_size:
         if shape.family != inputs.shape.family or shape.total_params >= inputs.shape.total_params:
