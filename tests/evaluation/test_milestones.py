@@ -66,7 +66,7 @@ def test_fair_control_had_the_same_training_except_for_rope() -> None:
     for other, words in (
         (block(settings={"learning_rate": 3e-5}), "learning_rate of stage 2 3e-05 instead of 0.0001"),
         (block(totals={"tokens": 40_000_000}), "tokens of stage 2 40,000,000 instead of 49,152,000"),
-        (block(identity={"data": "a1"}), "other data of stage 2"),
+        (block(identity={"data": "a1"}), "different data of stage 2"),
     ):
         control = training_of({"1": block(), "2": other}, 2)
         assert not same_training(control, mine) and differences(control, mine) == [words]

@@ -55,7 +55,7 @@ def test_recovery_counts_tokens_over_all_stages():
     ]  # fmt: skip
     assert (found.base_loss, found.untrained_loss, found.tokens_to_95_percent) == (2.0, 3.0, 170)
     section = recovery_section({"recovery": found.to_json()})
-    assert "| won back | 96.0 % |" in section and "| tokens to 95 % | at most 170 |" in section
+    assert "| recovered | 96.0 % |" in section and "| tokens until 95 % was recovered | at most 170 |" in section
 
 
 def test_control_curve_must_start_at_the_base_loss():
@@ -163,29 +163,29 @@ def test_verdict_on_context_lengths():
     base = model("base", "base", {1024: 11.0, 4096: 10.0, 16384: 410.0})
     mine = model("stage 2", "trained", {1024: 11.2, 4096: 10.03, 16384: 9.1})
     assert context_verdict([base, mine], "stage 2", 4096) == (
-        "By context length on pg19, 512 tokens of 2 documents: at 4,096 tokens within 0.3 % of base; "
-        "at 16,384 tokens perplexity 9.10 against 410.00 of base. "
+        "Context length on pg19 (512 tokens of 2 documents): at 4,096 tokens, within 0.3 % of base; "
+        "at 16,384 tokens, perplexity 9.10 (base: 410.00). "
         "Beyond the training length it is better than base."
     )
     control = model("control", "control", {1024: 9.0, 4096: 9.0, 16384: 9.2})
     assert context_verdict([base, mine, control], "stage 2", 4096).endswith(
-        "at 16,384 tokens perplexity 9.10 against 410.00 of base and 9.20 of control. "
+        "at 16,384 tokens, perplexity 9.10 (base: 410.00, control: 9.20). "
         "Beyond the training length it is better than base and about as good as control."
     )
     unfair = context_verdict([base, mine, control | {"training": {"stages": [1]}}], "stage 2", 4096)
     assert unfair == context_verdict([base, mine], "stage 2", 4096)
     alone = context_verdict([mine], "stage 2", None)
     assert alone == (
-        "By context length on pg19, 512 tokens of 2 documents: at 1,024 tokens perplexity 11.20; "
-        "at 16,384 tokens perplexity 9.10."
+        "Context length on pg19 (512 tokens of 2 documents): at 1,024 tokens, perplexity 11.20; "
+        "at 16,384 tokens, perplexity 9.10."
     )
     other = model("base", "base", {4096: 10.0, 16384: 410.0}, tokenizer="another")
-    assert "against" not in context_verdict([other, mine], "stage 2", 4096)
+    assert "base" not in context_verdict([other, mine], "stage 2", 4096)
     assert context_verdict([model("stage 2", "trained", {})], "stage 2", 4096) == ""
 
 
 def test_verdict_on_passkeys():
     models = [model("base", "base", {}), model("stage 2", "trained", {})]
     assert passkey_verdict(models, "stage 2", 4096) == (
-        "Passkeys found: 100 % (base 100 %); beyond the training length 60 % (base 0 %)."
+        "Passkey accuracy: 100 % (base: 100 %); beyond the training length 60 % (base: 0 %)."
     )

@@ -12,16 +12,16 @@ from tests.evaluation.example_results import STAGE2, example_results, four_rows,
 def test_first_three_lines_are_title_verdict_and_main_result(tmp_path):
     lines = report(tmp_path, example_results(), rows=four_rows(), label="stage 2").splitlines()
     assert lines[0] == "# Evaluation of my run/final_model (qwen2_nope, NoPE layers: 4-6) on embedded"
-    assert lines[1].startswith("**Verdict:** Won back: stage 2 is 3.0 % above base")
-    assert lines[2] == "**The number:** perplexity 7.61 on embedded, +3.0 % against base."
+    assert lines[1].startswith("**Verdict:** Recovered: stage 2 is 3.0 % above base")
+    assert lines[2] == "**Main result:** perplexity 7.61 on embedded, +3.0 % vs. base."
 
 
 def test_main_result_is_of_the_evaluated_model(tmp_path):
     rows = [*four_rows(), row("control", "control", 1.9)]
     text = report(tmp_path, example_results(), rows=rows, label="stage 2")
-    assert text.splitlines()[2].endswith("perplexity 7.61 on embedded, +3.0 % against base, +13.9 % against control.")
+    assert text.splitlines()[2].endswith("perplexity 7.61 on embedded, +3.0 % vs. base, +13.9 % vs. control.")
     assert "- control: training with RoPE kept" in text
-    assert "Training on more text changes the loss by itself" not in text  # the control is there
+    assert "Further training changes the loss by itself" not in text  # the control is there
 
 
 def test_tables_contain_the_numbers_and_have_equal_columns(tmp_path):
@@ -40,9 +40,9 @@ def test_different_tokenizer_is_marked_and_compared_in_bits_per_byte(tmp_path):
     rows = [row("base", "base", 2.0, bits=1.0), row("other", "trained", 1.0, tokenizer="t2", bits=1.1)]
     text = report(tmp_path, example_results(), rows=rows, label="other")
     assert "| other | 1.0000 \\* | 2.72 \\* | 1.1000 | +10.0 % \\* | – |" in text
-    assert "may not be compared" in text
-    assert text.splitlines()[2] == "**The number:** 0.8123 bits per byte on embedded, +10.0 % against base."
-    assert "may not be compared" not in report(tmp_path, example_results(), rows=four_rows())
+    assert "not comparable between tokenizers" in text
+    assert text.splitlines()[2] == "**Main result:** 0.8123 bits per byte on embedded, +10.0 % vs. base."
+    assert "not comparable between tokenizers" not in report(tmp_path, example_results(), rows=four_rows())
 
 
 def test_plots_have_relative_links_and_a_caption(tmp_path):
@@ -57,13 +57,13 @@ def test_failed_data_sets_are_listed_with_their_error(tmp_path):
     assert "- a\\|b: two lines &lt;html>" in text
     assert "1 of 2 data sets could not be scored" in text
     results["datasets"].pop("embedded")
-    assert report(tmp_path, results).splitlines()[2] == "**The number:** none."
+    assert report(tmp_path, results).splitlines()[2] == "**Main result:** none."
 
 
 def test_notes_depend_on_the_layout_of_the_nope_layers(tmp_path):
     band, interleaved, plain = (report(tmp_path, example_results(layers)) for layers in ((4, 5, 6), (3, 7, 11), ()))
-    assert "hardly extrapolates" in band and "every:4" in band
-    assert "are interleaved, the layout that extrapolates" in interleaved
+    assert "hardly extrapolate beyond" in band and "every:4" in band
+    assert "are interleaved, the layout that extrapolates best" in interleaved
     assert "## Notes" not in plain
     assert "--no_rope_layers none" in report(tmp_path, example_results(()), rows=four_rows())
     both = example_results(())
