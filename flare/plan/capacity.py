@@ -1,4 +1,4 @@
-"""Memory that a run may use, on its GPUs or on the CPU, and how sizes are written. No torch."""
+"""Memory that a run may use on its GPUs or on the CPU, and the text form of sizes. No torch."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from flare.plan.inputs import PlanInputs
 MIB, GIB = 2**20, 2**30
 
 RESERVE_FRACTION, RESERVE_BYTES = 0.06, int(0.7 * GIB)
-"""Kept free of a GPU's memory: fragmentation of the allocator (the share), CUDA context and libraries'
-workspaces (the bytes). An estimate until measured on a GPU. On the CPU, per process: Python and torch."""
+"""Memory that stays free: a fraction because the allocator fragments, and bytes for the CUDA context and the
+workspaces of libraries. An estimate, not measured on a GPU. On the CPU: Python and torch."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Capacity:
 
 
 def usable_bytes(total_bytes: int) -> int:
-    """What a run may take of a GPU's (or a CPU process's) memory."""
+    """Bytes that a run may use of the memory of a GPU, or of a CPU process."""
     return max(0, int(total_bytes * (1 - RESERVE_FRACTION)) - RESERVE_BYTES)
 
 
 def capacities(inputs: PlanInputs) -> tuple[Capacity, ...]:
-    """One entry for each kind of GPU whose memory is known, or one for the CPU."""
+    """One capacity for each kind of GPU whose memory size is known, or one for the CPU."""
     if inputs.gpus:
         kinds = Counter(inputs.gpus).items()
         known = [(f"{n} x {name}", mib * MIB) for (name, mib), n in kinds if mib is not None]

@@ -1,7 +1,7 @@
-"""The plan of a run, told before anything is loaded: parameters, FLOPs, memory, disk, and whether it fits.
+"""The plan of a run before anything is loaded: parameters, FLOPs, memory, disk, and whether it fits.
 
-Pure functions over ``PlanInputs``; no torch. The peak of a process is in memory.py, what would fit in
-suggest.py, the table that people read in plan_table.py.
+Pure functions of ``PlanInputs``; no torch. memory.py computes the peak of a process, suggest.py finds settings that
+fit, table.py formats the plan.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from flare.plan.suggest import suggest
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in numbers."""
+    """The numbers of a run."""
 
     inputs: PlanInputs
     trainable_params: int
@@ -25,24 +25,24 @@ class Plan:
     tokens_per_step: int  # of an optimizer step, all processes together
     flops: TokenFlops
     memory: Memory
-    capacities: tuple[Capacity, ...]  # where the memory is known
+    capacities: tuple[Capacity, ...]  # of GPUs whose memory size is known
     checkpoint_bytes: int
     final_model_bytes: int
-    disk_bytes: int  # at the fullest moment
+    disk_bytes: int  # the most during the run
 
     @property
     def exceeded_capacities(self) -> list[Capacity]:
-        """Those that cannot hold the peak."""
+        """The capacities that are smaller than the peak."""
         return [capacity for capacity in self.capacities if capacity.usable_bytes < self.memory.peak_bytes]
 
     @property
     def fits(self) -> bool | None:
-        """Whether every GPU holds its share; None when no GPU's memory is known."""
+        """Whether the peak fits on every GPU; None when no GPU's memory size is known."""
         return not self.exceeded_capacities if self.capacities else None
 
 
 def make_plan(inputs: PlanInputs) -> Plan:
-    """All numbers of a run. Nothing is read, loaded or refused here: see ``check_fits``."""
+    """Compute all numbers of a run. Raises nothing when the run does not fit: see ``check_fits``."""
     trainable, shape = inputs.resolved_trainable, inputs.shape
     params = trainable.params(shape)
     frozen = shape.total_params - params
@@ -65,7 +65,7 @@ def make_plan(inputs: PlanInputs) -> Plan:
 
 
 def checkpoints_on_disk(inputs: PlanInputs) -> int:
-    """Checkpoints at the fullest moment: the new one is whole before the oldest goes."""
+    """The most checkpoints at one time: the new one is complete before the oldest is deleted."""
     if inputs.save_total_limit is None:
         return inputs.num_saves or 1
     most = inputs.save_total_limit + 1 + inputs.keeps_best
@@ -73,10 +73,10 @@ def checkpoints_on_disk(inputs: PlanInputs) -> int:
 
 
 def check_fits(plan: Plan) -> None:
-    """Refuse, before anything is loaded, what a known GPU or the disk cannot hold.
+    """Check, before anything is loaded, that the run fits into the memory of the known GPUs and on the disk.
 
     Raises:
-        ConfigError: too little memory; with the numbers and the flag values that would fit.
+        ConfigError: too little memory; the message has the numbers and the flag values that would fit.
         EnvError: not even one checkpoint fits on the disk.
     """
     inputs, need = plan.inputs, plan.memory

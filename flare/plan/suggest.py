@@ -1,6 +1,6 @@
-"""What would fit where a run does not: flag values with the same global batch, or the plain word that none does.
+"""Suggestions for a run that does not fit: flag values with the same global batch that fit, if there are any.
 
-Pure functions over ``PlanInputs``; no torch.
+Pure functions of ``PlanInputs``; no torch.
 """
 
 import math
@@ -18,7 +18,7 @@ MAX_GPUS = 64
 """Where the search for enough GPUs ends."""
 
 SHORTEST_SEQ_LEN = 256
-"""Below this length no suggestion is made: it would be another experiment."""
+"""Shorter rows are never suggested, because that would be a different experiment."""
 
 
 def fits(inputs: PlanInputs, limit_bytes: int) -> bool:
@@ -27,12 +27,12 @@ def fits(inputs: PlanInputs, limit_bytes: int) -> bool:
 
 
 def suggest(inputs: PlanInputs, limit_bytes: int | None = None) -> str:
-    """Flag values that would fit where ``inputs`` do not, all with the same global batch; '' if they fit.
+    """Return flag values that fit where ``inputs`` do not, all with the same global batch; '' if ``inputs`` fit.
 
     Args:
-        limit_bytes: what a process may need; None: what its GPU, or its share of the RAM, has.
+        limit_bytes: limit for a process; None: the memory of its GPU, or its share of the RAM.
 
-    When no choice of batch, row length and checkpointing fits, it says so, and what else would do.
+    When no choice of batch, row length and checkpointing fits, the text says so and names other changes that would.
     """
     known = capacities(inputs)
     limit = limit_bytes or min((capacity.usable_bytes for capacity in known), default=None)
@@ -112,8 +112,8 @@ def _flags(inputs: PlanInputs, way: PlanInputs) -> str:
 
 
 def _nothing_fits(inputs: PlanInputs, limit_bytes: int) -> str:
-    """The plain word that these weights are too much for this GPU, and what would not be."""
-    # One row at a time, the global batch kept; and the least that is still a run.
+    """The message that no batch, row length and checkpointing fits, with the changes that would."""
+    # One row at a time with the same global batch; and the smallest possible run.
     modest = replace(inputs, gradient_checkpointing=True, per_device_batch=1)
     modest = replace(modest, accumulation=inputs.per_device_batch * inputs.accumulation)
     least = replace(modest, accumulation=1, seq_len=SHORTEST_SEQ_LEN)
@@ -139,7 +139,7 @@ def _nothing_fits(inputs: PlanInputs, limit_bytes: int) -> str:
 
 
 def _more_gpus(inputs: PlanInputs, limit_bytes: int) -> list[str]:
-    """The fewest such GPUs that hold the run when everything is divided among them."""
+    """The smallest number of such GPUs on which the run fits with FSDP."""
     for gpus in range(max(2, inputs.shards + 1), MAX_GPUS + 1) if inputs.gpus else ():
         if fits(replace(inputs, parallel="fsdp", world_size=gpus), limit_bytes):
             return [f"{gpus} such GPUs with --parallel fsdp (or auto), 1 row at a time"]
@@ -147,7 +147,7 @@ def _more_gpus(inputs: PlanInputs, limit_bytes: int) -> list[str]:
 
 
 def _smaller_model(inputs: PlanInputs, limit_bytes: int) -> list[str]:
-    """The largest known model of the family that fits, training all of it or the same share of layers."""
+    """The largest known model of the family that fits, with all or the same fraction of its layers trained."""
     trainable, depth = inputs.resolved_trainable, inputs.shape.num_hidden_layers
     by_size = sorted(KNOWN_SHAPES.items(), key=lambda item: -item[1].total_params)
     for name, shape in by_size:

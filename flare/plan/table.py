@@ -1,4 +1,4 @@
-"""The plan of a run as the aligned table that people read. No torch."""
+"""Formats the plan of a run as an aligned table. No torch."""
 
 import math
 import textwrap
@@ -46,7 +46,7 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def time_words(steps: int, tokens_per_step: int, tokens_per_sec: float) -> str:
-    """What steps take at a rate that was measured, without evaluation and saving."""
+    """The time that steps take at a measured rate, without evaluation and saving."""
     minutes = math.ceil(steps * tokens_per_step / tokens_per_sec / 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -115,14 +115,14 @@ def _column(name: str, value: str) -> str:
 
 
 def _wrap(label: str, text: str) -> list[str]:
-    """One row of the table; long text goes on under itself, columns stay as they are."""
+    """One row of the table. Long text is wrapped below itself; columns are not wrapped."""
     is_columns = "  " in text
     pieces = [text] if is_columns else textwrap.wrap(text, WIDTH - LABEL_WIDTH)
     return [f"{label if i == 0 else '':<{LABEL_WIDTH}}{piece}".rstrip() for i, piece in enumerate(pieces)]
 
 
 def _flops(value: int, largest: int) -> str:
-    """In a unit that suits the largest number of the column: a tiny model's are no zeros."""
+    """FLOPs in a unit that fits the largest number of the column, so that small models do not show zeros."""
     return f"{value / 1e9:.2f} GFLOP" if largest >= 1e8 else f"{value / 1e6:.2f} MFLOP"
 
 
