@@ -109,9 +109,9 @@ def test_a_rank_that_waits_for_an_event_of_its_gpu_counts_as_waiting(tmp_path: P
     try:
         assert waits.wait(timeout=30)
         watchdog.main_thread = rank.ident
-        assert watchdog._place() == "waits"
+        assert watchdog.activity() == "waits"
         watchdog.main_thread = threading.get_ident()
-        assert watchdog._place() != "waits"
+        assert watchdog.activity() != "waits"
     finally:
         go_on.set()
         rank.join()

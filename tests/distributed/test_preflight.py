@@ -77,7 +77,7 @@ def test_nccl_failure_names_the_usual_fix(monkeypatch: pytest.MonkeyPatch) -> No
     from flare.distributed import preflight
 
     monkeypatch.setattr(preflight.atexit, "register", lambda *_: None)
-    monkeypatch.setattr(preflight, "_all_reduce", lambda *_: time.sleep(5))
+    monkeypatch.setattr(preflight, "all_reduce_and_check", lambda *_: time.sleep(5))
     with pytest.raises(EnvError) as error:
         preflight.run_preflight_check(torch.distributed.HashStore(), 0, 2, torch.device("cuda", 0), 0.2)
     assert "did not end within 0.2 s" in str(error.value)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flare.data.training_rows import IGNORE_INDEX
-from flare.model.linear_cross_entropy import FP16_FOLD, _chunk_gradient, _InPlace, linear_cross_entropy_sum
+from flare.model.linear_cross_entropy import FP16_FOLD, InPlaceGradient, gradient_of_chunk, linear_cross_entropy_sum
 
 VOCAB_SIZE = 151_936
 
@@ -41,9 +41,9 @@ def test_no_probability_of_qwens_vocabulary_loses_digits_in_fp16(on_gpu: bool) -
     expected = torch.nn.functional.cross_entropy(exact, labels, reduction="sum")
     expected.backward()
     if on_gpu:
-        nll, gradient = _chunk_gradient(logits, _Unchanged(logits), labels)
+        nll, gradient = gradient_of_chunk(logits, _Unchanged(logits), labels)
     else:
-        place = _InPlace.__new__(_InPlace)
+        place = InPlaceGradient.__new__(InPlaceGradient)
         place.wide = torch.empty(8, VOCAB_SIZE)
         wanted = (labels != IGNORE_INDEX)[:, None]
         gradient = logits.clone()

@@ -85,7 +85,7 @@ def test_a_loss_that_is_not_finite_is_an_error_in_fp16_too(runner: Trainer) -> N
     poison(runner, step=1)
     runner._step()
     before = weights(runner)
-    with pytest.raises(FlareError, match=r"step 2: loss inf .*not updated.*fp16 ends at 65,504: --precision fp32"):
+    with pytest.raises(FlareError, match=r"step 2: loss inf .*not updated.*fp16 ends at 65,504: use --precision fp32"):
         for _ in range(2):
             runner._step()
     assert all(torch.equal(weight, before[name]) for name, weight in weights(runner).items())
