@@ -1,6 +1,6 @@
-"""python -m flare.checkpoint list|verify DIR: which checkpoints are there, and whether they are whole.
+"""python -m flare.checkpoint list|verify DIR: lists checkpoints and checks whether they are complete.
 
-DIR is an experiment, its checkpoints/ directory, or one checkpoint-N. Reads and hashes; changes nothing.
+DIR is an experiment, its checkpoints/ directory, or one checkpoint-N. Nothing is changed.
 """
 
 import sys
@@ -18,7 +18,7 @@ COLUMNS = "{:<24} {:>15} {:>9}  {:<16}  {}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    what = "Which checkpoints are there, and whether they are whole. Reads and hashes; changes nothing."
+    what = "List checkpoints and check whether they are complete. Changes nothing."
     parser = OneLineParser("python -m flare.checkpoint", "list|verify DIR", what, EXAMPLES)
     group = parser.add_argument_group("what and where")
     group.add_argument("command", choices=("list", "verify"), help="verify hashes every file, 1 GB a second or so")
@@ -28,16 +28,18 @@ def main(argv: list[str] | None = None) -> int:
     print(COLUMNS.format("checkpoint", "tokens", "GiB", "written", "state"))
     states = [print_line(path, hashed=args.command == "verify") for path in paths]
     if args.command == "verify" and not all(states):
-        raise CheckpointError(f"{states.count(False)} of {len(states)} checkpoints are not whole; resuming skips them")
+        raise CheckpointError(
+            f"{states.count(False)} of {len(states)} checkpoints are not complete; resuming skips them"
+        )
     return 0
 
 
 def checkpoint_paths(directory: Path) -> list[Path]:
-    """What looks like a checkpoint in a directory, stage 1's set aside, too; by stage and step.
+    """Directories named checkpoint-N, including those of stage 1, sorted by stage and step.
 
-    Raises: CheckpointError when there is nothing.
+    Raises: CheckpointError when there are none.
     """
-    from flare.checkpoint.directory import NAME  # here, for it imports torch: --help needs none
+    from flare.checkpoint.directory import NAME  # imported here because it imports torch, which --help does not need
 
     if NAME.fullmatch(directory.name):
         paths = [directory] if directory.is_dir() else []
@@ -56,20 +58,20 @@ def step_of(path: Path) -> int:
 
 
 def print_line(path: Path, hashed: bool) -> bool:
-    """One checkpoint's line. Returns whether it is whole, as far as was looked."""
+    """Print the line of one checkpoint. Returns whether the checks found it complete."""
     from flare.checkpoint.directory import Checkpoint
 
     checkpoint, facts, state = Checkpoint(path, step_of(path)), {}, "complete"
     try:
         if not (path / "manifest.json").is_file():
-            raise CheckpointError("manifest.json is missing: never finished, or half deleted")
+            raise CheckpointError("manifest.json is missing: never finished, or partly deleted")
         checkpoint.listed_files()
         if hashed:
             checkpoint.verify()
             state = "complete, every hash is right"
         facts = checkpoint.manifest()
     except (CheckpointError, OSError) as error:
-        state = f"NOT WHOLE: {str(error).removeprefix(f'{path.name}: ')}"
+        state = f"NOT COMPLETE: {str(error).removeprefix(f'{path.name}: ')}"
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**30
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     name = f"stage1/{path.name}" if path.parent.parent.name == "stage1" else path.name

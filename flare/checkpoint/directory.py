@@ -1,16 +1,16 @@
-"""Checkpoints that are whole or absent, and the final model.
+"""Writes checkpoints and the final model atomically; lists, verifies and deletes checkpoints.
 
-A checkpoint is written to a hidden temporary directory; every file is hashed and synced; ``manifest.json``
-goes in last; the directory is renamed into place. Without a manifest a directory is no checkpoint. All
-tensors are in safetensors files: nothing here ever unpickles.
+A checkpoint is written to a hidden temporary directory. Every file is hashed and synced, ``manifest.json`` is written
+last, and the directory is renamed. A directory without a manifest is not a checkpoint. All tensors are in safetensors
+files: nothing here unpickles.
 
     checkpoint-N/
       model.safetensors       trainable weights as fp32 masters, frozen ones in their dtype
-      config.json, tokenizer  so that a checkpoint opens as a model, too
+      config.json, tokenizer  so that a checkpoint also opens as a model
       optimizer.safetensors   optimizer state by parameter name
-                              (large ones in several files with an index, as transformers names them)
-      trainer_state.json      progress, history, and what the run must still agree with at resume
-      manifest.json           bytes and sha256 of every file, and the sha256 of what it says itself
+                              (a large state is in several files with an index, named as in transformers)
+      trainer_state.json      progress, history, and the settings that a resumed run must match
+      manifest.json           bytes and sha256 of every file, and a sha256 of the manifest itself
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from flare.files import write_json
 from flare.nope.config_json import write_config
 
 FORMAT_VERSION = 2
-"""Of manifests. Those of 1 have no hash of their own."""
+"""Of manifests. Manifests of version 1 have no hash of themselves."""
 NAME = re.compile(r"checkpoint-(\d+)")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -42,7 +42,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory that carries our manifest."""
+    """A checkpoint directory with a manifest."""
 
     path: Path
     step: int
@@ -68,13 +68,13 @@ class Checkpoint:
             if sha256(path) != digest:
                 raise CheckpointError(f"{self.path.name}: {name} is damaged (its sha256 differs)")
         foreign = sorted({path.name for path in self.path.glob("*.safetensors*")} - set(files))
-        if foreign:  # a reader would take an index, and what it names, for ours
+        if foreign:  # a reader would open the files that a foreign index names
             raise CheckpointError(f"{self.path.name}: {foreign[0]} is not in its manifest")
 
     def listed_files(self) -> dict[str, tuple[int, str]]:
         """Name -> (bytes, sha256) of the manifest's files.
 
-        Raises: CheckpointError for a manifest that is damaged, or that of another checkpoint.
+        Raises: CheckpointError when the manifest is damaged or belongs to another checkpoint.
         """
         try:
             manifest = self.manifest()
@@ -92,7 +92,7 @@ class Checkpoint:
 
 
 def manifest_sha256(manifest: dict) -> str:
-    """Hex digest of what a manifest says, but for that digest itself."""
+    """Hex digest of a manifest without its own ``sha256`` key."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -104,7 +104,7 @@ def sha256(path: Path) -> str:
 
 
 def list_checkpoints(directory: Path) -> list[Checkpoint]:
-    """Directories with our name and our manifest, oldest first, by step number (never by date)."""
+    """Directories named checkpoint-N with a manifest, sorted by step number (never by date)."""
     if not directory.is_dir():
         return []
     found = []
@@ -116,7 +116,7 @@ def list_checkpoints(directory: Path) -> list[Checkpoint]:
 
 
 def newest_valid(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are what its manifest says, and why newer ones were skipped."""
+    """The newest checkpoint whose files match its manifest, and the reasons why newer ones were skipped."""
     skipped = []
     for candidate in reversed(list_checkpoints(directory)):
         try:
@@ -135,62 +135,64 @@ def write_checkpoint(
     facts: dict,
     world: World,
 ) -> None:
-    """Write a checkpoint whole or not at all. A collective.
+    """Write a checkpoint atomically. A collective.
 
     Args:
         target: ``.../checkpoint-<step>``.
-        state: stem of the file names -> named tensors, which all ranks write together (see ``tensor_files``).
-        files: name -> function that writes that file at the path it is given, on rank 0.
-        facts: what the manifest says besides the files (step, tokens, stage, world size, ...).
+        state: stem of the file names -> tensors by name, which all ranks write together (see ``tensor_files``).
+        files: name -> function that writes the file to a given path, on rank 0.
+        facts: other entries of the manifest (step, tokens, stage, world size, ...).
     Raises: EnvError when the disk is full or the directory cannot be written; nothing is left behind.
     """
-    part = target.with_name(f".tmp-{target.name}")
+    temporary = target.with_name(f".tmp-{target.name}")
 
     def write() -> None:
-        run_on_main_rank(world, lambda: _begin(part))
-        written = [path for stem, tensors in state.items() for path in write_tensors(tensors, part, stem, world)]
+        run_on_main_rank(world, lambda: _make_empty(temporary))
+        written = [path for stem, tensors in state.items() for path in write_tensors(tensors, temporary, stem, world)]
         entries: dict[str, dict] = {}
-        for sealed in run_on_all_ranks(world, lambda: {path.name: _seal(path) for path in written}):
-            entries |= sealed
-        run_on_main_rank(world, lambda: _commit(part, target, files, entries, facts))
+        for hashed in run_on_all_ranks(world, lambda: {path.name: _sync_and_hash(path) for path in written}):
+            entries |= hashed
+        run_on_main_rank(world, lambda: _commit(temporary, target, files, entries, facts))
 
-    _whole_or_not(write, part, world)
-
-
-def _begin(part: Path) -> None:
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    _remove_on_failure(write, temporary, world)
 
 
-def _seal(path: Path) -> dict:
-    """The manifest's entry of a file that is on the disk for good."""
+def _make_empty(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _sync_and_hash(path: Path) -> dict:
+    """Sync a file to disk and return its entry of the manifest."""
     _sync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _commit(part: Path, target: Path, files: dict[str, Callable[[Path], None]], entries: dict, facts: dict) -> None:
-    """Add the small files and the manifest, and give the directory its name."""
+def _commit(
+    temporary: Path, target: Path, files: dict[str, Callable[[Path], None]], entries: dict, facts: dict
+) -> None:
+    """Add the small files and the manifest, and rename the directory."""
     for name, write in files.items():
-        write(part / name)
-    entries |= {path.name: _seal(path) for path in sorted(part.iterdir()) if path.name not in entries}
+        write(temporary / name)
+    entries |= {path.name: _sync_and_hash(path) for path in sorted(temporary.iterdir()) if path.name not in entries}
     manifest = {"format_version": FORMAT_VERSION, **facts, "files": dict(sorted(entries.items()))}
-    write_json(part / "manifest.json", manifest | {"sha256": manifest_sha256(manifest)})
+    write_json(temporary / "manifest.json", manifest | {"sha256": manifest_sha256(manifest)})
     if target.exists():  # an older, damaged or unfinished one of the same step
         remove_checkpoint(target)
-    os.rename(part, target)
+    os.rename(temporary, target)
     _sync(target.parent)
 
 
-def _whole_or_not(write: Callable[[], None], part: Path, world: World) -> None:
-    """Run a collective that writes into ``part``; when it fails, on all ranks alike, remove that.
+def _remove_on_failure(write: Callable[[], None], temporary: Path, world: World) -> None:
+    """Run a collective that writes into a temporary directory; remove the directory on failure.
 
-    Raises: EnvError for what the disk refused, else what failed.
+    Raises: EnvError when the disk is full or cannot be written; other exceptions as they are.
     """
     try:
         write()
     except (OSError, EnvError) as error:
-        failure = _disk_error(part.parent, error)
-        run_on_main_rank(world, lambda: shutil.rmtree(part, ignore_errors=True))
+        failure = _disk_error(temporary.parent, error)
+        run_on_main_rank(world, lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise failure from error
 
 
@@ -211,7 +213,7 @@ def _sync(path: Path) -> None:
 
 
 def remove_temporary_directories(directory: Path) -> None:
-    """Remove what a killed save left behind: our hidden temporary directories."""
+    """Remove the hidden temporary directories that a killed save left behind."""
     for path in directory.glob(".tmp-*") if directory.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
 
@@ -223,7 +225,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def prune(directory: Path, limit: int | None, keep_steps: set[int | None]) -> None:
-    """Keep the newest ``limit`` checkpoints, and those of ``keep_steps`` (just written, best) whatever their age."""
+    """Delete all but the newest ``limit`` checkpoints and those of ``keep_steps`` (just written, best)."""
     if limit is None:
         return
     for old in list_checkpoints(directory)[:-limit]:
@@ -232,8 +234,10 @@ def prune(directory: Path, limit: int | None, keep_steps: set[int | None]) -> No
 
 
 def supersede_newer(directory: Path, step: int) -> list[str]:
-    """Rename checkpoints beyond ``step`` to superseded-checkpoint-N: resuming an older one begins another branch,
-    and the newest must not be taken for its end. Returns their names."""
+    """Rename checkpoints after ``step`` to superseded-checkpoint-N. Returns their names.
+
+    Resuming an older checkpoint starts a new branch. Newer checkpoints must not be mistaken for its result.
+    """
     names = []
     for newer in list_checkpoints(directory):
         if newer.step > step:
@@ -247,12 +251,12 @@ def supersede_newer(directory: Path, step: int) -> list[str]:
 
 
 def model_tensors(causal_lm: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """All weights by name, a tied one once, as they are: on their device, sharded or not."""
+    """All weights by name, a tied weight once, on their device, sharded or not."""
     return {name: p.detach() for name, p in causal_lm.named_parameters()}
 
 
 def model_files(config: dict, tokenizer_dir: Path) -> dict[str, Callable[[Path], None]]:
-    """Writers for what makes a directory with weights a model: config, modelling code, tokenizer."""
+    """Writers of the files that a model needs besides weights: config, modelling file, tokenizer."""
     files = {"config.json": lambda path: write_config(config, path.parent)}
     for file in TOKENIZER_FILES:
         if (tokenizer_dir / file).is_file():
@@ -263,31 +267,31 @@ def model_files(config: dict, tokenizer_dir: Path) -> dict[str, Callable[[Path],
 def export_model(
     target: Path, weights: Callable[[Path], list[Path]], files: dict[str, Callable[[Path], None]], world: World
 ) -> None:
-    """Write a model directory whole or not at all, replacing an earlier one. A collective.
+    """Write a model directory atomically, replacing an earlier one. A collective.
 
     Args:
-        weights: a collective that writes the weights into a directory; returns the files that this rank wrote.
+        weights: a collective that writes the weights into a directory and returns the files that this rank wrote.
         files: as in ``write_checkpoint``; they are written after the weights.
     Raises: EnvError when the disk is full.
     """
-    part = target.with_name(f".tmp-{target.name}")
+    temporary = target.with_name(f".tmp-{target.name}")
 
     def write() -> None:
-        run_on_main_rank(world, lambda: _begin(part))
-        written = weights(part)
+        run_on_main_rank(world, lambda: _make_empty(temporary))
+        written = weights(temporary)
         run_on_all_ranks(world, lambda: [_sync(path) for path in written])
-        run_on_main_rank(world, lambda: _replace(part, target, files))
+        run_on_main_rank(world, lambda: _replace(temporary, target, files))
 
-    _whole_or_not(write, part, world)
+    _remove_on_failure(write, temporary, world)
 
 
-def _replace(part: Path, target: Path, files: dict[str, Callable[[Path], None]]) -> None:
+def _replace(temporary: Path, target: Path, files: dict[str, Callable[[Path], None]]) -> None:
     old = target.with_name(f".tmp-old-{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     for name, write in files.items():
-        write(part / name)
-        _sync(part / name)
+        write(temporary / name)
+        _sync(temporary / name)
     if target.exists():
         os.rename(target, old)
-    os.rename(part, target)
+    os.rename(temporary, target)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Named tensors in one or several safetensors files: written by all ranks together, read part by part.
+"""Named tensors in one or several safetensors files: written by all ranks together, read one tensor at a time.
 
-Files and index are named as transformers names them, and every file holds whole tensors, whatever the ranks hold.
-So what four ranks wrote in shards loads on three, on one, and as a model. A small state is one file of rank 0; a
-large one is cut into files that the ranks write at the same time, a few GiB in memory each.
+Files and index are named as in transformers. Every file holds complete tensors, also when the ranks hold shards. So a
+state that four ranks wrote loads on three ranks, on one, and as a model. Rank 0 writes a small state as one file; a
+large state is divided into files of a few GiB, which the ranks write at the same time.
 """
 
 import json
@@ -21,12 +21,12 @@ from flare.nope.config_json import weight_files
 from flare.nope.weight_files import is_safetensors, load_bin, save_tensors
 
 MAX_FILE_BYTES = 4 * 2**30
-"""Of one file, and so of host memory that a rank needs to write one; a larger tensor is a file of its own."""
+"""Limit of a file, and so of the host memory that a rank needs to write it. A larger tensor has its own file."""
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file to be: its name, the tensors in it, and the rank that writes it."""
+    """A file to write: its name, its tensors, and the rank that writes it."""
 
     name: str
     tensors: tuple[str, ...]
@@ -34,7 +34,7 @@ class TensorFile:
 
 
 def files_for(sizes: dict[str, int], stem: str, world_size: int, limit_bytes: int) -> list[TensorFile]:
-    """Cut tensors (name -> bytes) into files of at most ``limit_bytes``, in order, owned by the ranks in turn."""
+    """Divide tensors (name -> bytes), in order, into files of at most ``limit_bytes``, assigned to ranks in turn."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -57,8 +57,8 @@ def write_tensors(
     """Write named tensors, sharded or not, to ``<stem>.safetensors`` or several files and their index. A collective.
 
     Args:
-        tensors: the same names in the same order on every rank; those that are not sharded are the same, too.
-        dtype: of the files; default each tensor's own.
+        tensors: the same names in the same order on every rank; those that are not sharded have the same values.
+        dtype: of the files; default: the dtype of each tensor.
     Returns: the files that this rank wrote.
     Raises: OSError on all ranks when one of them cannot write.
     """
@@ -67,8 +67,8 @@ def write_tensors(
     written, failure = [], None
     for first in range(0, len(files), world.size):
         held = {}
-        for file in files[first : first + world.size]:  # all ranks gather them, even one that has failed
-            held |= _gathered(tensors, file, world, dtype)
+        for file in files[first : first + world.size]:  # all ranks gather, also a rank that has failed
+            held |= _gather_file(tensors, file, world, dtype)
         own = [file for file in files[first : first + world.size] if file.owner == world.rank]
         for file in own if failure is None else ():
             failure = _failure_of(save_tensors, held, directory / file.name)
@@ -86,8 +86,8 @@ def write_tensors(
 def write_pickled(
     tensors: dict[str, torch.Tensor], path: Path, world: World, dtype: torch.dtype | None = None
 ) -> list[Path]:
-    """Write named tensors to one file of torch.save, whole in rank 0's memory. Otherwise as ``write_tensors``."""
-    held = _gathered(tensors, TensorFile(path.name, tuple(tensors), 0), world, dtype)
+    """Write named tensors to one file of torch.save, all of it in rank 0's memory. Otherwise as ``write_tensors``."""
+    held = _gather_file(tensors, TensorFile(path.name, tuple(tensors), 0), world, dtype)
     raise_first_failure(_failure_of(_save_pickled, held, path) if world.is_main else None)
     return [path] if world.is_main else []
 
@@ -95,16 +95,19 @@ def write_pickled(
 def _save_pickled(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         torch.save(tensors, path)
-    except RuntimeError as error:  # how torch tells of a full disk
+    except RuntimeError as error:  # torch's exception for a full disk
         if is_out_of_memory(error):
             raise
         raise OSError(first_line(error)) from error
 
 
-def _gathered(
+def _gather_file(
     tensors: dict[str, torch.Tensor], file: TensorFile, world: World, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """The file's tensors, whole, in its owner's memory; one at a time on a GPU. A collective for sharded ones."""
+    """The complete tensors of a file, on the CPU of its owner. A collective for sharded tensors.
+
+    Only one complete tensor at a time is on a GPU.
+    """
     held = {}
     for name in file.tensors:
         tensor = full_tensor(tensors[name]) if is_sharded(tensors[name]) or file.owner == world.rank else None
@@ -122,7 +125,7 @@ def _failure_of(work: Callable, *args: object) -> OSError | None:
 
 
 class TensorReader:
-    """Tensors of a set of files by name, read one at a time and only the rows that are asked for.
+    """Reads the tensors of a set of files by name, one at a time, and only the rows that are needed.
 
     Raises: CheckpointError for files that cannot be read.
     """
@@ -139,7 +142,7 @@ class TensorReader:
                     self.handles |= {name: {name: tensor} for name, tensor in load_bin(file).items()}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
-        self.where = files[0].parent if files else Path()
+        self.directory = files[0].parent if files else Path()
 
     @classmethod
     def of_model(cls, directory: Path) -> "TensorReader":
@@ -148,7 +151,7 @@ class TensorReader:
 
     @classmethod
     def of_state(cls, directory: Path, stem: str) -> "TensorReader":
-        """What ``write_tensors`` wrote under this stem."""
+        """The tensors that ``write_tensors`` wrote with this stem."""
         index = directory / f"{stem}.safetensors.index.json"
         if not index.is_file():
             return cls([directory / f"{stem}.safetensors"])
@@ -159,12 +162,12 @@ class TensorReader:
         return set(self.handles)
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole tensor."""
+        """A complete tensor."""
         handle = self.handles[name]
         return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
 
     def copy_into(self, name: str, target: torch.Tensor) -> None:
-        """Copy a tensor into one of the same shape, in the target's dtype; of a sharded one this rank's rows.
+        """Copy a tensor into one of the same shape, in the target's dtype; for a sharded target this rank's rows.
 
         Raises: CheckpointError for another shape.
         """
@@ -172,7 +175,7 @@ class TensorReader:
         source = handle[name] if isinstance(handle, dict) else handle.get_slice(name)
         shape = list(source.shape if isinstance(handle, dict) else source.get_shape())
         if shape != list(target.shape):
-            raise CheckpointError(f"{self.where}: {name} has shape {shape}, the model asks for {list(target.shape)}")
+            raise CheckpointError(f"{self.directory}: {name} has shape {shape}, the model needs {list(target.shape)}")
         if is_sharded(target):
             first, last = local_row_range(target)
             target.to_local().copy_(source[first:last])
@@ -182,8 +185,7 @@ class TensorReader:
 
 @torch.no_grad()
 def restore_weights(causal_lm: torch.nn.Module, reader: TensorReader) -> None:
-    """Copy every weight of a model directory into the model, in the dtype that the model holds it in; into a
-    sharded one this rank's rows.
+    """Copy every weight of a model directory into the model, in the model's dtype. On a sharded model: this rank's rows.
 
     Raises: CheckpointError when names or shapes differ.
     """
@@ -191,6 +193,8 @@ def restore_weights(causal_lm: torch.nn.Module, reader: TensorReader) -> None:
     tied = {"lm_head.weight"} - set(parameters)
     different = sorted((reader.names() - tied) ^ set(parameters))
     if different:
-        raise CheckpointError(f"{reader.where} holds other weights than the model (first difference: {different[0]})")
+        raise CheckpointError(
+            f"{reader.directory} holds other weights than the model (first difference: {different[0]})"
+        )
     for name, parameter in parameters.items():
         reader.copy_into(name, parameter.data)

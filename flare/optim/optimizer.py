@@ -105,7 +105,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, reader: TensorReade
         log.info(f"AdamW's moments are {how}")
     elif any(not torch.equal(table, quantization_map(key)) for key, table in tables.items()):
         raise CheckpointError(
-            f"{reader.where}: its 8-bit optimizer state has another quantization map than this torchao"
+            f"{reader.directory}: its 8-bit optimizer state has another quantization map than this torchao"
         )
     left -= {f"table|{key}" for key in tables}
     for name, parameter in named_parameters(optimizer):

@@ -189,8 +189,8 @@ def loss_bytes(shape: ModelShape, batch: Microbatch, head_trains: bool, on_gpu: 
     """Peak bytes of ``linear_cross_entropy_sum`` without its inputs, with chunks of C rows of V logits.
 
     The gradient of the hidden states (N, H) is in their dtype (fp16: in fp32), the gradient of a trainable weight
-    (V, H) in fp32. A chunk's logits (C, V) are in the compute dtype, and also in fp32: all of them on a GPU, a few rows
-    on a CPU. In 16 bits a trainable weight is copied, and each chunk has its own weight gradient; a CPU computes that
+    (V, H) in fp32. A chunk's logits (C, V) are in the compute dtype, and also in fp32: all on a GPU, a few rows on a
+    CPU. In 16 bits a trainable weight is copied, and each chunk has its own weight gradient; a CPU computes that
     in blocks, which are also converted to fp32. fp16 on a CPU computes products from fp32 copies of such blocks.
     """
     rows = min(loss_chunk_rows(shape.vocab_size, on_gpu), batch.tokens)

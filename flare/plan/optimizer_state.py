@@ -9,8 +9,8 @@ EIGHT_BIT = "adamw_torch_8bit"
 """transformers' name for torchao's AdamW; its ``adamw_8bit`` is bitsandbytes'."""
 
 BLOCKS = (256, 128)
-"""Elements that share a scale, the preferred size first. Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization
-(2022), with torchao's 256; 128 also divides the rows of Qwen2.5-0.5B (896)."""
+"""Elements that share a scale, the preferred size first. Source: Dettmers et al., 8-bit Optimizers via Block-wise
+Quantization (2022), with torchao's 256; 128 also divides the rows of Qwen2.5-0.5B (896)."""
 
 SMALLEST = 4096
 """Elements of a tensor below which its moments stay in fp32, as in bitsandbytes and torchao."""
@@ -22,8 +22,8 @@ ADAM_STATE_BYTES = 2 * 4
 """Both moments in fp32, per trainable parameter."""
 
 COMPILED_UPDATE_BYTES, EAGER_UPDATE_BYTES = 8, 53
-"""Temporary bytes of an 8-bit update, per element of the largest tensor: compiled, where both moments exist in fp32 for
-a short time (counted on the CPU), and not compiled, as on a CPU."""
+"""Temporary bytes of an 8-bit update, per element of the largest tensor: compiled, where both moments exist in
+fp32 for a short time (counted on the CPU), and not compiled, as on a CPU."""
 
 
 def block_size(shape: tuple[int, ...]) -> int | None:

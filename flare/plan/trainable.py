@@ -83,7 +83,7 @@ class Trainable:
         return len(self.layers) * (shape.attention_params if self.attention_only else shape.layer_params)
 
     def tensors(self, shape: ModelShape) -> Iterator[tuple[int, ...]]:
-        """The shape of each trainable matrix. The vectors of a layer count as one, and so do those outside of layers."""
+        """The shape of each trainable matrix. The vectors of a layer count as one tensor."""
         hidden, inner, query, key_value = (
             shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size,
         )  # fmt: skip

@@ -79,10 +79,10 @@ def test_damage_is_found_and_named(run: Path, capsys: pytest.CaptureFixture, fil
     DAMAGES[damage](run / "checkpoints" / "checkpoint-4" / file)
     if (file, damage) == ("manifest.json", "a bit flipped"):  # may hit a field that says nothing about the files
         return
-    with pytest.raises(CheckpointError, match="1 of 2 checkpoints are not whole"):
+    with pytest.raises(CheckpointError, match="1 of 2 checkpoints are not complete"):
         checkpoint_command.main(["verify", str(run)])
     table = capsys.readouterr().out
-    assert f"NOT WHOLE: {file}" in table
+    assert f"NOT COMPLETE: {file}" in table
     assert "complete, every hash is right" in table
 
 
@@ -218,7 +218,7 @@ def test_list_and_verify_report_the_checkpoints(run: Path, capsys: pytest.Captur
     assert checkpoint_command.main(["verify", str(run / "checkpoints" / "checkpoint-4")]) == 0
     (run / "checkpoints" / "checkpoint-4" / "manifest.json").unlink()
     assert checkpoint_command.main(["list", str(run)]) == 0
-    assert "NOT WHOLE: manifest.json is missing" in capsys.readouterr().out
+    assert "NOT COMPLETE: manifest.json is missing" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="no checkpoint-N in"):
         checkpoint_command.main(["list", str(run / "logs")])
 
