@@ -1,13 +1,9 @@
-"""Measuring a causal LM: scores, the results file, the report, plots, TensorBoard.
+"""Evaluation of causal LMs: scores, results file, report, plots and TensorBoard events.
 
-    scorer.py       model -> NLL and argmax hit of every target; knows how to keep the logits small
-    windows.py      document -> windows of tokens; what a protocol is
-    perplexity.py   documents -> DatasetScore: sums over windows, the metrics and their definitions
-    results.py      evaluation_results.json
-    rows.py         one model on one data set; which control is a fair one
-    verdict.py      several results -> what they say, in plain words
-    plots.py, report.py, tensorboard.py   results -> PNG, Markdown, events
+    session.py, measure.py   all models of an evaluation, and all parts measured on one of them
+    scoring/                 metrics: NLL per token, perplexity, context lengths, LAMBADA, passkeys, generation
+    report/                  comparison, verdict, Markdown report, plots, TensorBoard
+    results.py               evaluation_results.json
 
-Everything takes ready objects (a transformers causal LM, its tokenizer, texts), so that a base model and
-ours go through the same code. Loading belongs to ``flare.nope``, reading texts to ``flare.data``.
+Functions take a transformers causal LM, its tokenizer and texts, so that every model is measured by the same code.
 """

@@ -1,4 +1,4 @@
-"""Models held against each other on the same documents: rows for the table, differences with intervals."""
+"""Comparison of models on the same documents: rows of the comparison table, and differences with intervals."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ KEPT_METRICS = ("loss", "perplexity", "bits_per_byte", "token_accuracy", "lambad
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's results, with the scores per document that they came from."""
+    """The results of one model, with its scores per document."""
 
     who: Milestone
     results: dict
@@ -26,14 +26,14 @@ class Measured:
 
 
 def reference_of(others: list[Measured]) -> Measured:
-    """What the evaluated model is held against: the first base, else the first other model."""
+    """The reference for ``comparison``: the first base, otherwise the first other model."""
     return next((other for other in others if other.who.role == "base"), others[0])
 
 
 def comparison(model: Measured, other: Measured, seed: int) -> dict:
-    """The entry ``comparison`` of evaluation_results.json: by data set, this model's loss minus the other's.
+    """The entry ``comparison`` of evaluation_results.json: loss of ``model`` minus loss of ``other``, per data set.
 
-    With equal tokenizers in nats per token, else in bits per byte, where only the bytes are the same.
+    In nats per token for equal tokenizers, otherwise in bits per byte.
     """
     same = model.tokenizer == other.tokenizer
     datasets = {}
@@ -48,7 +48,7 @@ def comparison(model: Measured, other: Measured, seed: int) -> dict:
 
 
 def difference(score: DatasetScore, other: DatasetScore, same_tokenizer: bool, seed: int) -> Difference:
-    """Mean loss of a model minus another's on the same documents, with its interval."""
+    """Mean loss minus the mean loss of another model on the same documents, with a 95 % interval."""
     if same_tokenizer:
         sizes, other_sizes = score.document_tokens, other.document_tokens
     else:
@@ -57,13 +57,13 @@ def difference(score: DatasetScore, other: DatasetScore, same_tokenizer: bool, s
 
 
 def shared_datasets(model: Measured, other: Measured) -> list[str]:
-    """Data sets that both were scored on, document for document."""
+    """Data sets on which both models were scored, with the same number of documents."""
     both = (name for name in model.scores if name in other.scores)
     return [n for n in both if len(model.scores[n].document_nll) == len(other.scores[n].document_nll)]
 
 
 def milestone_records(models: list[Measured]) -> list[dict]:
-    """The models in order, with what the report's tables and plots need of each."""
+    """The entry ``milestones`` of evaluation_results.json: the numbers of each model, in order."""
     return [
         {
             "label": m.who.label,
@@ -83,7 +83,7 @@ def milestone_records(models: list[Measured]) -> list[dict]:
 
 
 def comparison_rows(models: list[Measured], seed: int) -> list[ComparisonRow]:
-    """Rows of all models on every data set that all were scored on; each against the first model."""
+    """Rows for each data set on which all models were scored. Intervals are relative to the first model."""
     rows = []
     for name in models[0].scores:
         if not all(name in m.scores for m in models):

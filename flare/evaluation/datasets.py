@@ -1,4 +1,4 @@
-"""The texts that are scored: names of known sets, hub names, local files, the embedded corpus."""
+"""Evaluation data sets: known names, hub names, local files and the embedded corpus."""
 
 import io
 import re
@@ -28,10 +28,10 @@ KNOWN = {
     "pg19": SourceSpec("emozilla/pg19-test", "text", None, "test"),
 }
 STREAMED_DOCUMENTS = 1000
-"""Documents of a streamed set when ``--max_samples_per_dataset`` does not say."""
+"""Documents of a streamed data set if ``--max_samples_per_dataset`` is not given."""
 EMBEDDED_HELD_OUT_PERCENT = 5
-"""Of the embedded corpus, the share by document hash that is evaluated. Training that holds out this share or
-more (the demo does) has not seen these documents."""
+"""Share of the embedded corpus that is evaluated, selected by document hash. Training that holds out at least this
+share (as the demo does) has not seen these documents."""
 OPTION = "--datasets"
 COLUMN_PART = "of a file it must be that one, of a hub set owner/name:config:split:COLUMN names another"
 WIKITEXT_TITLE = re.compile(r"^ = [^=].* = \n$")
@@ -39,9 +39,9 @@ WIKITEXT_TITLE = re.compile(r"^ = [^=].* = \n$")
 
 @dataclass(frozen=True)
 class DatasetRequest:
-    """What ``--datasets WORD`` stands for.
+    """A parsed value of ``--datasets``.
 
-    ``kind`` decides how rows become documents: a known set's name, or "" for rows that are documents.
+    ``kind`` decides how rows become documents: the name of a known data set, or "" if each row is a document.
     """
 
     name: str
@@ -50,24 +50,23 @@ class DatasetRequest:
 
     @property
     def is_lambada(self) -> bool:
-        """Whether the last words are asked for, too."""
+        """Whether LAMBADA's last-word metrics are measured."""
         return self.kind == "lambada"
 
 
 def load_texts(request: DatasetRequest, max_samples: int | None, mirror: str | None = None) -> list[str]:
-    """Documents of a data set, at most ``max_samples``; rows without usable text are left out, with a warning.
+    """Documents of a data set, at most ``max_samples``. Rows without usable text are skipped with a warning.
 
     Args:
-        mirror: a directory in which hub sets lie as ``owner/name``, with the hub's files; one that is not there is
-            asked of the hub.
+        mirror: a directory with copies of hub data sets as ``owner/name``; others are read from the hub.
 
-    Raises: ConfigError for a name that means nothing, DataError / EnvError for a set that cannot be had.
+    Raises: ConfigError for an unknown name or column; DataError or EnvError if the data set cannot be read.
     """
     limit = max_samples if max_samples is not None else STREAMED_DOCUMENTS if request.spec.streaming else None
     bad = BadRows()
     try:
         documents = list(islice(_documents(request, mirror, bad), limit))
-    except ConfigError as error:  # training has an option for the column
+    except ConfigError as error:  # the hint of training names --text_column, which does not exist here
         raise ConfigError(str(error).replace(COLUMN_HINT, COLUMN_PART)) from error
     left_out = f"{bad.count} rows without usable text ({'; '.join(bad.first)})"
     if not documents:
@@ -88,7 +87,7 @@ def _documents(request: DatasetRequest, mirror: str | None, bad: BadRows) -> Ite
 
 
 def _lines(rows: Iterator[Row], bad: BadRows) -> Iterator[str]:
-    """WikiText's lines: a row each on the hub, where blank ones are text too; all in one row of a .txt file."""
+    """Lines of WikiText: one row each on the hub (blank lines included), all in one row for a .txt file."""
     for row in rows:
         if isinstance(row.value, str) and not row.value.strip():
             yield row.value
@@ -98,7 +97,7 @@ def _lines(rows: Iterator[Row], bad: BadRows) -> Iterator[str]:
 
 
 def _passages(rows: Iterator[Row], bad: BadRows) -> Iterator[str]:
-    """Texts that have a last word to ask for."""
+    """Texts that have a context and a last word."""
     for row in rows:
         for text in usable_texts(iter([row]), bad):
             if split_last_word(text):
@@ -115,9 +114,9 @@ def _open(spec: SourceSpec, mirror: str | None) -> Source:
 
 
 def parse_name(word: str, cache_dir: str | None) -> DatasetRequest:
-    """What ``--datasets WORD`` stands for.
+    """Parse a value of ``--datasets``.
 
-    Raises: ConfigError for a name that means nothing.
+    Raises: ConfigError for an unknown name.
     """
     request = _request(word, cache_dir)
     return replace(request, spec=replace(request.spec, option=OPTION))
@@ -144,7 +143,7 @@ def _request(word: str, cache_dir: str | None) -> DatasetRequest:
 
 
 def join_pages(lines: Iterator[str]) -> Iterator[str]:
-    """WikiText's lines joined to its pages; a page begins with a line ``= Title =``."""
+    """Join lines of WikiText into pages; a page starts with a line ``= Title =``."""
     page: list[str] = []
     for line in lines:
         if WIKITEXT_TITLE.match(line):
@@ -157,6 +156,6 @@ def join_pages(lines: Iterator[str]) -> Iterator[str]:
 
 
 def held_out(texts: list[str]) -> list[str]:
-    """The documents that training with at least ``EMBEDDED_HELD_OUT_PERCENT`` held out has not seen."""
+    """Documents that training has not seen if it holds out at least ``EMBEDDED_HELD_OUT_PERCENT``."""
     hashes = np.array([text_hash(text) for text in texts], dtype=np.uint64)
     return [texts[i] for i in split_documents(hashes, EMBEDDED_HELD_OUT_PERCENT)[1]]

@@ -1,6 +1,6 @@
-"""What an evaluation during training measures besides the loss: the length curve, and once what the base would have.
+"""Additional measurements during training: loss by context length, and once the loss of the base.
 
-Knows the model, not the trainer; ``flare.train.session`` puts the two together.
+Independent of the trainer; ``flare.train.session`` connects the two.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from flare.model.inputs import host_tensors, to_device
 from flare.nope.canary.measure import rope_everywhere
 
 MAX_DOCUMENTS = 64
-"""Long held-out documents that the curve is made of: an evaluation must stay short beside training."""
+"""Long held-out documents for the curve; few, so that an evaluation is short compared with training."""
 
 
 class TrainingScorer:
-    """Scores with a model as it is trained: its precision, its kernels, its shards.
+    """Scores with the model that is being trained, with its precision, kernels and shards.
 
     Args:
         training_model: ``flare.model.training_model.TrainingModel``, on ``device``.
@@ -37,21 +37,21 @@ class TrainingScorer:
         self.model = training_model.causal_lm
 
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``scorer.TokenScorer.score``: NLL and hits of the asked targets in row-major order, on the CPU."""
-        asked = labels != IGNORE_INDEX
+        """As ``scorer.TokenScorer.score``: NLL and hits of the scored targets in row-major order, on the CPU."""
+        scored = labels != IGNORE_INDEX
         positions = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape).copy()
         batch = Batch(input_ids.numpy(), labels.numpy(), positions)
         with evaluating(self.training_model):
             losses, hits = self.training_model.score(**to_device(host_tensors(batch), self.device))
-        return losses.cpu()[asked].float(), hits.cpu()[asked]
+        return losses.cpu()[scored].float(), hits.cpu()[scored]
 
 
 class LengthCurve:
     """The loss of the last tokens of long held-out documents, by context length.
 
     Args:
-        training_model: on its device. rows: the held-out rows; their documents are looked at whole.
-    Raises: ConfigError when no held-out document holds the longest context.
+        training_model: on its device. rows: the held-out rows, of which complete documents are used.
+    Raises: ConfigError if every held-out document is shorter than the longest context.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class LengthCurve:
 
 
 def long_documents(rows: PackedRows | MixedRows, num_tokens: int) -> list[list[int]]:
-    """``[end-of-text, tokens...]`` of the first documents with so many tokens, without the end-of-text behind them;
-    of several data sets equally many.
+    """``[end-of-text, tokens...]`` of the first documents with at least ``num_tokens`` tokens, without the final
+    end-of-text token. Several data sets contribute equally many.
 
     Raises: ConfigError when there is none.
     """
@@ -90,7 +90,7 @@ def long_documents(rows: PackedRows | MixedRows, num_tokens: int) -> list[list[i
 
 
 def _lengths(rows: PackedRows) -> np.ndarray:
-    """Tokens of each document, the end-of-text not counted."""
+    """Tokens of each document without the end-of-text token."""
     return rows.starts[1:] - rows.starts[:-1] - 1
 
 
@@ -104,9 +104,9 @@ class MoreEvaluation:
     """Additions to the record of an evaluation.
 
     Args:
-        curve: the length curve, if one is asked for.
-        from_base: whether at step 0 the weights are the base's, RoPE removed from some layers and nothing else: then
-            the loss with RoPE everywhere is the base's own, on the very rows of every later evaluation.
+        curve: the loss by context length, or None.
+        from_base: whether the weights at step 0 are those of the base. Then the loss with RoPE in every layer is the
+            loss of the base on the rows of all later evaluations.
     """
 
     def __init__(self, model: nn.Module, curve: LengthCurve | None, from_base: bool) -> None:

@@ -1,7 +1,6 @@
-"""Parts of an evaluation that are finished, on disk: a killed evaluation goes on where it was.
+"""Finished parts of an evaluation on disk, so that an interrupted evaluation can resume.
 
-A part is found again by everything that its numbers depend on. Batch size and the number of processes are
-not among that.
+A part is identified by everything that its numbers depend on, but not by batch size and number of processes.
 """
 
 import hashlib
@@ -28,12 +27,12 @@ class FinishedParts:
             return None
 
     def write(self, name: str, identity: dict, part: dict) -> None:
-        """Keep a finished part, whole or not at all."""
+        """Write a finished part atomically."""
         self.directory.mkdir(parents=True, exist_ok=True)
         write_json(self._path(name, identity), part)
 
     def clear(self) -> None:
-        """Forget all parts."""
+        """Delete all parts."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _path(self, name: str, identity: dict) -> Path:

@@ -1,4 +1,4 @@
-"""Where an evaluation runs: on the GPUs that training's rules choose, one process each, or where --device says."""
+"""Starts an evaluation on the selected GPUs (one process each), on the CPU, or on the device of --device."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def start(script: Path, settings: EvaluationSettings, argv: list[str]) -> int:
 
 
 def _export_environment(hardware: Hardware, selection: Selection | None) -> None:
-    """Tell workers, and torch in this process, what to compute on."""
+    """Set the environment variables that select the devices of the workers and of this process."""
     os.environ[DEVICE_VARIABLE] = "cuda" if hardware.use_cuda else "cpu"
     os.environ[GPUS_VARIABLE] = json.dumps([asdict(gpu) for gpu in hardware.gpus])
     if selection:
@@ -46,7 +46,7 @@ def _export_environment(hardware: Hardware, selection: Selection | None) -> None
 
 
 def _start_workers(script: Path, argv: list[str], local_world_size: int) -> int:
-    """Run the script once a rank; 3 when a data set failed, as a single process would."""
+    """Run the script once per rank. Returns 3 if a data set failed, as a single process does."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -98,7 +98,7 @@ def join(settings: EvaluationSettings) -> int:
         code = Evaluation(with_precision(settings, hardware.use_cuda, old), world, world.device).run()
         process_group.stop()
         if code:
-            report_to_launcher("not everything could be evaluated; the report says what and why", code)
+            report_to_launcher("not everything could be evaluated; see the report", code)
     except FlareError as error:
         if report_to_launcher(str(error), error.exit_code):
             return error.exit_code
@@ -107,7 +107,7 @@ def join(settings: EvaluationSettings) -> int:
 
 
 def with_precision(settings: EvaluationSettings, on_gpu: bool, old: bool) -> EvaluationSettings:
-    """``--precision auto`` settled. ``old``: a GPU is older than Ampere and has no bf16."""
+    """Resolve ``--precision auto``. ``old``: at least one GPU is older than Ampere and has no bf16."""
     if settings.precision != "auto":
         return settings
     on_gpus = "fp16" if old else "bf16"

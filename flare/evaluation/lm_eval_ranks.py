@@ -1,7 +1,7 @@
-"""lm-eval on several ranks: rank 0 alone sees tasks and documents, all of them answer its requests.
+"""lm-eval on several ranks: rank 0 loads tasks and documents, and all ranks answer its requests.
 
-lm-eval's own way, documents dealt out to ranks, needs as many documents as ranks, repeats some of them as padding, and
-reads every task on every rank. A model's answers do not depend on who gives them, so that only requests are shared.
+lm-eval itself distributes documents over ranks. It then needs at least as many documents as ranks, repeats some as
+padding, and loads every task on every rank. Distributing only the requests avoids this.
 This module imports lm-eval, which is optional: it is imported where a task is run.
 """
 
@@ -38,32 +38,32 @@ class SharedHFLM(HFLM):
 
     @contextmanager
     def others_serve(self) -> Iterator[None]:
-        """Rank 0: the other ranks answer requests until the block is left, however that happens."""
+        """Rank 0: the other ranks answer requests until this block ends, also after an exception."""
         try:
             yield
         finally:
             process_group.scatter_objects([None] * self.world.size)
 
     def serve(self) -> None:
-        """The other ranks: answer what rank 0 hands out, until it is done."""
+        """Other ranks: answer requests of rank 0 until it sends None."""
         while (work := process_group.scatter_objects(None)) is not None:
-            with suppress(FlareError):  # rank 0 raises the same, and ends this
+            with suppress(FlareError):  # rank 0 raises the same error and ends this loop
                 self._answer_together(*work)
 
     def _share(self, kind: str, requests: list[Instance]) -> list:
         """Rank 0: answers in the order of the requests."""
-        hands = deal([request.args for request in requests], self.world.size)
-        work = [(kind, [requests[i].args for i in hand]) for hand in hands]
+        indices = distribute([request.args for request in requests], self.world.size)
+        work = [(kind, [requests[i].args for i in part]) for part in indices]
         answers = self._answer_together(*process_group.scatter_objects(work))
         found = {
             i: answer
-            for hand, given in zip(hands, answers, strict=True)
-            for i, answer in zip(hand, given, strict=True)
+            for part, given in zip(indices, answers, strict=True)
+            for i, answer in zip(part, given, strict=True)
         }
         return [found[i] for i in range(len(requests))]
 
     def _answer_together(self, kind: str, arguments: list[tuple]) -> list[list]:
-        """Everyone's answers, by rank. A collective; all ranks raise, or none."""
+        """Answers of all ranks, by rank. A collective: an error is raised on all ranks."""
         return process_group.run_on_all_ranks(self.world, lambda: self._answer(kind, arguments))
 
     def _answer(self, kind: str, arguments: list[tuple]) -> list:
@@ -72,10 +72,10 @@ class SharedHFLM(HFLM):
         return method(requests, disable_tqdm=not self.world.is_main) if requests else []
 
 
-def deal(arguments: Sequence[tuple], hands: int) -> list[list[int]]:
-    """Indices of requests, dealt to so many hands in turn; neighbours with one context stay together.
+def distribute(arguments: Sequence[tuple], num_ranks: int) -> list[list[int]]:
+    """Indices of the requests of each rank, in turn. Adjacent requests with the same context stay together.
 
-    For the answers of a multiple choice lm-eval computes a context once, where the same process has them all.
+    lm-eval computes the context of a multiple-choice question once if one process has all its answers.
     """
     groups = [[i for i, _ in group] for _, group in groupby(enumerate(arguments), key=lambda pair: pair[1][0])]
-    return [[i for group in groups[hand::hands] for i in group] for hand in range(hands)]
+    return [[i for group in groups[rank::num_ranks] for i in group] for rank in range(num_ranks)]

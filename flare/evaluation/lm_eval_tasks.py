@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval on the model that is loaded already. lm-eval is optional: ``pip install lm-eval``."""
+"""Tasks of EleutherAI's lm-eval on the loaded model. lm-eval is optional: ``pip install lm-eval``."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from flare.evaluation.options import EvaluationSettings
 
 
 def check_lm_eval(tasks: tuple[str, ...]) -> None:
-    """Before anything is loaded: is lm-eval there, and does it know the tasks?
+    """Check that lm-eval is installed and knows the tasks, before anything is loaded.
 
     Raises: EnvError when it is not installed; ConfigError for an unknown task.
     """
@@ -31,13 +31,13 @@ def check_lm_eval(tasks: tuple[str, ...]) -> None:
 
 
 def run_lm_eval(model: nn.Module, tokenizer, settings: EvaluationSettings, world: World) -> dict:
-    """Run tasks through lm-eval's own wrapper of transformers models, its requests shared out over all ranks.
+    """Run tasks with lm-eval's wrapper of transformers models; all ranks answer requests. A collective.
 
-    A collective. ``check_lm_eval`` comes before.
+    Call ``check_lm_eval`` first.
 
     Returns: ``{"version", "tasks": {task: {metric: value}}, "num_samples": {task: n}, "num_fewshot"}``; metrics are
-    named as lm-eval names them, with ``,filter`` behind.
-    Raises: FlareError, on every rank, for whatever went wrong in lm-eval.
+    named as in lm-eval: ``name,filter``.
+    Raises: FlareError on every rank, for any error in lm-eval.
     """
     from flare.evaluation.lm_eval_ranks import SharedHFLM
 
@@ -83,7 +83,7 @@ def _is_file(task: str) -> bool:
 
 
 def _name(task: str) -> str:
-    """A task's name, read from its file where it is given as one."""
+    """The name of a task; for a file, the name in its ``task:`` line."""
     if not _is_file(task):
         return task
     found = re.search(r"^task:\s*[\"']?([^\"'\s]+)", Path(task).read_text(encoding="utf-8"), re.M)
@@ -94,7 +94,7 @@ def _name(task: str) -> str:
 
 @functools.cache
 def _task_manager(tasks: tuple[str, ...]):
-    """lm-eval's index of the tasks in the files' directories and, where one is given by name, of its own."""
+    """lm-eval's index of tasks: those in the directories of given files, and its own if a task is given by name."""
     from lm_eval.tasks import TaskManager
 
     directories = sorted({str(Path(task).resolve().parent) for task in tasks if _is_file(task)})
@@ -102,7 +102,7 @@ def _task_manager(tasks: tuple[str, ...]):
 
 
 def _plain(metrics: dict) -> dict[str, float]:
-    """Metrics (``name,filter``; what has no filter, as ``sample_len``, is none) that are finite numbers."""
+    """Finite metrics. Keys without a filter, such as ``sample_len``, are not metrics."""
     return {
         name: float(value)
         for name, value in metrics.items()

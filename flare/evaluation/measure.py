@@ -1,6 +1,6 @@
-"""Everything that is measured on one model, part by part; what a killed evaluation had finished is not done again.
+"""Measures one model, part by part. Parts that an interrupted evaluation has finished are not measured again.
 
-All ranks call the same methods in the same order. Results are plain JSON, as in evaluation_results.json.
+All ranks call the same methods in the same order. Results are JSON, as in evaluation_results.json.
 """
 
 import sys
@@ -44,12 +44,12 @@ NUMBERS = (
 
 
 class PartFailed(FlareError):
-    """One part cannot be measured; the others stand."""
+    """One part cannot be measured; the evaluation continues with the others."""
 
 
 @dataclass
 class Task:
-    """Documents by data set, and what has failed by now (data set -> error)."""
+    """Documents of each data set, and failures so far (data set -> error)."""
 
     requests: dict[str, DatasetRequest]
     texts: dict[str, list[str]]
@@ -58,7 +58,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an evaluation runs: ranks, this rank's device (None: over all GPUs), and the parts on disk."""
+    """Where an evaluation runs: ranks, device of this rank (None: all GPUs), and finished parts on disk."""
 
     world: World
     device: torch.device | None
@@ -86,14 +86,14 @@ class Measurement:
         """The results of this model.
 
         Args:
-            with_extras: also lm-eval's tasks and generated samples, which are not compared.
+            with_extras: also run lm-eval tasks and generate samples, which are not compared.
         """
         with loaded(self.who.directory, self.settings, self.place.device) as (model, tokenizer, device):
             self.model, self.tokenizer, self.device = model, tokenizer, device
             record = model_record(model, tokenizer, str(self.who.directory), probe(model))
             printed = printed_settings(self.settings, tokenizer, self.place.world.size)
             self.results = new_results(record, printed, environment)
-            self._warn_of_lengths()
+            self._warn_about_lengths()
             self._datasets()
             self._context_lengths()
             self._passkey()
@@ -212,19 +212,19 @@ class Measurement:
         settings = self.settings
         return {"rows": generation_samples(self.model, self.tokenizer, settings.generate_tokens, settings.seed)}
 
-    # -- how ---------------------------------------------------------------------------------------
+    # -- helpers ---------------------------------------------------------------------------------------
 
     def _part(self, kind: str, name: str, more: dict, work: Callable[[], dict]) -> dict:
-        """A part's numbers: from disk if an earlier evaluation finished it, else measured and kept.
+        """Numbers of a part: read from disk if an earlier evaluation finished it, otherwise measured and written.
 
-        Raises: PartFailed when it cannot be measured, which costs this part only; EnvError when it cannot be kept.
+        Raises: PartFailed if it cannot be measured; EnvError if it cannot be written.
         """
         identity = self.identity | more | {"kind": kind, "texts": self.texts_identity.get(name)}
         title = f"{kind} {name}".strip()
         place = self.place
         part = process_group.run_on_main_rank(place.world, lambda: place.parts.read(title, identity))
         if part is not None:
-            log.info(f"{self.who.label}, {title}: finished before, taken from {place.parts.directory}")
+            log.info(f"{self.who.label}, {title}: finished before, read from {place.parts.directory}")
             return part
         try:
             part = work()
@@ -238,14 +238,14 @@ class Measurement:
         self.task.failed[name] = str(error)
 
     def _engine(self, text: str) -> Engine:
-        """A scorer of continuations and tails; ``text`` is what it tries the model on."""
+        """An engine for the loaded model. ``text`` is a sample with which it tests the model."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         scorer = TokenScorer(self.model, self.device, ids)
         return Engine(scorer, self.settings.batch_size * self.settings.max_length, self.place.world)
 
     @contextmanager
     def _bar(self, title: str) -> Iterator[Progress | None]:
-        """A progress bar with the time left, on rank 0's terminal."""
+        """A progress bar on the terminal of rank 0."""
         if not self.place.world.is_main:
             yield None
             return
@@ -258,7 +258,7 @@ class Measurement:
 
             yield progress
 
-    def _warn_of_lengths(self) -> None:
+    def _warn_about_lengths(self) -> None:
         lengths = {*self.settings.context_lengths, self.settings.max_length}
         if self.settings.passkey:
             lengths |= set(self.settings.passkey_lengths)

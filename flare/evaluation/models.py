@@ -1,4 +1,4 @@
-"""The models of an evaluation: loaded one at a time, and who they are among an experiment's milestones."""
+"""Models of an evaluation: the role of each in its experiment, and loading them one at a time."""
 
 import gc
 from collections.abc import Iterator
@@ -27,17 +27,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Milestone:
-    """What a model is in the story of an experiment."""
+    """The role of a model in an experiment."""
 
     order: int
     label: str
     role: str  # base, patched, trained, control
     directory: Path
-    training: Training | None = field(default_factory=dict)  # None: not recorded beside it
+    training: Training | None = field(default_factory=dict)  # None: not recorded
 
 
 def milestone(directory: Path) -> Milestone:
-    """Read off its config.json what a model is."""
+    """Determine the role of a model from its config.json."""
     config = read_model_config(directory)
     stage = (config.get("flare") or {}).get("stage")
     training = {} if stage is None else recorded_training(directory, stage)
@@ -45,29 +45,29 @@ def milestone(directory: Path) -> Milestone:
         if stage is None:
             return Milestone(1, "patched, untrained", "patched", directory)
         return Milestone(1 + stage, f"stage {stage}", "trained", directory, training)
-    if training and 1 in training["stages"]:  # with RoPE everywhere only a control has a stage 1
+    if training and 1 in training["stages"]:  # with RoPE in every layer, only a control has a stage 1
         return Milestone(10 + stage, f"control (stage {stage})", "control", directory, training)
     return Milestone(0, "base", "base", directory)
 
 
 def recorded_training(directory: Path, last: int) -> Training | None:
-    """What a final model went through, the ``last`` stage as its config.json says; None when its experiment's records
-    are not beside it."""
+    """Training of a final model up to stage ``last`` (from its config.json); None if the records of its experiment are
+    not in the parent directory."""
     root = directory.resolve().parent
-    if last == 1 and root.name == "stage1":  # set aside when stage 2 began
+    if last == 1 and root.name == "stage1":  # moved there when stage 2 started
         root = root.parent
     recorded = recorded_stages(Experiment(root))
     if str(last) in recorded:
         return training_of(recorded, last)
-    return {"stages": [1]} if last == 1 else None  # there is but one way to stage 1
+    return {"stages": [1]} if last == 1 else None  # a stage-1 model has had no other stage
 
 
 def milestones(directories: list[Path], typed: list[str] | None = None) -> list[Milestone]:
-    """Milestones of several models, each with a label of its own: those that would share one get a name added.
+    """Milestones with unique labels: a name in parentheses is added where labels would be equal.
 
     Args:
-        typed: how the user named them: for a model of the hub that says more than the directory that it lies in.
-    Raises: ConfigError for a model that is given twice.
+        typed: the names that the user gave (for a hub model, more readable than its cache directory).
+    Raises: ConfigError if the same model is given twice.
     """
     typed = typed or list(map(str, directories))
     for i, directory in enumerate(directories):
@@ -75,18 +75,15 @@ def milestones(directories: list[Path], typed: list[str] | None = None) -> list[
             raise ConfigError(f"--compare_to {typed[i]}: the same model is given twice")
     found = [milestone(directory) for directory in directories]
     labels = [m.label for m in found]
-    names = own_names(typed)
+    names = unique_names(typed)
     return [
         m if labels.count(m.label) == 1 else replace(m, label=f"{m.label} ({name})")
         for m, name in zip(found, names, strict=True)
     ]
 
 
-def own_names(typed: list[str]) -> list[str]:
-    """What tells models apart: of each path, or name on the hub, the shortest end that no other one has.
-
-    All experiments' models lie in a final_model, which is left out.
-    """
+def unique_names(typed: list[str]) -> list[str]:
+    """For each path or hub name, the shortest suffix that no other one has. ``final_model`` at the end is left out."""
     paths = [Path(name).resolve().parts if Path(name).is_dir() else tuple(name.split("/")) for name in typed]
     paths = [path[:-1] if path[-1] == "final_model" else path for path in paths]
 
@@ -98,20 +95,20 @@ def own_names(typed: list[str]) -> list[str]:
 
 
 def experiment_of(model_dir: Path) -> Experiment | None:
-    """The experiment whose final_model this is."""
+    """The experiment that contains this final_model, or None."""
     experiment = Experiment(model_dir.resolve().parent)
     return experiment if experiment.read_metrics() else None
 
 
 @contextmanager
 def loaded(directory: Path, settings: EvaluationSettings, device: torch.device | None) -> Iterator[tuple]:
-    """(model, tokenizer, device of its inputs); freed afterwards, so that compared models never lie side by side.
+    """Yield (model, tokenizer, device of its inputs); freed afterwards, so that one model is in memory at a time.
 
     Args:
         device: None spreads the model over all GPUs and the CPU (accelerate's device_map).
     """
     check_recorded_layers(directory, nope_layers_of(read_model_config(directory)))
-    hold_stored_model_to_canary(directory)
+    check_stored_model_against_canary(directory)
     model = load_causal_lm(
         directory,
         DTYPES[settings.precision],
@@ -127,10 +124,11 @@ def loaded(directory: Path, settings: EvaluationSettings, device: torch.device |
         gc.collect()
 
 
-def hold_stored_model_to_canary(directory: Path) -> None:
-    """Refuse a model that its nope_canary.json does not know. As it is stored: rounded weights are another model.
+def check_stored_model_against_canary(directory: Path) -> None:
+    """Check a model against its nope_canary.json, in the stored precision because rounding changes the result.
 
-    A collective: rank 0 looks, all raise alike.
+    A collective: rank 0 checks, all ranks raise.
+    Raises: FlareError if the model does not match.
     """
     failure = None
     if rank_from_environment() == 0 and (directory / CANARY_FILE).is_file():
@@ -142,7 +140,7 @@ def hold_stored_model_to_canary(directory: Path) -> None:
 
 
 def probe(model: torch.nn.Module) -> list[int] | None:
-    """NoPE layers found, or None for an architecture whose layers cannot be probed."""
+    """Indices of the layers that ignore positions; None for an architecture that cannot be probed."""
     try:
         return probe_nope_layers(model)
     except (AttributeError, KeyError, TypeError) as error:

@@ -25,13 +25,12 @@ SCHEMA_VERSION = 1
 
 
 def new_results(model: dict, settings: dict, environment: dict) -> dict:
-    """Results without a data set yet.
+    """Results without data sets.
 
     Args:
-        model: of ``model_record``.
-        settings: protocol, max_length, stride, batch_size, precision, seed, prefix_token_id, ...: what
-            the report prints beside the numbers.
-        environment: versions and hardware, as the caller knows them.
+        model: a ``model_record``.
+        settings: ``printed_settings``.
+        environment: versions and hardware.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -44,7 +43,7 @@ def new_results(model: dict, settings: dict, environment: dict) -> dict:
 
 
 def printed_settings(settings: EvaluationSettings, tokenizer, world_size: int) -> dict:
-    """What stands beside the numbers: how they were made."""
+    """The settings that the report lists: those that affect or describe the numbers."""
     hidden = (
         "output_dir", "cache_dir", "data_mirror", "model_path", "datasets", "compare_to", "gpu_type", "gpu_ids",
         "allow_busy_gpus", "nproc_per_node", "ddp_timeout", "use_default_datasets", "lm_eval_tasks", "lm_eval_limit",
@@ -65,17 +64,17 @@ def printed_settings(settings: EvaluationSettings, tokenizer, world_size: int) -
 
 
 def add_dataset(results: dict, name: str, score: DatasetScore, more: dict | None = None) -> None:
-    """Enter a data set that was scored; ``more`` are LAMBADA's metrics."""
+    """Add a scored data set; ``more`` holds LAMBADA metrics."""
     results["datasets"][name] = score.to_json() | (more or {})
 
 
 def add_failure(results: dict, name: str, error: Exception | str) -> None:
-    """Enter a data set that could not be had or scored; the others still count."""
+    """Add a data set that could not be read or scored."""
     results["datasets"][name] = {"status": "failed", "error": str(error)}
 
 
 def add_throughput(results: dict, scores: list[DatasetScore], device: torch.device | str) -> None:
-    """Enter scored tokens per second after warm-up over all data sets, and the peak memory so far."""
+    """Add scored tokens per second (without warm-up, over all data sets) and peak memory."""
     seconds = sum(score.timed_sec for score in scores)
     tokens = sum(score.timed_tokens for score in scores)
     results["throughput"] = {
@@ -85,12 +84,12 @@ def add_throughput(results: dict, scores: list[DatasetScore], device: torch.devi
 
 
 def model_record(model: nn.Module, tokenizer, path: str, probed_layers: list[int] | None) -> dict:
-    """Who was evaluated.
+    """The entry ``model`` of evaluation_results.json.
 
     Args:
-        path: what the user typed.
-        probed_layers: layers that the probe found to ignore positions; None where the architecture
-            cannot be probed. ``nope_probe.verified``: whether they are the configured ones, null for None.
+        path: directory of the model.
+        probed_layers: layers that ignore positions according to the probe; None if the architecture cannot be
+            probed. ``nope_probe.verified`` says whether they are the configured layers (null for None).
     """
     config = model.config
     declared = declared_nope_layers(config)
@@ -110,7 +109,7 @@ def model_record(model: nn.Module, tokenizer, path: str, probed_layers: list[int
 
 
 def declared_nope_layers(config) -> list[int]:
-    """The NoPE layers that a configuration names: our ``nope_layers``, or SmolLM3's ``no_rope_layers``."""
+    """NoPE layers in a configuration: ``nope_layers`` of Flare, or ``no_rope_layers`` of SmolLM3."""
     if getattr(config, "nope_layers", None) is not None:
         return sorted(config.nope_layers)
     # SmolLM3 and Llama 4 list a number per layer, and there 1 means that the layer uses RoPE.
@@ -125,7 +124,7 @@ def rope_theta(config) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:
-    """Peak of the device's allocator on CUDA; elsewhere the process's peak resident memory."""
+    """On CUDA, the peak of the allocator; otherwise the peak resident memory of the process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux, bytes on macOS
@@ -133,9 +132,9 @@ def peak_memory_bytes(device: torch.device | str) -> int:
 
 
 def write_results(results: dict, path: Path | str) -> None:
-    """Write the file whole, in one rename; call it again after each data set, so that nothing done is lost.
+    """Write the file atomically. Called after each part, so that an interruption loses no results.
 
-    Raises: FlareError naming the key of a number that is not finite; the file stays as it was.
+    Raises: FlareError with the key of a number that is not finite; the old file is kept.
     """
     bad = nonfinite_key(results)
     if bad:

@@ -1,4 +1,4 @@
-"""One evaluation: the model on every data set, then the models to compare it with on the same documents."""
+"""An evaluation: measures the model, then the compared models on the same documents, and writes the report."""
 
 import time
 
@@ -30,10 +30,10 @@ EXIT_DATA = DataError.exit_code
 
 
 class Evaluation:
-    """Runs an evaluation and writes its files as they become true. Every rank has one; rank 0 writes.
+    """Runs an evaluation and writes results after each part. Exists on every rank; rank 0 writes.
 
     Args:
-        device: this rank's, or None to spread the model over all GPUs.
+        device: of this rank, or None to distribute the model over all GPUs.
     """
 
     def __init__(self, settings: EvaluationSettings, world: World, device: torch.device | None) -> None:
@@ -44,16 +44,14 @@ class Evaluation:
         self.parts = FinishedParts(settings.output_dir)
         self.place = Place(world, device, self.parts)
         names = [settings.model_path, *settings.compare_to]
-        # Rank 0 downloads, the others find it done.
+        # Rank 0 downloads; the others use its cache.
         process_group.run_on_main_rank(world, lambda: [str(local_model_dir(n, settings.cache_dir)) for n in names])
         self.milestones = milestones([local_model_dir(n, settings.cache_dir) for n in names], names)
         self.results_file = settings.output_dir / "evaluation_results.json"
-        self.environment = process_group.run_on_main_rank(
-            world, _environment
-        )  # asks git and nvidia-smi: once, not once a model
+        self.environment = process_group.run_on_main_rank(world, _environment)  # runs git and nvidia-smi, so only once
 
     def run(self) -> int:
-        """Evaluate and report; 3 when a data set could not be had or scored, else 0."""
+        """Evaluate and write the report. Returns 3 if a data set could not be read or scored, otherwise 0."""
         task = self._load_task()
         model = self._measure(self.milestones[0], task, with_extras=True)
         results = model.results
@@ -62,7 +60,7 @@ class Evaluation:
         return EXIT_DATA if task.failed else 0
 
     def _load_task(self) -> Task:
-        """Texts of all data sets, the same on every rank."""
+        """Load all data sets; every rank has the same texts."""
         task = Task({}, {})
         for word in self.settings.datasets:
             try:
@@ -77,7 +75,7 @@ class Evaluation:
         return task
 
     def _load_texts(self, request: DatasetRequest) -> list[str]:
-        """Rank 0 reads, and downloads what is not there, before the others read the same."""
+        """Rank 0 reads (and downloads) first, then the other ranks read the same texts."""
         settings, texts = self.settings, []
 
         def read() -> str:
@@ -87,11 +85,11 @@ class Evaluation:
         expected = process_group.run_on_main_rank(self.world, read)
         found = process_group.run_on_all_ranks(self.world, lambda: expected if self.world.is_main else read())
         if set(found) != {expected}:
-            raise DataError(f"data set {request.name!r} is not the same on every process")
+            raise DataError(f"data set {request.name!r} differs between processes")
         return texts
 
     def _measure(self, who: Milestone, task: Task, with_extras: bool = False) -> Measured:
-        """Measure one model; the evaluated one's results reach the disk part by part."""
+        """Measure one model. Results of the evaluated model are saved after each part."""
         save = self._save if with_extras else lambda _results: None
         measurement = Measurement(self.settings, task, self.place, who, save)
         results = measurement.run(self.environment, with_extras)
@@ -99,7 +97,7 @@ class Evaluation:
         return Measured(who, results, measurement.scores)
 
     def _measure_other(self, who: Milestone, task: Task, results: dict) -> Measured:
-        """Measure a model to compare with; what it could not take is no failure of the evaluated one's ``results``."""
+        """Measure a compared model. Its failures are recorded under ``not_compared`` in ``results``."""
         before = set(task.failed)
         measured = self._measure(who, task)
         missing = {name: f"{who.label}: {error}" for name, error in task.failed.items() if name not in before}
@@ -113,7 +111,7 @@ class Evaluation:
     # -- comparison and report -----------------------------------------------------------------------
 
     def _conclude(self, model: Measured, others: list[Measured], complete: bool) -> None:
-        """Comparison, recovery, report, plots, TensorBoard; then finished parts are no longer needed."""
+        """Write comparison, recovery, report, plots and TensorBoard; then delete finished parts."""
         results, settings, rows = model.results, self.settings, []
         ordered = sorted([*others, model], key=lambda m: m.who.order)
         experiment = experiment_of(model.who.directory)
@@ -134,7 +132,9 @@ class Evaluation:
         report = settings.output_dir / "evaluation_report.md"
         write_report(results, report, figures, rows, model.who.label, trained)
         boards = [settings.output_dir / "tensorboard"]
-        boards += [experiment.tensorboard / "evaluation"] if experiment else []  # beside the stages' curves, too
+        boards += (
+            [experiment.tensorboard / "evaluation"] if experiment else []
+        )  # also next to the curves of the stages
         for board in boards:
             write_tensorboard(results, board, figures, model.who.label, report.read_text(encoding="utf-8"))
         if complete:
@@ -144,14 +144,14 @@ class Evaluation:
 
 
 def _control_stages(models: list[Measured], evaluated: Milestone) -> dict:
-    """What the experiment of the last control with the same training recorded; {} without one."""
+    """Recorded stages of the last control with the same training; {} without one."""
     controls = [m.who for m in models if m.who.role == "control" and same_training(m.who.training, evaluated.training)]
     experiment = experiment_of(controls[-1].directory) if controls else None
     return recorded_stages(experiment) if experiment else {}
 
 
 def _positions(models: list[Measured]) -> dict[str, dict[str, list[dict]]]:
-    """Data set -> label -> buckets."""
+    """Data set -> label -> position buckets."""
     names = dict.fromkeys(name for m in models for name in m.scores)
     return {n: {m.who.label: m.scores[n].loss_by_position for m in models if n in m.scores} for n in names}
 

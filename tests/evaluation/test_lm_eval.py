@@ -103,8 +103,8 @@ def test_failed_lm_eval_task_does_not_stop_the_evaluation(base_model: Path, last
 
 
 def test_requests_with_the_same_context_go_to_the_same_rank():
-    from flare.evaluation.lm_eval_ranks import deal
+    from flare.evaluation.lm_eval_ranks import distribute
 
     contexts = ["a", "a", "b", "c", "c", "c", "a"]
-    assert deal([(context, str(i)) for i, context in enumerate(contexts)], 2) == [[0, 1, 3, 4, 5], [2, 6]]
-    assert deal([("a",)], 3) == [[0], [], []]
+    assert distribute([(context, str(i)) for i, context in enumerate(contexts)], 2) == [[0, 1, 3, 4, 5], [2, 6]]
+    assert distribute([("a",)], 3) == [[0], [], []]

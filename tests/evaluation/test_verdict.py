@@ -68,8 +68,8 @@ def test_control_with_different_training_allows_no_conclusion(tmp_path, control,
     verdict = comparison_verdict(rows)
     assert verdict.startswith("Recovered: ") and "is the cost of removing RoPE" not in verdict
     assert verdict.endswith(
-        f"The control is not a fair comparison: {words}. The cost of removing RoPE can only be measured with a control "
-        "that had the same training."
+        f"The control is not a fair comparison: {words}. The cost of removing RoPE can only be measured with a "
+        "control that had the same training."
     )
     text = report(tmp_path, example_results(), rows=rows, label="stage 2")
     assert text.splitlines()[2].endswith("perplexity 7.61 on embedded, +3.0 % vs. base.")  # not against control

@@ -132,8 +132,8 @@ def _context_plots(
         plot_context_lengths(series, path, trained, shortened(name))
         sentence = (
             f"Perplexity of the last tokens of the long documents of {name}, with increasing context. The scored "
-            "tokens are the same at every length. For a model that extrapolates, the curve stays low to the right of the "
-            "training length; otherwise it rises steeply."
+            "tokens are the same at every length. For a model that extrapolates, the curve stays low to the right of "
+            "the training length; otherwise it rises steeply."
         )
         plots.append(Plot(path, f"plots/context_length/{name}", sentence))
     return plots

@@ -35,8 +35,8 @@ def _protocol(settings: dict) -> str:
     """A description of the protocol."""
     what = {
         "document": "Protocol `document`: each document is scored separately after the prefix token",
-        "concat": "Protocol `concat`: all documents are joined to one sequence after the prefix token, separated by the "
-        "end-of-text token, which is not scored",
+        "concat": "Protocol `concat`: all documents are joined to one sequence after the prefix token, separated by "
+        "the end-of-text token, which is not scored",
     }
     if settings.get("stride"):
         how = "in windows of `max_length` tokens that move by `stride`"

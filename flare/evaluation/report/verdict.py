@@ -101,13 +101,13 @@ def _control_verdict(rows: list[ComparisonRow]) -> str:
     control = control_of(rows, trained[-1])
     if control is None:
         return (
-            " Further training by itself also lowers the loss. Its share can only be measured with a control: the same "
-            "training with RoPE kept. No control was compared."
+            " Further training by itself also lowers the loss. Its share can only be measured with a control: the "
+            "same training with RoPE kept. No control was compared."
         )
     if not same_training(control.training, trained[-1].training):
         return (
-            f" The control is not a fair comparison: {_unfair_because(control, trained[-1])}. The cost of removing RoPE "
-            "can only be measured with a control that had the same training."
+            f" The control is not a fair comparison: {_unfair_because(control, trained[-1])}. The cost of "
+            "removing RoPE can only be measured with a control that had the same training."
         )
     text = f" Control (the same training with RoPE kept): {_compared(trained[-1], control)}"
     return text if _as_good(trained[-1], control) else f"{text} This difference is the cost of removing RoPE."

@@ -1,1 +1,1 @@
-"""How a model is scored: perplexity, longer contexts, passkeys, LAMBADA, generation."""
+"""Metrics of a model: perplexity, context lengths, passkeys, LAMBADA and generation."""

@@ -1,4 +1,4 @@
-"""Windows through the model: batches of like length, shared out over the ranks, answers as float64."""
+"""Scores windows in batches of similar length, distributed over the ranks. Results are float64."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,15 +15,15 @@ from flare.errors import FlareError
 from flare.evaluation.scoring.windows import Window
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
-"""The world of a single process."""
+"""World of a single process."""
 
 Progress = Callable[[int, int], None]
-"""Called with (tokens scored, tokens in all) of this process after every batch."""
+"""Called after every batch with (tokens scored, total tokens) of this process."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Answers of one batch: NLLs (n,) float64 and argmax hits (n,) bool, in the order of its windows' targets."""
+    """Scores of one batch: NLL (n,) float64 and argmax hits (n,) bool, in the order of the targets of its windows."""
 
     windows: list[Window]
     losses: np.ndarray
@@ -39,20 +39,20 @@ class Scored:
 
 
 class Scorer(Protocol):
-    """What answers for a model: ``scorer.TokenScorer``, or a model that is being trained."""
+    """Interface of ``scorer.TokenScorer`` and of a model that is being trained."""
 
     model: nn.Module
 
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """NLL fp32 and argmax hits of the asked targets, (n,) each, on the CPU; both arguments (B, T)."""
+        """NLL (fp32) and argmax hits of the n scored targets, (n,) each, on the CPU. Both arguments are (B, T)."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How windows are scored: by what, how many tokens at once, as which rank of how many.
+    """Scores windows with a scorer, in batches, on all ranks.
 
-    ``batch_tokens`` bounds rows x longest row of a batch; a window that is longer goes alone. ``equal_rounds``: every
-    rank calls the model as often as the others, as a sharded one wants it.
+    ``batch_tokens`` limits rows x longest row of a batch; a longer window is a batch by itself. ``equal_rounds``:
+    every rank calls the model equally often, which a sharded model requires.
     """
 
     scorer: Scorer
@@ -63,12 +63,12 @@ class Engine:
     def score(
         self, windows: list[Window], sequences: list[list[int]], progress: Progress | None = None
     ) -> Iterator[Scored]:
-        """This rank's share of the windows: together the ranks score each once.
+        """Score this rank's share of the windows. All ranks together score each window once.
 
-        Raises: FlareError for a loss that is not finite, or no memory.
+        Raises: FlareError for a non-finite loss, or if memory runs out.
         """
-        everyones = list(length_sorted_batches(windows, self.batch_tokens))
-        batches = everyones[self.world.rank :: self.world.size]
+        all_batches = list(length_sorted_batches(windows, self.batch_tokens))
+        batches = all_batches[self.world.rank :: self.world.size]
         total = sum(w.stop - w.first_target for batch in batches for w in batch)
         done = 0
         for batch in batches:
@@ -80,12 +80,12 @@ class Engine:
             done += len(losses)
             if progress is not None:
                 progress(done, total)
-        if self.equal_rounds and len(batches) * self.world.size < len(everyones):
-            self.scorer.score(*pad_batch(everyones[-1], sequences))  # in step with the others; not counted
+        if self.equal_rounds and len(batches) * self.world.size < len(all_batches):
+            self.scorer.score(*pad_batch(all_batches[-1], sequences))  # keeps collectives in step; result not used
 
 
 def length_sorted_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Batches of like lengths, longest first: little padding, and memory runs out at once or never."""
+    """Batches of similar length, longest first: little padding, and out-of-memory errors occur at the start."""
     batch: list[Window] = []
     for window in sorted(windows, key=lambda w: -w.input_length):
         if batch and (len(batch) + 1) * batch[0].input_length > batch_tokens:
@@ -97,7 +97,7 @@ def length_sorted_batches(windows: list[Window], batch_tokens: int) -> Iterator[
 
 
 def pad_batch(batch: list[Window], sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and shifted labels, padded on the right: (B, T) int64 each. Padding asks for nothing."""
+    """Input ids and shifted labels, padded on the right: (B, T) int64 each. Padding is not scored."""
     longest = max(window.input_length for window in batch)
     input_ids = torch.zeros((len(batch), longest), dtype=torch.long)
     labels = torch.full((len(batch), longest), IGNORE_INDEX, dtype=torch.long)
@@ -116,5 +116,5 @@ def _check_finite(scored: Scored) -> None:
             value = losses[~np.isfinite(losses)][0]
             raise FlareError(
                 f"the loss of document {window.document} is {value} in the window from token {window.start} to "
-                f"{window.stop - 1}; the weights or the precision are not right (try --precision fp32)"
+                f"{window.stop - 1}; the weights are damaged or the precision is too low (try --precision fp32)"
             )

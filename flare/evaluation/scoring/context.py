@@ -1,6 +1,6 @@
-"""Perplexity by context length: the same last tokens of long documents, with more and more before them.
+"""Perplexity by context length: the same last tokens of long documents, with increasing context.
 
-Positions beyond the training length are where NoPE layers are to show what they are good for.
+Lengths beyond the training length show whether a model with NoPE layers extrapolates.
 """
 
 import math
@@ -16,12 +16,12 @@ from flare.evaluation.scoring.token_sequences import resolve_prefix, tokenize_do
 from flare.evaluation.scoring.windows import tail_window
 
 MAX_TARGETS = 256
-"""Tokens that are scored at the end of each document; fewer where half the shortest context is less, so that
-every scored token sees at least half of the context length that its row names."""
+"""Scored tokens per document, at most half of the shortest context length, so that every scored token sees at least
+half of the context length of its row."""
 
 
 def num_targets(context_lengths: list[int]) -> int:
-    """Tokens that are scored of each document: the same ones at every length."""
+    """Scored tokens per document: the same ones at every length."""
     return min(MAX_TARGETS, max(1, min(context_lengths) // 2))
 
 
@@ -33,12 +33,13 @@ def score_context_lengths(
     progress: Progress | None = None,
     prefix_token_id: int | None = None,
 ) -> list[dict]:
-    """The last ``num_targets`` tokens of each document, seen with every context length. A collective.
+    """Score the last ``num_targets`` tokens of each document with every context length. A collective.
 
-    A document takes part when it holds the longest context, so that all rows speak of the same tokens.
+    Only documents with at least as many tokens as the longest context are used, so that all rows score the same
+    tokens.
 
     Returns: rows ``{"context_length", "loss", "perplexity", "num_tokens", "num_documents"}``, shortest first.
-    Raises: DataError when no document is long enough.
+    Raises: DataError if no document is long enough.
     """
     sequences = tokenize_documents(tokenizer, texts, resolve_prefix(tokenizer, prefix_token_id))
     return score_tails(engine, sequences, context_lengths, progress)
@@ -47,7 +48,7 @@ def score_context_lengths(
 def score_tails(
     engine: Engine, sequences: list[list[int]], context_lengths: list[int], progress: Progress | None = None
 ) -> list[dict]:
-    """As ``score_context_lengths``, of documents ``[prefix, tokens...]``."""
+    """Same as ``score_context_lengths``, for documents ``[prefix, tokens...]``."""
     lengths = sorted(set(context_lengths))
     long = [i for i, sequence in enumerate(sequences) if len(sequence) - 1 >= lengths[-1]]
     if not long:
@@ -84,12 +85,12 @@ def _row(length: int, sums: list[tuple[float, int]], num_documents: int) -> dict
 
 
 def beyond_positions(model: nn.Module, lengths: list[int]) -> str:
-    """A warning when lengths go beyond what the model was made for; '' when none does."""
+    """A warning if lengths exceed ``max_position_embeddings``; otherwise ''."""
     limit = getattr(model.config, "max_position_embeddings", None)
     over = [length for length in lengths if limit and length > limit]
     if not over:
         return ""
     return (
-        f"{', '.join(f'{length:,}' for length in over)} tokens are more than max_position_embeddings {limit:,}: "
-        "measured all the same"
+        f"{', '.join(f'{length:,}' for length in over)} tokens are more than max_position_embeddings {limit:,}; "
+        "measured anyway"
     )

@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations: what LAMBADA and the passkey are made of."""
+"""Log-likelihood of continuations given their context; used by LAMBADA and passkeys."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from flare.evaluation.scoring.windows import Window
 
 @dataclass(frozen=True)
 class Continuation:
-    """A context and what should follow, as token ids; both have at least one."""
+    """A context and its target, as token ids; both have at least one token."""
 
     context: list[int]
     target: list[int]
@@ -22,7 +22,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Answer:
-    """Sum of the target's NLLs (nats), its tokens, and whether each was the model's first choice."""
+    """Sum of the NLL of the target (nats), its number of tokens, and whether every token was the argmax."""
 
     nll: float
     num_tokens: int
@@ -31,10 +31,10 @@ class Answer:
 
 
 def encode_pair(tokenizer, context: str, target: str) -> Continuation:
-    """Tokenise context and target as one text; the target's tokens are those after as many as the context has.
+    """Tokenize context and target as one text and split it at the length of the context.
 
-    Spaces at the context's end belong to the target: tokenizers of this kind put a space in front of a word. Special
-    tokens are the tokenizer's own choice: Llama's and Gemma's start with bos, without which they score badly.
+    Spaces at the end of the context are moved to the target, because tokenizers join a space with the following word.
+    The tokenizer adds its special tokens: Llama and Gemma need bos at the start.
 
     Source: lm-eval, ``TemplateLM._encode_pair``.
     """
@@ -53,8 +53,8 @@ def score_continuations(
     """Score each target given its context; a collective.
 
     Args:
-        max_length: tokens that the model sees at most: longer contexts lose their beginning.
-    Returns: answers in the order of ``pairs``, the same on every rank.
+        max_length: largest input in tokens; longer contexts are truncated on the left.
+    Returns: scores in the order of ``pairs``, the same on every rank.
     """
     sequences = [pair.sequence for pair in pairs]
     windows = []

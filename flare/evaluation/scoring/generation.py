@@ -1,4 +1,4 @@
-"""What a model writes: greedy and seeded samples of fixed prompts, and how much it repeats itself."""
+"""Generated text: greedy and seeded samples for fixed prompts, and their repetition rate."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ NGRAM = 4
 
 
 def generation_samples(model: nn.Module, tokenizer, new_tokens: int, seed: int = 0) -> list[dict]:
-    """Each prompt continued twice: by the first choice always, and by chance with a seed.
+    """Continue each prompt twice: greedy, and sampled with a fixed seed.
 
     Returns: ``{"prompt", "greedy", "greedy_repetition", "sampled", "sampled_repetition"}`` per prompt; the
-    repetition rate is of the new tokens.
+    repetition rate is that of the new tokens.
     """
     rows = []
     for prompt in PROMPTS:
@@ -41,7 +41,7 @@ def generation_samples(model: nn.Module, tokenizer, new_tokens: int, seed: int =
 
 
 def repetition_rate(ids: list[int], n: int = NGRAM) -> float:
-    """Share of the n-grams of tokens that have stood before: 0 nothing, near 1 a loop.
+    """Share of token n-grams that occurred earlier in the text: 0 for no repetition, near 1 for a loop.
 
     Source: Welleck et al. 2019 (arXiv 1908.04319), seq-rep-4.
     """
@@ -50,10 +50,10 @@ def repetition_rate(ids: list[int], n: int = NGRAM) -> float:
 
 
 def greedy_texts(
-    model: nn.Module, tokenizer, prompts: list[list[int]], settings: dict, enough: list[str] | None = None
+    model: nn.Module, tokenizer, prompts: list[list[int]], settings: dict, stop_texts: list[str] | None = None
 ) -> list[str]:
-    """The texts that follow the prompts; a text ends early once it contains its entry of ``enough``."""
-    stop = _Contains(tokenizer, max(map(len, prompts)), enough) if enough else None
+    """Greedy continuations of the prompts. A text ends early when it contains its entry of ``stop_texts``."""
+    stop = _Contains(tokenizer, max(map(len, prompts)), stop_texts) if stop_texts else None
     return [
         tokenizer.decode(ids, skip_special_tokens=True) for ids in generate(model, tokenizer, prompts, settings, stop)
     ]
@@ -64,7 +64,7 @@ def generate(
 ) -> list[list[int]]:
     """New tokens of each prompt, up to the end-of-text token. Prompts are padded on the left.
 
-    The model's own generation_config (an instruct model's repetition penalty, temperature) plays no part.
+    The model's own generation_config (such as the repetition penalty of an instruct model) is ignored.
     """
     end = tokenizer.eos_token_id
     longest = max(map(len, prompts))
@@ -72,7 +72,7 @@ def generate(
     pad = end if end is not None else 0
     input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    with evaluating(model), _own_settings_aside(model):
+    with evaluating(model), _default_generation_config(model):
         output = model.generate(
             input_ids,
             attention_mask=mask,
@@ -84,20 +84,20 @@ def generate(
 
 
 class _Contains(StoppingCriteria):
-    """A row is done once its text contains what was waited for: more tokens could not take it away."""
+    """A row is finished when its text contains its stop text."""
 
-    def __init__(self, tokenizer, prompt_length: int, enough: list[str]) -> None:
-        self.tokenizer, self.prompt_length, self.enough = tokenizer, prompt_length, enough
+    def __init__(self, tokenizer, prompt_length: int, stop_texts: list[str]) -> None:
+        self.tokenizer, self.prompt_length, self.stop_texts = tokenizer, prompt_length, stop_texts
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :])
-        done = [wanted in text for wanted, text in zip(self.enough, texts, strict=True)]
+        done = [wanted in text for wanted, text in zip(self.stop_texts, texts, strict=True)]
         return torch.tensor(done, device=input_ids.device)
 
 
 @contextlib.contextmanager
-def _own_settings_aside(model: nn.Module) -> Iterator[None]:
-    """``generate`` fills what its configuration leaves open from the model's."""
+def _default_generation_config(model: nn.Module) -> Iterator[None]:
+    """Remove the generation_config of the model, from which ``generate`` would fill unset values."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

@@ -1,6 +1,6 @@
-"""LAMBADA: does the model find the last word, which only the whole passage gives away?
+"""LAMBADA: prediction of the last word of a passage, which requires the complete passage.
 
-Source: Paperno et al. 2016 (arXiv 1606.06031); counted as by lm-eval's task ``lambada_openai``.
+Source: Paperno et al. 2016 (arXiv 1606.06031); same metrics as lm-eval's task ``lambada_openai``.
 """
 
 import math
@@ -12,13 +12,13 @@ from flare.evaluation.scoring.perplexity import finite_exp
 
 
 def split_last_word(text: str) -> tuple[str, str] | None:
-    """(the passage before its last space, what stands behind that); None where one of them is empty."""
+    """(text before the last space, text after it); None if one of them is empty."""
     context, _, word = text.rpartition(" ")
     return (context, word) if context.strip() and word else None
 
 
 def last_word(tokenizer, text: str) -> Continuation:
-    """The passage without its last word, and that word with the space before it.
+    """The passage without its last word as context, and the word with its leading space as target.
 
     Raises: DataError for a text of one word.
     """
@@ -34,9 +34,9 @@ def score_lambada(
     """Accuracy and perplexity of the last words; a collective.
 
     Returns:
-        lambada_accuracy: percent of the texts whose last word's tokens are all the model's first choice.
-        lambada_perplexity: exp(-mean log-likelihood of the last word), per word and not per token.
-        lambada_truncated: contexts that were longer than ``max_length``.
+        lambada_accuracy: percent of texts for which every token of the last word is the argmax.
+        lambada_perplexity: exp(-mean log-likelihood of the last word), per word.
+        lambada_truncated: number of contexts that were longer than ``max_length``.
     """
     answers = score_continuations(engine, [last_word(tokenizer, text) for text in texts], max_length, progress)
     return lambada_metrics(answers)

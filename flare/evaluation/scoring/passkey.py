@@ -1,4 +1,4 @@
-"""Passkey retrieval: a number hidden in noise, at some depth of a context of some length, and asked for at its end.
+"""Passkey retrieval: a number is hidden in filler text at a given depth, and the prompt ends with a question for it.
 
 The texts are RULER's task ``niah_single_1`` (arXiv 2404.06654), with the needle at chosen depths.
 """
@@ -26,19 +26,19 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 ADJECTIVES = "ancient brave calm distant eager faint gentle hollow jolly keen loud mellow noble odd plain".split()
 NOUNS = "anchor bridge castle desert engine forest garden harbor island jungle kettle ladder mirror".split()
 DEPTHS = (0, 25, 50, 75, 100)
-"""Percent of the noise that stands before the needle."""
+"""Percent of the filler text before the needle."""
 
 VALUE_DIGITS = 7
-LEAST_LINES = 4
-"""Lines of noise in the shortest text: fewer have no depths."""
+MIN_LINES = 4
+"""Lines of filler in the shortest text; with fewer, the depths would coincide."""
 
 GENERATED_TOKENS = 128
-"""What RULER lets a model write at most."""
+"""Limit of new tokens in RULER."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One text with its question, and the number that answers it."""
+    """A text with its question, and the number that is the answer."""
 
     context_length: int
     depth_percent: int
@@ -46,31 +46,31 @@ class Sample:
     value: str
 
     def pair(self, tokenizer) -> Continuation:
-        """The prompt's tokens, and the number's."""
+        """Tokens of the prompt (context) and of the number (target)."""
         return encode_pair(tokenizer, self.prompt, " " + self.value)
 
 
 def write_prompt(key: str, value: str, depth_percent: int, noise_lines: int) -> str:
-    """The text with the needle after ``depth_percent`` of its noise, the question, and the answer's beginning."""
+    """Text with the needle after ``depth_percent`` of its filler, the question, and the start of the answer."""
     lines = [NOISE] * noise_lines
     lines.insert(round(noise_lines * depth_percent / 100), NEEDLE.format(key=key, value=value))
     return TEMPLATE.format(context="\n".join(lines), key=key) + ANSWER_PREFIX.format(key=key)
 
 
 def make_samples(tokenizer, lengths: list[int], depths: tuple[int, ...], per_cell: int, seed: int = 0) -> list[Sample]:
-    """Samples of every length and depth; the same for the same tokenizer and seed.
+    """Samples for every length and depth, deterministic for a tokenizer and seed.
 
-    Each fills its length as far as whole lines of noise go, prompt and number together. Lengths that hold no text
-    with a needle are left out.
+    Prompt and number together fill the length as far as complete lines of filler allow. Lengths that are too short
+    for a needle are skipped.
 
-    Raises: ConfigError when none is left.
+    Raises: ConfigError if every length is too short.
     """
     key, value = f"{ADJECTIVES[0]}-{NOUNS[0]}", "1" * VALUE_DIGITS
-    least = _tokens(tokenizer, write_prompt(key, value, 50, LEAST_LINES), value)
+    least = _tokens(tokenizer, write_prompt(key, value, 50, MIN_LINES), value)
     samples = []
     for length in lengths:
         if length < least:
-            log.info(f"passkey: no text of {length:,} tokens (this tokenizer needs {least:,} at least)")
+            log.info(f"passkey: no text of {length:,} tokens (this tokenizer needs at least {least:,})")
             continue
         for depth in depths:
             for number in range(per_cell):
@@ -81,7 +81,7 @@ def make_samples(tokenizer, lengths: list[int], depths: tuple[int, ...], per_cel
                 samples.append(Sample(length, depth, write_prompt(key, value, depth, lines), value))
     if not samples:
         raise ConfigError(
-            f"a passkey needs at least {least:,} tokens of this tokenizer; longest asked for: {lengths[-1]}"
+            f"a passkey needs at least {least:,} tokens of this tokenizer; longest requested: {lengths[-1]}"
         )
     return samples
 
@@ -91,7 +91,7 @@ def _tokens(tokenizer, prompt: str, value: str) -> int:
 
 
 def _noise_lines(tokenizer, key: str, value: str, length: int) -> int:
-    """The most lines of noise that ``length`` tokens hold besides the rest."""
+    """Largest number of filler lines with which prompt and number fit into ``length`` tokens."""
     empty, ten = (_tokens(tokenizer, write_prompt(key, value, 50, lines), value) for lines in (0, 10))
     lines = max(0, int((length - empty) / ((ten - empty) / 10)) + 2)
     while lines and _tokens(tokenizer, write_prompt(key, value, 50, lines), value) > length:
@@ -102,10 +102,10 @@ def _noise_lines(tokenizer, key: str, value: str, length: int) -> int:
 def score_passkey(
     engine: Engine, tokenizer, samples: list[Sample], generate: bool, progress: Progress | None = None
 ) -> list[dict]:
-    """Teacher-forced and, on request, generated retrieval, by length and depth; a collective.
+    """Passkey accuracy by length and depth, teacher-forced and optionally generated. A collective.
 
     Returns: rows with
-        accuracy: percent of the samples in which every token of the number is the model's first choice;
+        accuracy: percent of samples in which every token of the number is the argmax;
         value_loss: mean NLL of a token of the numbers, nats;
         generated_accuracy: percent whose greedy output contains the number (RULER's ``string_match_all``), or None.
     """
@@ -134,7 +134,7 @@ def _row(cell: tuple[int, int], answers: list[Answer], generated: float | None) 
 
 
 def generate_answers(engine: Engine, tokenizer, samples: list[Sample]) -> list[str]:
-    """What the model writes after each prompt, until it has written the number or its tokens are used up."""
+    """Greedy continuation of each prompt, until it contains the number or reaches the token limit."""
     model: nn.Module = engine.scorer.model
     mine = list(range(len(samples)))[engine.world.rank :: engine.world.size]
 
@@ -156,7 +156,7 @@ def generate_answers(engine: Engine, tokenizer, samples: list[Sample]) -> list[s
 
 
 def string_match_all(predictions: list[str], references: list[list[str]]) -> float:
-    """Percent of references contained in the output, whatever the case; mean over the samples.
+    """Percent of references contained in the output, ignoring case; mean over the samples.
 
     Source: RULER, ``scripts/eval/synthetic/constants.py``.
     """

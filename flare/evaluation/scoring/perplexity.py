@@ -1,7 +1,7 @@
-"""Perplexity and its relatives of a list of documents.
+"""Perplexity and related metrics of a list of documents.
 
-Logits are fp32; NLLs (nats) and counts are summed in float64, and only sums are ever added: over windows,
-documents and ranks. Every token of a document is scored exactly once.
+Logits are fp32; NLLs (nats) and counts are summed in float64 over windows, documents and ranks.
+Every token of a document is scored exactly once.
 """
 
 import math
@@ -22,18 +22,18 @@ from flare.evaluation.scoring.windows import document_windows
 
 @dataclass(frozen=True)
 class DatasetScore:
-    """What one data set says about one model. Fields with ``json`` are those of evaluation_results.json.
+    """Scores of one model on one data set. Fields without ``json: False`` are written to evaluation_results.json.
 
     Metrics (sums over all documents; source of the definitions: lm-eval's ``wikitext`` task):
         loss: sum NLL / tokens, nats.
         perplexity: exp(loss).
         bits_per_byte: sum NLL / (ln 2 x UTF-8 bytes of the text); comparable between tokenizers.
-        word_perplexity, byte_perplexity: exp(sum NLL / words or bytes); None where it overflows a float,
-            as the first does for Chinese: words are what white space separates.
+        word_perplexity, byte_perplexity: exp(sum NLL / words or bytes); None if it overflows. Words are separated
+            by white space, so word perplexity overflows for Chinese.
         token_accuracy: share of targets that are the argmax, in percent.
-        loss_by_position: ``{"from", "to", "loss", "num_tokens"}`` by position id of the input token that
-            predicts, ``from <= position < to``; position 0 sees one token. The mean of the buckets
-            weighted by ``num_tokens`` is ``loss``.
+        loss_by_position: ``{"from", "to", "loss", "num_tokens"}`` by position id of the input token,
+            ``from <= position < to``; position 0 sees one token. The mean of the buckets weighted by ``num_tokens``
+            equals ``loss``.
     """
 
     num_documents: int
@@ -48,11 +48,11 @@ class DatasetScore:
     byte_perplexity: float | None
     token_accuracy: float
     loss_by_position: list[dict]
-    # Per document, float64 and int64 (num_documents,): what a bootstrap over documents resamples.
+    # Per document, float64 and int64 (num_documents,): resampled by the bootstrap over documents.
     document_nll: np.ndarray = field(repr=False, metadata={"json": False})
     document_tokens: np.ndarray = field(repr=False, metadata={"json": False})
     document_bytes: np.ndarray = field(repr=False, metadata={"json": False})
-    # Throughput: the first batch is warm-up and not in it, unless it is the only one.
+    # Throughput: the first batch is warm-up and excluded, unless it is the only one.
     timed_tokens: int = field(repr=False, metadata={"json": False})
     timed_sec: float = field(repr=False, metadata={"json": False})
 
@@ -62,13 +62,13 @@ class DatasetScore:
         return {"status": "ok"} | {name: getattr(self, name) for name in kept}
 
     def to_dict(self) -> dict:
-        """All of it as plain JSON."""
+        """All fields as JSON values."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> "DatasetScore":
-        """The score that ``to_dict`` was called on."""
+        """Restore a score from ``to_dict``."""
         types = {"document_nll": np.float64, "document_tokens": np.int64, "document_bytes": np.int64}
         return cls(**values | {name: np.array(values[name], dtype=dtype) for name, dtype in types.items()})
 
@@ -92,20 +92,20 @@ def score_documents(
 
     Args:
         model: causal LM of transformers on its device; ``device`` is where its input ids belong.
-        tokenizer: its tokenizer. Documents get no special tokens added: the prefix stands in front of
-            each, unscored. (lm-eval does the same under ``add_bos_token=False``; its default scores
-            Llama's bos as if it were text.)
-        texts: the documents; empty ones hold nothing to score and are not counted.
-        max_length: tokens that the model sees at most. stride, protocol: see ``windows``, ``corpus``.
-        batch_size: full windows a forward pass; shorter ones as many as hold the same tokens.
-        prefix_token_id: what the first token is conditioned on; default bos, else eos.
-        min_tokens: fewer than these is an error, not a number with no meaning.
-        world: several ranks share the windows out and all return the same score (a collective).
+        tokenizer: its tokenizer. No special tokens are added to documents; each one follows the prefix, which is not
+            scored. (Same as lm-eval with ``add_bos_token=False``; its default scores Llama's bos as text.)
+        texts: the documents; empty ones are not counted.
+        max_length: largest input in tokens.
+        stride, protocol: see ``document_windows`` and ``make_corpus``.
+        batch_size: full windows per forward pass; more windows if they are shorter, with the same number of tokens.
+        prefix_token_id: context of the first token; default: bos, else eos.
+        min_tokens: fewer tokens are an error.
+        world: windows are distributed over the ranks, and all return the same score (a collective).
 
     Raises:
         DataError: no document, no token, fewer than ``min_tokens``, text that is not Unicode.
-        ConfigError: the tokenizer is not the model's, or no prefix, or windows that the model can't take.
-        FlareError: a loss that is not finite, with the document's number.
+        ConfigError: tokenizer and model do not match, no prefix, or windows that are too long for the model.
+        FlareError: a non-finite loss, with the index of the document.
     """
     corpus = make_corpus(tokenizer, texts, resolve_prefix(tokenizer, prefix_token_id), protocol)
     if corpus.total_tokens < max(min_tokens, 1):
@@ -139,7 +139,7 @@ def position_edges(max_length: int) -> list[int]:
 
 
 def finite_exp(exponent: float) -> float | None:
-    """exp, or None where a float cannot hold it: JSON has no infinity."""
+    """exp(x), or None on overflow, because JSON has no infinity."""
     try:
         return math.exp(exponent)
     except OverflowError:
@@ -159,7 +159,7 @@ class _Tally:
         self.timed_tokens, self.timed_sec, self.warm_up = 0, 0.0, None
 
     def add(self, scored: Scored, corpus: Corpus) -> None:
-        """Add the targets of a batch; those that belong to no document do not count."""
+        """Add the targets of a batch; separators between documents are not counted."""
         windows = scored.windows
         documents = np.concatenate([corpus.owners[w.document][w.first_target : w.stop] for w in windows])
         # The target s[i] is predicted from the input s[i - 1]; position ids count from the window's start.
@@ -183,13 +183,13 @@ class _Tally:
             self.timed_sec += seconds
 
     def merge(self, other: "_Tally") -> None:
-        """Add another rank's sums; ranks work at the same time, so the slowest one's time counts."""
+        """Add the sums of another rank. Ranks run at the same time, so the time is that of the slowest."""
         for name in ("hits", "document_nll", "document_tokens", "bucket_nll", "bucket_tokens", "timed_tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.timed_sec = max(self.timed_sec, other.timed_sec)
 
     def score(self, corpus: Corpus) -> DatasetScore:
-        """The metrics of what was added."""
+        """Metrics of all added batches."""
         counted = corpus.tokens > 0
         nll, tokens = float(self.document_nll.sum()), int(self.document_tokens.sum())
         num_bytes, num_words = int(corpus.num_bytes.sum()), int(corpus.num_words.sum())

@@ -1,6 +1,6 @@
-"""Texts as token sequences: each document alone, or all of them joined. What ``--protocol`` means.
+"""Texts as token sequences for ``--protocol``: one sequence per document, or all documents joined.
 
-A sequence is ``[prefix, t0, t1, ...]``: the prefix is what the first token is conditioned on.
+A sequence is ``[prefix, t0, t1, ...]``. The prefix is the context of the first token.
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 from flare.errors import ConfigError, DataError
 
 TOKENIZE_CHUNK = 256
-"""Documents that go to the tokenizer at once: enough for its threads, few enough to stay small."""
+"""Documents per tokenizer call: enough for its threads, few enough to limit memory."""
 
 NOT_SCORED = -1
 
@@ -21,7 +21,7 @@ Protocol = Literal["document", "concat"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sequences, and for every entry of a sequence the document that it belongs to (``NOT_SCORED``: to none)."""
+    """Sequences, and for every entry of a sequence the index of its document (``NOT_SCORED`` for separators)."""
 
     sequences: list[list[int]]
     owners: list[np.ndarray]
@@ -42,18 +42,18 @@ class Corpus:
 
 
 def make_corpus(tokenizer, texts: list[str], prefix: int, protocol: Protocol = "document") -> Corpus:
-    """Tokenise texts and lay them out.
+    """Tokenize texts and arrange them in sequences.
 
     Args:
-        protocol: ``document``: each alone behind the prefix. ``concat``: all in one sequence, the tokenizer's eos
-            between them, as training with ``--packing concat`` sees them. The separators are context and no
-            targets, so both protocols score the same tokens.
+        protocol: ``document``: one sequence per document, after the prefix. ``concat``: one sequence with eos between
+            documents, as in training with ``--packing concat``. Separators are not scored, so both protocols score
+            the same tokens.
 
-    Raises: DataError for what is not text; ConfigError when concat finds no eos token.
+    Raises: DataError for values that are not text; ConfigError for concat without an eos token.
     """
     sequences = tokenize_documents(tokenizer, texts, prefix)
     tokens = np.array([len(sequence) - 1 for sequence in sequences], dtype=np.int64)
-    has_tokens = tokens > 0  # an empty text is no document
+    has_tokens = tokens > 0  # an empty text is not counted as a document
     counts = (
         np.where(has_tokens, [len(text.encode("utf-8")) for text in texts], 0).astype(np.int64),
         np.where(has_tokens, [len(re.split(r"\s+", text)) for text in texts], 0).astype(np.int64),
@@ -68,9 +68,9 @@ def make_corpus(tokenizer, texts: list[str], prefix: int, protocol: Protocol = "
 
 
 def resolve_prefix(tokenizer, prefix_token_id: int | None = None) -> int:
-    """The token in front of every document: as given, else bos, else eos.
+    """The token before every document: as given, else bos, else eos.
 
-    Raises: ConfigError when the tokenizer has neither, or not the given one.
+    Raises: ConfigError if the tokenizer has neither, or the given id is not in its vocabulary.
     """
     if prefix_token_id is not None and not 0 <= prefix_token_id < len(tokenizer):
         raise ConfigError(f"--prefix_token_id {prefix_token_id}: the tokenizer has 0 to {len(tokenizer) - 1}")
@@ -81,9 +81,9 @@ def resolve_prefix(tokenizer, prefix_token_id: int | None = None) -> int:
 
 
 def tokenize_documents(tokenizer, texts: list[str], prefix: int) -> list[list[int]]:
-    """``[prefix, tokens...]`` per document. A document longer than the model's context is no mistake here.
+    """``[prefix, tokens...]`` per document. Documents may be longer than the context of the model.
 
-    Raises: DataError for what is not text.
+    Raises: DataError for values that are not text.
     """
     sequences: list[list[int]] = []
     for first in range(0, len(texts), TOKENIZE_CHUNK):
@@ -96,7 +96,7 @@ def tokenize_documents(tokenizer, texts: list[str], prefix: int) -> list[list[in
 
 
 def _joined(sequences: list[list[int]], prefix: int, separator: int) -> tuple[list[list[int]], list[np.ndarray]]:
-    """One sequence of all, in their order."""
+    """Join all sequences in order."""
     joined, owners = [], []
     for i, sequence in enumerate(sequences):
         if len(sequence) == 1:
@@ -113,7 +113,7 @@ def _owners(document: int, length: int) -> np.ndarray:
 
 
 def _check_text(text: str, index: int) -> None:
-    """A lone surrogate (JSON can hold one) has no UTF-8 form and so no bytes to count."""
+    """Check for text. A lone surrogate (possible in JSON) cannot be encoded as UTF-8, so it has no byte count."""
     if not isinstance(text, str):
         raise DataError(f"document {index} is {type(text).__name__}, not text")
     try:
