@@ -1,1 +1,1 @@
-"""From a corpus to packed rows: sources -> token cache -> split -> rows -> order."""
+"""From a corpus to packed rows: sources, token cache, split, packing, row order."""

@@ -1,4 +1,4 @@
-"""Where token caches are kept."""
+"""The directory of token caches."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ from flare.errors import ConfigError
 
 
 def default_cache_dir(cache_dir: str | None) -> Path:
-    """Where token caches live: ``--cache_dir``, or ~/.cache/flare."""
+    """``--cache_dir``, or ~/.cache/flare."""
     return Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "flare"
 
 
 def make_cache_dir(cache_dir: Path) -> None:
-    """Make it where it is missing. Raises: ConfigError where it cannot be."""
+    """Create the directory if it is missing. Raises: ConfigError if it cannot be created."""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""The data of a run: one tokenised data set, or several with the share of the rows that each one gives.
+"""The data of a run: one tokenised data set, or several with weights.
 
-Every set has a token cache of its own, so that one more set, or other weights, tokenise nothing again.
+Every data set has its own token cache. Adding a set or changing the weights does not tokenise the others again.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ SHOWN_CHANGES = 5
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that is tokenised. ``facts``: what it is made of, by which a change is explained."""
+    """A tokenised data set. ``facts`` describe its files and settings; ``what_changed`` compares them."""
 
     name: str
     cache: TokenCache
@@ -31,7 +31,7 @@ class DataSet:
 
     @classmethod
     def open(cls, name: str, source: Source, tokenizer: object, cache_dir: Path, settings: TokenSettings) -> "DataSet":
-        """Its token cache, built when missing. Raises: as ``build_token_cache``."""
+        """Open the token cache of a data set, and build it if it is missing. Raises: as ``build_token_cache``."""
         cache = build_token_cache(source, tokenizer, cache_dir, settings)
         made_with = {"tokenizer": f"sha256 {cache.meta['tokenizer'][:12]}", "dataset_size": str(settings.dataset_size)}
         return cls(name, cache, source.describe() | made_with)
@@ -39,7 +39,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The data sets of a run, in the user's order; ``weights`` None is in proportion to their rows."""
+    """The data sets of a run, in the user's order. Without ``weights`` each is read in proportion to its rows."""
 
     sets: tuple[DataSet, ...]
     weights: tuple[float, ...] | None = None
@@ -54,7 +54,7 @@ class Corpus:
 
     @property
     def meta(self) -> dict:
-        """What all caches have in common: the token that ends documents."""
+        """Metadata of the first cache. The end-of-text token is the same in all caches."""
         return self.sets[0].cache.meta
 
     @property
@@ -63,7 +63,7 @@ class Corpus:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What the data is made of, for ``what_changed`` at a later start."""
+        """Description of the data, for ``what_changed`` at a later start."""
         if len(self.sets) == 1:
             return self.sets[0].facts
         facts = {"dataset_weights": ",".join(map(str, self.weights)) if self.weights else "by size"}
@@ -72,9 +72,9 @@ class Corpus:
         return facts
 
     def rows(self, percentage: float, seq_len: int, packing: str) -> tuple[PackedRows | MixedRows, ...]:
-        """(training rows, held-out rows), by document hash over all sets: copies of a document are on one side.
+        """(training rows, held-out rows), split by document hash over all sets: copies of a document stay together.
 
-        Raises: DataError for a set that gives no row to train on.
+        Raises: DataError for a data set with less than one row of training tokens.
         """
         hashes = [data.cache.hashes for data in self.sets]
         train, held_out = split_documents(hashes[0] if len(hashes) == 1 else np.concatenate(hashes), percentage)
@@ -102,7 +102,7 @@ class Corpus:
 
 
 def by_set(documents: np.ndarray, bounds: np.ndarray) -> list[np.ndarray]:
-    """Documents that are counted through all sets, as documents of each set."""
+    """Document indices over all sets -> indices within each set."""
     cuts = np.searchsorted(documents, bounds[1:-1])
     return [side - first for side, first in zip(np.split(documents, cuts), bounds[:-1], strict=True)]
 
@@ -110,9 +110,9 @@ def by_set(documents: np.ndarray, bounds: np.ndarray) -> list[np.ndarray]:
 def open_corpus(
     specs: list[SourceSpec], weights: list[float] | None, tokenizer: object, cache_dir: Path, settings: TokenSettings
 ) -> Corpus:
-    """The corpus of these data sets; all are opened before the first is tokenised, so that a mistake shows early.
+    """Open and tokenise data sets. All are opened before the first is tokenised, so that errors appear early.
 
-    Raises: ConfigError, DataError or EnvError of a source, or for weights that do not fit.
+    Raises: ConfigError, DataError or EnvError of a source; ConfigError for invalid weights.
     """
     names = [spec.dataset_name for spec in specs]
     if weights is not None:
@@ -125,10 +125,12 @@ def open_corpus(
 
 
 def split_specs(spec: SourceSpec) -> list[SourceSpec]:
-    """One specification for each data set of ``--dataset_name a,b``; column, configuration, split and revision are
-    one for all or, by commas, one each (nothing between commas is the default).
+    """One specification for each data set of ``--dataset_name a,b``.
 
-    Raises: ConfigError for lists that differ in length, and a set that is named twice.
+    Column, configuration, split and revision have one value for all sets, or one value per set separated by commas
+    (an empty value means the default).
+
+    Raises: ConfigError for lists of different lengths, or for a data set that is named twice.
     """
     names = split_names(spec.dataset_name)
     if len(names) == 1:
@@ -147,7 +149,7 @@ def split_specs(spec: SourceSpec) -> list[SourceSpec]:
 
 
 def split_names(text: str) -> list[str]:
-    """The data sets of ``--dataset_name``: parts between commas, where no path with the comma in its name is there."""
+    """Split ``--dataset_name`` at its commas, except at commas that are part of an existing path."""
     parts, names = text.split(","), []
     while parts:
         for count in range(len(parts), 0, -1):
@@ -160,7 +162,7 @@ def split_names(text: str) -> list[str]:
 
 
 def what_changed(then: dict[str, str] | None, now: dict[str, str]) -> str | None:
-    """The facts that differ, in words; None when none is known to."""
+    """The differences between two descriptions as text; None if there are none or ``then`` is unknown."""
     changes = []
     for what in sorted((then or {}).keys() | now):
         before, after = (then or {}).get(what), now.get(what)

@@ -1,8 +1,8 @@
-"""Rows of several data sets as one: which set a position of the run reads from, and which row of it.
+"""A weighted mixture of data sets: which set a position of the run reads from, and which row of it.
 
-With weights a block of positions has a fixed number of places for each set, spread evenly, so that every block and
-nearly every step holds the sets in their shares. Each set goes through its own rows in its own order, epoch after
-epoch; how many of them lie before a position is known without walking there.
+With weights, each block of positions has a fixed number of places for each set. They are spread evenly, so every block
+and nearly every step has the sets in the right proportion. Each set has its own row order, epoch after epoch. The
+number of its rows before a position is computed directly.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from flare.data.training_rows import Batch, TrainRows
 from flare.errors import ConfigError
 
 MAX_BLOCK_ROWS = 10_000
-"""Positions after which the pattern of the sets begins anew. Weights that need more are rounded to 1/10,000."""
+"""Maximum length of a block, after which the pattern repeats. Weights that need more are rounded to 1/10,000."""
 
 
 def block_counts(weights: list[float]) -> list[int]:
-    """Places of each set in a block: the smallest whole numbers in the proportion of the weights, or rounded ones.
+    """Places of each set in a block: the smallest integers in proportion to the weights, rounded for long blocks.
 
-    Raises: ConfigError for a weight that rounds to no place.
+    Raises: ConfigError for a weight that rounds to zero places.
     """
     exact = [Fraction(repr(float(weight))) for weight in weights]
     scale = lcm(*(weight.denominator for weight in exact))
@@ -43,7 +43,7 @@ def block_counts(weights: list[float]) -> list[int]:
 
 
 def check_weights(weights: list[float], names: list[str]) -> None:
-    """Raises: ConfigError for another number of weights than of data sets, and as ``block_counts``."""
+    """Raises: ConfigError if there is not one weight per data set, and as ``block_counts``."""
     if len(weights) != len(names) or len(names) == 1:
         raise ConfigError(
             f"--dataset_weights has {len(weights)} weights for {len(names)} data sets ({', '.join(names)}); "
@@ -53,9 +53,9 @@ def check_weights(weights: list[float], names: list[str]) -> None:
 
 
 def interleave(counts: list[int]) -> np.ndarray:
-    """The set at each of ``sum(counts)`` places: set k has counts[k] of them, at (j + 1/2) / counts[k] of the way.
+    """The set at each of ``sum(counts)`` places. Place j of the counts[k] places of set k is at (j + 1/2) / counts[k].
 
-    So every beginning of p places holds a set within half the number of sets of its share of p.
+    In the first p places, each set differs from its share of p by at most half the number of sets.
     """
     sets = np.repeat(np.arange(len(counts)), counts)
     ways = np.concatenate([(2 * np.arange(count) + 1) / (2 * count) for count in counts if count])
@@ -63,7 +63,7 @@ def interleave(counts: list[int]) -> np.ndarray:
 
 
 class Turns:
-    """Which set the positions of the endless sequence read from. ``counts``: places of each set in a block."""
+    """The data set at each position of the endless sequence. ``counts``: places of each set in a block."""
 
     def __init__(self, counts: list[int]) -> None:
         self.counts = np.array(counts)
@@ -73,13 +73,12 @@ class Turns:
         self.before = np.concatenate([np.zeros((1, len(counts)), dtype=np.int64), taken])
 
     def taken(self, position: int) -> np.ndarray:
-        """Rows of each set before a position, over all its epochs."""
+        """Number of rows of each set before a position, over all epochs."""
         blocks, place = divmod(position, self.block)
         return blocks * self.counts + self.before[place]
 
     def between(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray, int, int]]:
-        """Of positions [first, last): (set, places in them, the set's own positions [begin, end)) for each set that
-        has some of them."""
+        """Split positions [first, last) by set: (set, places, own positions [begin, end)) for each set with any."""
         sets = self.sets[np.arange(first, last) % self.block]
         for k, (begin, end) in enumerate(zip(self.taken(first), self.taken(last), strict=True)):
             if end > begin:
@@ -87,7 +86,7 @@ class Turns:
 
 
 def seed_of(seed: int, k: int) -> int:
-    """Each set has an order of its own, or two sets of one size would be read in step. Seeds are below 2**32."""
+    """A different seed for each set, or two sets of one size would have the same order. Seeds are below 2**32."""
     return seed + (k << 32)
 
 
@@ -112,12 +111,12 @@ class MixedOrder(Turns):
 
 
 class MixedRows(TrainRows):
-    """The rows of several data sets, one set after the other by index.
+    """The rows of several data sets. Row indices count through the sets, one after the other.
 
     Args:
-        parts: rows of each set, in ``names``' order.
-        counts: places of each set in a block of the order; None reads every row once an epoch.
-        spread: number the rows so that every beginning holds all sets in proportion (for evaluation).
+        parts: rows of each set, in the order of ``names``.
+        counts: places of each set in a block; None reads every row once per epoch.
+        spread: number the rows so that the first n rows hold all sets in proportion, for any n (for evaluation).
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class MixedRows(TrainRows):
         return self.num_rows
 
     def order(self, seed: int) -> RowOrder | MixedOrder:
-        """Which rows lie at which positions of the run."""
+        """The rows at each position of the run."""
         if self.counts is None:
             return RowOrder(seed, self.num_rows)
         return MixedOrder(seed, self.sizes, self.counts)
@@ -177,7 +176,7 @@ class MixedRows(TrainRows):
         return Batch(*arrays)
 
     def _by_set(self, rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """(set, places in ``rows``, rows of the set) for each set that has some of them."""
+        """(set, places in ``rows``, rows of the set) for each set with any of them."""
         rows = np.asarray(rows, dtype=np.int64)
         if self.index is not None:
             rows = self.index[rows]

@@ -1,9 +1,8 @@
-"""Who gets which rows, when: pure functions of seed, epoch and global row index.
+"""Which rank reads which rows at which step: pure functions of seed, epoch and global row index.
 
-The run's data is an endless sequence of positions; epoch e covers positions [e*N, (e+1)*N) with a permutation
-of all N rows of its own. Step s of a run with global batch G takes the positions [s*G, (s+1)*G). So a
-position says all there is to know about progress, and neither the number of processes nor the accumulation
-changes what is learned from.
+The data of a run is an endless sequence of positions. Epoch e covers positions [e*N, (e+1)*N) with its own permutation
+of all N rows. Step s of a run with global batch G reads positions [s*G, (s+1)*G). A position is therefore all that has
+to be saved, and the data does not depend on the number of processes or on gradient accumulation.
 """
 
 import numpy as np
@@ -20,7 +19,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     """The order of the rows in an epoch: rows sorted by a hash of (seed, epoch, row).
 
-    Our own few lines, and not a library's generator, because those promise no equal streams across versions.
+    Written here because random generators of libraries may change between versions.
     """
     with np.errstate(over="ignore"):
         key = _mix(np.array([seed], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch))
@@ -51,19 +50,19 @@ class RowOrder:
 
 
 def portion(rows: np.ndarray, counts: list[int], rank: int) -> np.ndarray:
-    """A rank's part of any rows, contiguous and as large as its part of ``counts``; may be empty."""
+    """The contiguous part of ``rows`` for a rank, in proportion to ``counts``; may be empty."""
     bounds = np.rint(np.cumsum([0, *counts]) / sum(counts) * len(rows)).astype(int)
     return rows[bounds[rank] : bounds[rank + 1]]
 
 
 def equal_rounds(rows: np.ndarray, counts: list[int], size: int) -> list[np.ndarray]:
-    """A rank's rows cut into as many pieces as the rank with the most rows (of ``counts``) needs; some may be empty.
+    """Split the rows of a rank into as many pieces as the rank with the most rows needs; some may be empty.
 
-    For ranks that must go through a micro-batch together: those of a sharded model gather its weights in each.
+    Ranks of a sharded model gather its weights in every micro-batch, so all must run the same number of them.
     """
     return np.array_split(rows, -(-max(counts) // size))
 
 
 def micro_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """A rank's rows of one step, cut into pieces of at most ``size``."""
+    """Split the rows of a rank in one step into pieces of at most ``size``."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]

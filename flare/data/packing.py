@@ -1,8 +1,8 @@
-"""Documents to packed rows of ``seq_len`` tokens, without padding, and what belongs to which side of the split.
+"""Pack documents into rows of ``seq_len`` tokens without padding, and split them into training and held-out documents.
 
-The documents of one side form one stream of tokens. Row r has the stream's tokens [r*T, r*T + T) as inputs and
-the tokens one further on as labels, so that every token is a target once. With ``document`` packing attention
-and positions restart at each document, and no document's first token is a target: the model cannot know it.
+The documents of each split form one stream of tokens. Row r has tokens [r*T, r*T + T) of the stream as inputs, and the
+same tokens shifted by one as labels, so every token is a target once. With ``document`` packing, attention and
+positions restart at each document. The first token of a document is not a target, because nothing predicts it.
 """
 
 import numpy as np
@@ -21,9 +21,9 @@ SINGLE_DOCUMENT = (
 def split_documents(hashes: np.ndarray, percentage: float) -> tuple[np.ndarray, np.ndarray]:
     """(train, validation) document indices, by document hash: stable when the data grows.
 
-    At least one document goes to each side (the one with the lowest hash to validation).
+    Each split gets at least one document (validation gets the one with the lowest hash).
 
-    Raises: DataError for fewer than two different documents.
+    Raises: DataError if there are fewer than two different documents.
     """
     held_out = hashes < np.uint64(min(percentage / 100 * 2**64, 2**64 - 1))
     if not held_out.any():
@@ -36,12 +36,12 @@ def split_documents(hashes: np.ndarray, percentage: float) -> tuple[np.ndarray, 
 
 
 class PackedRows(TrainRows):
-    """Rows of one side of the split, by index.
+    """Packed rows of the training or the held-out documents.
 
     Args:
-        cache: the tokens. documents: indices of this side's documents, ascending.
+        cache: the tokens. documents: indices of the documents, ascending.
         seq_len: tokens of a row (T). packing: ``document`` or ``concat``.
-        keep_last: keep a last row that is not full (for evaluation; its rest has no targets).
+        keep_last: keep a last row that is not full (for evaluation; the missing tokens are not targets).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PackedRows(TrainRows):
         return self.num_rows
 
     def order(self, seed: int) -> RowOrder:
-        """Which rows lie at which positions of the run."""
+        """The rows at each position of the run."""
         return RowOrder(seed, self.num_rows)
 
     def epochs(self, position: int) -> float:

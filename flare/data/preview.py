@@ -1,4 +1,4 @@
-"""Packed rows as people can read them: documents decoded, boundaries marked, long text cut; or whole, in a file."""
+"""Packed rows as text: a short preview for the terminal, and complete rows in a file."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 
 SHOWN_DOCUMENTS = 6
-"""Documents of a row that are shown: so many of the first ones, and the last."""
+"""Number of documents shown from the start of a row; the last one is also shown."""
 SHOWN_CHARACTERS = 60
-"""Of a document, at its beginning and at its end."""
+"""Number of characters shown at the start and at the end of a document."""
 
 
 def row_lines(input_ids: np.ndarray, end_of_text_id: int, tokenizer: object) -> list[str]:
-    """Lines that show a row of tokens (T,): one for each document, with the tokens that it has in the row.
+    """Lines that show a row of tokens (T,): one line per document, with its range of tokens in the row.
 
-    A document ends with the end-of-text token, which is shown. The first one may have begun in another row, the
-    last one may go on there.
+    A document ends with the end-of-text token, which is shown. The first document may start in the previous row,
+    and the last one may continue in the next.
     """
     cuts = np.flatnonzero(input_ids == end_of_text_id) + 1
     documents = [piece for piece in np.split(input_ids, cuts) if len(piece)]
@@ -31,14 +31,14 @@ def row_lines(input_ids: np.ndarray, end_of_text_id: int, tokenizer: object) -> 
 
 
 def shortened(text: str) -> str:
-    """One line of a text: control characters as escapes, its middle left out."""
+    """A text on one line: control characters are escaped, and the middle of a long text is left out."""
     if len(text) > 2 * SHOWN_CHARACTERS + 5:
         text = f"{text[:SHOWN_CHARACTERS]} ... {text[-SHOWN_CHARACTERS:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write_rows(path: Path, rows: np.ndarray, input_ids: np.ndarray, tokenizer: object) -> None:
-    """Rows (N,) of tokens (N, T) as JSON lines: index, token ids, text."""
+    """Write rows (N,) with tokens (N, T) as JSON lines: index, token ids, text."""
     with open(path, "w", encoding="utf-8") as file:
         for row, ids in zip(rows.tolist(), input_ids, strict=True):
             record = {"row": row, "input_ids": ids.tolist(), "text": tokenizer.decode(ids)}

@@ -1,4 +1,4 @@
-"""What a trainer asks of its rows. Where they come from is the business of the classes below this one."""
+"""The interface of training rows. Subclasses read them from a token cache, a mixture or a stream."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,27 +22,27 @@ class Batch:
 
 
 class Positions(Protocol):
-    """Which rows lie at which positions of a run: what ``TrainRows.order`` gives."""
+    """The rows at each position of a run; returned by ``TrainRows.order``."""
 
     def rows(self, first: int, last: int) -> np.ndarray:
         """Row indices at positions [first, last)."""
 
 
 class TrainRows:
-    """Training rows. The defaults are those of rows that lie on disk whole."""
+    """Training rows. The default methods are for rows that are completely on disk."""
 
     def start(self, world: World, recorded: dict | None, step_rows: int) -> None:
-        """Get ready to be read. A collective. ``recorded``: what ``place_at`` gave for the position to go on from."""
+        """Prepare for reading. A collective. ``recorded``: the value of ``place_at`` in the checkpoint, if any."""
 
     def close(self) -> None:
-        """No row will be read any more."""
+        """Release resources; no row is read after this."""
 
     def place_at(self, position: int) -> dict | None:
-        """What, besides the position, a checkpoint must record to go on from there."""
+        """What a checkpoint must record, in addition to the position, to resume there."""
         return None
 
     def order(self, seed: int) -> Positions:
-        """Which rows lie at which positions of the run."""
+        """The rows at each position of the run."""
         raise NotImplementedError
 
     def num_targets(self, rows: np.ndarray) -> int:
@@ -54,7 +54,7 @@ class TrainRows:
         raise NotImplementedError
 
     def any_row(self) -> int:
-        """The index of a row that can be read at the moment."""
+        """The index of a row that can be read now."""
         return 0
 
     def epochs(self, position: int) -> float:
@@ -62,7 +62,7 @@ class TrainRows:
         raise NotImplementedError
 
     def passes(self, position: int) -> list[str]:
-        """How often the data is read up to a position, for the log; nothing where that is not known before."""
+        """How often the data is read up to a position, for the log; empty if that is not known in advance."""
         return []
 
     def describe(self) -> str:
