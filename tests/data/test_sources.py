@@ -1,14 +1,10 @@
-"""What --dataset_name can name on a disk: globs, compressed files, saved data sets; and how damage is told."""
+"""Files, folders, globs and saved data sets that --dataset_name can name on a disk; errors for damaged ones."""
 
 import errno
-import gzip
-import json
 import os
 import pickle
-import random
 from pathlib import Path
 
-import pyarrow
 import pytest
 
 from flare.data.sources import base as rows_module
@@ -17,62 +13,8 @@ from flare.data.sources.open import open_source
 from flare.data.streaming.pieces import streamed_facts, streamed_identity
 from flare.errors import ConfigError, DataError
 from tests.conftest import write_corpus
-from tests.data.test_packing import TEXTS, read, write_files
+from tests.data.test_packing import TEXTS, read
 from tests.data.test_token_cache import cache_of
-
-
-def compress(file: Path, suffix: str) -> Path:
-    """The file packed by a library other than the one that reads it, where Python has one; gone itself."""
-    content, packed = file.read_bytes(), file.with_name(file.name + suffix)
-    if suffix == ".gz":
-        packed.write_bytes(gzip.compress(content))
-    else:
-        packed.write_bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
-    file.unlink()
-    return packed
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
-def test_compressed_files_give_the_same_documents(tmp_path: Path, kind: str, suffix: str) -> None:
-    assert read(compress(write_files(tmp_path)[kind], suffix), tmp_path) == TEXTS
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_archives_of_several_members_are_read_to_their_end(tmp_path: Path, suffix: str) -> None:
-    """What ``cat a.gz b.gz`` and block-wise packers write."""
-    parts = []
-    for number in range(3):
-        part = tmp_path / f"{number}.txt"
-        part.write_text(f"part {number}\n" * 1000)
-        parts.append(compress(part, suffix).read_bytes())
-    whole = tmp_path / f"x.txt{suffix}"
-    whole.write_bytes(b"".join(parts))
-    assert read(whole, tmp_path) == ["".join(f"part {n}\n" * 1000 for n in range(3))]
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_cut_or_damaged_archive_is_one_line_that_names_it(tmp_path: Path, suffix: str) -> None:
-    file = tmp_path / "x.jsonl"
-    random.seed(0)
-    file.write_text("".join(json.dumps({"text": random.randbytes(500).hex()}) + "\n" for _ in range(500)))
-    packed = compress(file, suffix)
-    content = packed.read_bytes()
-    wrongs = [content[: len(content) // 2], b"no archive at all", content[:-3]]
-    if suffix == ".gz":  # a .zst holds a checksum only when who packed it asked for one
-        wrongs.append(content[:1000] + bytes(64) + content[1064:])
-    for wrong in wrongs:
-        packed.write_bytes(wrong)
-        with pytest.raises(DataError, match=rf"x.jsonl{suffix} is damaged or cut off") as raised:
-            read(packed, tmp_path)
-        assert "\n" not in str(raised.value)
-
-
-def test_bad_rows_in_an_archive_are_named_by_line(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n\n{"text": null}\n')
-    packed = compress(tmp_path / "x.jsonl", ".zst")
-    rows = list(open_source(SourceSpec(str(packed)), tmp_path).rows())
-    assert [(row.value, row.where) for row in rows] == [("good", f"{packed}:1"), (None, f"{packed}:3")]
 
 
 def test_globs_take_the_files_that_match_by_name(tmp_path: Path) -> None:
@@ -90,7 +32,9 @@ def test_globs_take_the_files_that_match_by_name(tmp_path: Path) -> None:
     assert read(tmp_path / "odd[1].txt", tmp_path) == ["brackets"]
 
 
-def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_with_equal_names_in_several_folders_are_distinguished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A change in any of them is seen and named, also by what streaming knows without reading them."""
     for name in "ab":
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -118,14 +62,14 @@ def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
     assert [row.value for row in source.rows()] == ["two", "one"]  # linked/x.txt comes before x.txt
 
 
-def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
     (tmp_path / ".ipynb_checkpoints").mkdir()
     for name in ("a.txt", ".hidden.txt", ".ipynb_checkpoints/a.txt"):
         (tmp_path / name).write_text(name)
     assert read(tmp_path, tmp_path / "cache") == ["a.txt"]
 
 
-def test_empty_files_among_others_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_files_among_others_are_skipped_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spark and others write one for lack of rows. Of a kind that has a header or a frame it is a cut-off download."""
     told: list[str] = []
     monkeypatch.setattr("flare.data.sources.files.log.warning", told.append)
@@ -146,7 +90,7 @@ def test_empty_files_among_others_are_left_out_and_named(tmp_path: Path, monkeyp
         (tmp_path / name).unlink()
 
 
-def test_pointers_of_git_lfs_are_no_data(tmp_path: Path) -> None:
+def test_git_lfs_pointers_are_ignored(tmp_path: Path) -> None:
     """What a clone of a data set has where git-lfs is not installed; as .txt they would be trained on."""
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize %d\n"
     (tmp_path / "a.txt").write_text("x" * len(pointer))
@@ -158,9 +102,7 @@ def test_pointers_of_git_lfs_are_no_data(tmp_path: Path) -> None:
     assert len(read(tmp_path, tmp_path / "cache")) == 1
 
 
-def test_what_is_read_of_several_kinds_and_what_is_not_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_used_and_ignored_file_types_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr("flare.data.sources.files.log.info", told.append)
     for name in ("a.txt", "b.txt"):
@@ -175,9 +117,7 @@ def test_what_is_read_of_several_kinds_and_what_is_not_is_told(
         assert told.pop() == f"--dataset_name {name}: {expected}"
 
 
-def test_data_that_is_there_by_name_only_is_an_error_and_not_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_that_exists_by_name_only_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the hub's cache without its blobs, and a folder that belongs to somebody else."""
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").symlink_to("blobs/0123")
@@ -198,7 +138,7 @@ def test_data_that_is_there_by_name_only_is_an_error_and_not_left_out(
         read(tmp_path, tmp_path / "cache")
 
 
-def test_a_large_txt_is_told_to_be_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_txt_is_reported_as_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr("flare.data.sources.files.log.warning", told.append)
     monkeypatch.setattr("flare.data.sources.files.LARGE_TXT_BYTES", 100)
@@ -208,7 +148,7 @@ def test_a_large_txt_is_told_to_be_one_document(tmp_path: Path, monkeypatch: pyt
     assert told == [f"{tmp_path}/large.txt is read as one document of 101 bytes; a .jsonl holds one a line"]
 
 
-def test_a_cache_directory_inside_the_data_is_no_data(tmp_path: Path, base: Path) -> None:
+def test_a_cache_directory_inside_the_data_is_ignored(tmp_path: Path, base: Path) -> None:
     (tmp_path / "data").mkdir()
     write_corpus(tmp_path / "data" / "a.jsonl", 20)
     first = cache_of(tmp_path / "data", base, tmp_path / "data" / "cache")
@@ -232,7 +172,7 @@ def save(path: Path, texts: list[object] = TEXTS) -> Path:
     return path
 
 
-def test_a_json_array_may_begin_behind_blanks(tmp_path: Path) -> None:
+def test_a_json_array_may_start_after_white_space(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     file.write_text(" \n" * 200 + '[{"text": "one"}]')
     assert [row.value for row in open_source(SourceSpec(str(file)), tmp_path / "cache").rows()] == ["one"]
@@ -244,7 +184,7 @@ def test_the_embedded_corpus_names_the_cache_directory_that_it_cannot_make(tmp_p
         open_source(SourceSpec("embedded"), tmp_path / "file")
 
 
-def test_a_split_asked_of_a_plain_file_is_told_to_mean_nothing(
+def test_a_split_of_a_plain_file_is_reported_as_without_effect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
@@ -298,7 +238,7 @@ def test_a_saved_dictionary_needs_a_split_that_it_has(tmp_path: Path) -> None:
         read(path, tmp_path, text_column="txt")
 
 
-def test_a_damaged_saved_data_set_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_saved_data_set_is_a_one_line_error(tmp_path: Path) -> None:
     path = save(tmp_path / "saved")
     arrow = sorted(path.glob("*.arrow"))[1]
     content = arrow.read_bytes()

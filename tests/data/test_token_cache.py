@@ -1,4 +1,4 @@
-"""The token cache: whatever the number of workers and whoever is killed, the same bytes."""
+"""Building a token cache: the bytes are the same for any number of workers and after any kill."""
 
 import fcntl
 import json
@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from flare.child_process import child_environment
@@ -20,90 +19,16 @@ from flare.data.sources.base import SourceSpec
 from flare.data.sources.open import open_source
 from flare.data.token_cache.build import Builder, Ledger, build_token_cache
 from flare.data.token_cache.cache import TokenCache, TokenSettings
-from flare.data.token_cache.encode import end_of_text_id
-from flare.errors import DataError, EnvError
+from flare.errors import DataError
 from flare.nope.load import load_tokenizer
 from tests.conftest import write_corpus
 from tests.data.build_tokens import FileByFile
-from tests.data.test_packing import TEXTS, write_files
 from tests.processes import REPO, script_environment
 
 
 def cache_of(path: Path, base: Path, cache_dir: Path, **settings: object) -> TokenCache:
     source = open_source(SourceSpec(str(path)), cache_dir)
     return build_token_cache(source, load_tokenizer(base), cache_dir, TokenSettings(**settings))
-
-
-def test_cached_tokens_decode_to_the_documents(tmp_path: Path, base: Path) -> None:
-    cache = cache_of(write_files(tmp_path)["jsonl"], base, tmp_path / "c")
-    tokenizer = load_tokenizer(base)
-    end = end_of_text_id(tokenizer)
-    assert cache.meta["end_of_text"] == "<|endoftext|>"
-    for number, text in enumerate(TEXTS):
-        ids = cache.tokens[cache.offsets[number] : cache.offsets[number + 1]]
-        assert ids[-1] == end
-        assert tokenizer.decode(ids[:-1]) == text
-
-
-def test_cache_is_built_once_and_again_when_the_content_changes(tmp_path: Path, base: Path) -> None:
-    file = write_corpus(tmp_path / "x.jsonl", 20)
-    first = cache_of(file, base, tmp_path / "c")
-    stamp = (first.directory / "meta.json").stat().st_mtime_ns
-    file.touch()  # same bytes, new date: the same data
-    again = cache_of(file, base, tmp_path / "c")
-    assert again.directory == first.directory
-    assert (again.directory / "meta.json").stat().st_mtime_ns == stamp
-    write_corpus(file, 20, seed=1)
-    assert cache_of(file, base, tmp_path / "c").directory != first.directory
-
-
-def test_a_finished_cache_is_used_where_nothing_can_be_written(tmp_path: Path, base: Path) -> None:
-    """As one that another user has made. Root may write anywhere, so a directory lies where the lock would."""
-    file = write_corpus(tmp_path / "x.jsonl", 20)
-    made = cache_of(file, base, tmp_path / "c")
-    (lock,) = (tmp_path / "c").glob(".tokens-*.lock")
-    lock.unlink()
-    lock.mkdir()
-    assert cache_of(file, base, tmp_path / "c").directory == made.directory
-    shutil.rmtree(made.directory)
-    with pytest.raises(
-        EnvError, match=r"cannot write the token cache .*: Is a directory; --cache_dir names another place"
-    ):
-        cache_of(file, base, tmp_path / "c")
-
-
-def test_dataset_size_takes_the_first_documents(tmp_path: Path, base: Path) -> None:
-    file = write_corpus(tmp_path / "x.jsonl", 20)
-    whole, part = cache_of(file, base, tmp_path / "c"), cache_of(file, base, tmp_path / "c", dataset_size=5)
-    assert part.meta["num_documents"] == 5
-    assert np.array_equal(part.tokens, whole.tokens[: len(part.tokens)])
-
-
-BAD_ROWS = [
-    b'{"text": null}',
-    b'{"text": 5}',
-    b'{"text": ""}',
-    b'{"text": ["a"]}',
-    b'{"text": NaN}',
-    b'{"other": "x"}',
-    b'{"text": "\xff\xfe"}',
-    b'{"text": "lone \\ud800 surrogate"}',
-    b'{"text": "cut off',
-]
-
-
-def test_bad_rows_are_counted_and_named_and_good_rows_all_used(tmp_path: Path, base: Path) -> None:
-    good = [json.dumps({"text": f"good {n}"}).encode() for n in range(20)]
-    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good[0], *BAD_ROWS, *good[1:]]) + b"\n")
-    with pytest.raises(DataError, match=rf"{len(BAD_ROWS)} of 29 rows .*x.jsonl:2 is null.*--max_bad_rows"):
-        cache_of(tmp_path / "x.jsonl", base, tmp_path / "c")
-    cache = cache_of(tmp_path / "x.jsonl", base, tmp_path / "c", max_bad_rows=0.5)
-    assert (cache.meta["num_documents"], cache.meta["bad_rows"]) == (20, len(BAD_ROWS))
-    with pytest.raises(DataError, match="--max_bad_rows"):  # the limit holds for a cache that is there, too
-        cache_of(tmp_path / "x.jsonl", base, tmp_path / "c", max_bad_rows=0.1)
-
-
-# -- workers, kills, damage -------------------------------------------------------------------------------
 
 
 def build(directory: Path, base: Path, cache_dir: Path, workers: int, **settings: object) -> TokenCache:
@@ -220,7 +145,7 @@ def test_too_many_bad_rows_end_the_build_when_no_row_to_come_can_change_it(
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_killed_build_is_taken_over(folder: Path, base: Path, tmp_path: Path, seed: int) -> None:
+def test_a_killed_build_is_continued_by_the_next(folder: Path, base: Path, tmp_path: Path, seed: int) -> None:
     """SIGKILL when a random number of parts is done: the next start makes only the others, to the same bytes."""
     whole = contents(build(folder, base, tmp_path / "whole", 1, max_bad_rows=0.1))
     done = random.Random(seed).randint(1, 4)
@@ -283,7 +208,7 @@ def is_alive(pid: str) -> bool:
         return False
 
 
-def test_workers_ask_for_huge_pages_beside_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_request_huge_pages_in_addition_to_the_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     for before, after in (
         ("", "glibc.malloc.hugetlb=1"),
         ("glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
@@ -304,7 +229,7 @@ def test_two_builders_at_once_build_once(folder: Path, base: Path, tmp_path: Pat
     assert not any("TOKENIZERS_PARALLELISM" in err for err in errors)
 
 
-def test_who_waits_for_another_builder_says_so(folder: Path, base: Path, tmp_path: Path) -> None:
+def test_waiting_for_another_builder_is_reported(folder: Path, base: Path, tmp_path: Path) -> None:
     directory = build(folder, base, tmp_path / "c", 1, max_bad_rows=0.1).directory
     shutil.rmtree(directory)
     with open(directory.with_name(f".{directory.name}.lock"), "w") as lock:
