@@ -185,7 +185,7 @@ class TensorReader:
 
 @torch.no_grad()
 def restore_weights(causal_lm: torch.nn.Module, reader: TensorReader) -> None:
-    """Copy every weight of a model directory into the model, in the model's dtype. On a sharded model: this rank's rows.
+    """Copy every weight of a model directory into the model, in its dtype. On a sharded model: this rank's rows.
 
     Raises: CheckpointError when names or shapes differ.
     """

@@ -1,6 +1,6 @@
-"""The checkpoint format of models with NoPE layers: config.json, and the modelling file that travels along.
+"""config.json of models with NoPE layers, and the modelling file that is saved with it.
 
-Plain dict in, plain dict out; nothing here loads weights.
+Functions take and return plain dicts. Nothing here loads weights.
 """
 
 import json
@@ -18,9 +18,9 @@ EXPORTED = {native: family for family, native in NATIVE_TYPES.items()}
 
 
 def family_of(config: dict, where: str) -> str:
-    """``qwen2`` or ``qwen3``.
+    """Return ``qwen2`` or ``qwen3``.
 
-    Raises: ConfigError for every other model_type, and for what NoPE layers cannot be combined with.
+    Raises: ConfigError for other model types, and for features that NoPE layers cannot be combined with.
     """
     model_type = str(config.get("model_type", "")).removesuffix("_nope")
     if model_type not in FAMILIES:
@@ -36,7 +36,7 @@ def family_of(config: dict, where: str) -> str:
 
 
 def depth_of(config: dict, where: str) -> int:
-    """Number of decoder layers. Raises: CheckpointError when config.json does not say it."""
+    """Number of decoder layers. Raises: CheckpointError when config.json does not have it."""
     depth = config.get("num_hidden_layers")
     if not isinstance(depth, int) or depth < 1:
         raise CheckpointError(f"{where}: num_hidden_layers must be a whole number above 0, config.json has {depth!r}")
@@ -46,7 +46,7 @@ def depth_of(config: dict, where: str) -> int:
 def theta_of(config: dict, where: str) -> float:
     """RoPE base of a config.json of transformers 4 (``rope_theta``) or 5 (``rope_parameters``).
 
-    Raises: CheckpointError when both are there and disagree: one of the two versions would be silently wrong.
+    Raises: CheckpointError when both exist and disagree: one of the two versions would silently use a wrong base.
     """
     new = (config.get("rope_parameters") or {}).get("rope_theta")
     old = config.get("rope_theta")
@@ -70,7 +70,7 @@ def rope_of(config: dict, where: str) -> dict:
 
 
 def _rope_type_named(parameters: dict | None) -> dict:
-    """With ``rope_type`` for what older files call ``type``."""
+    """The same parameters with the key ``rope_type``, which older files call ``type``."""
     named = dict(parameters or {})
     if "type" in named:
         named.setdefault("rope_type", named.pop("type"))
@@ -81,7 +81,7 @@ def _rope_type_named(parameters: dict | None) -> dict:
 def with_rope(config: dict, rope: dict) -> dict:
     """The config.json with this RoPE in both spellings.
 
-    transformers 4.57 reading a file of version 5 only would take another theta, and no scaling, without a word.
+    If a file had only the spelling of version 5, transformers 4.57 would silently use another theta and no scaling.
     """
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     scaling = None if rope["rope_type"] == "default" else scaling
@@ -89,15 +89,15 @@ def with_rope(config: dict, rope: dict) -> dict:
 
 
 def is_export(config: dict) -> bool:
-    """Whether a config.json is that of a native export of ours: a stock architecture with our record of the layers."""
+    """Whether a config.json belongs to a native export: a stock architecture with our ``nope_layers``."""
     return config.get("model_type") in EXPORTED and "nope_layers" in config
 
 
 def nope_layers_of(config: dict) -> list[int]:
-    """NoPE layers that a config.json names, ours or a stock architecture's that has some; none for a plain model.
+    """NoPE layers in a config.json of ours or of a stock architecture that has some; [] for a plain model.
 
-    Raises: CheckpointError when nope_layers is no list of indices, when a model_type of ours comes without any, or
-        when an export's own record and its architecture's field name different layers.
+    Raises: CheckpointError when nope_layers is not a list of indices, when a model_type of ours has no NoPE layers, or
+        when nope_layers of an export contradicts the field of its architecture.
     """
     recorded = config.get("nope_layers")
     if recorded is not None and not (isinstance(recorded, list) and all(type(i) is int for i in recorded)):
@@ -120,9 +120,9 @@ def nope_layers_of(config: dict) -> list[int]:
 
 
 def declares_nope_layers(config: dict) -> bool:
-    """Whether a config.json says which layers are NoPE layers, in a way that is known here.
+    """Whether ``nope_layers_of`` can read from this config.json which layers are NoPE layers.
 
-    Not so: GPT-2, whose positions are no RoPE, or other hybrids. ``nope_layers_of`` knows nothing about them.
+    It cannot for models without RoPE, such as GPT-2, and for other hybrids.
     """
     model_type = str(config.get("model_type", "")).removesuffix("_nope")
     return model_type in FAMILIES or model_type in STOCK_NOPE_FIELDS or "nope_layers" in config
@@ -136,7 +136,7 @@ def _smollm3_nope_layers(config: dict) -> list[int]:
 
 
 def _exaone_moe_nope_layers(config: dict) -> list[int]:
-    """ExaoneMoe rotates in sliding layers only; in all of them when there is no window at all."""
+    """ExaoneMoe uses RoPE only in sliding-window layers, or in all layers when no window is set."""
     if config.get("sliding_window", 1) is None:
         return []
     return [i for i, kind in enumerate(config.get("layer_types") or []) if kind == "full_attention"]
@@ -172,7 +172,7 @@ def with_nope(config: dict, nope_layers: list[int], rope_theta: float | None, wh
 
 
 def reject_custom_code(config: dict, where: str) -> None:
-    """Nothing of a model's own code is run here but our modelling file; a model that asks for other code is refused.
+    """Check that a model does not need custom code other than our modelling file.
 
     Raises: CheckpointError.
     """
@@ -183,7 +183,7 @@ def reject_custom_code(config: dict, where: str) -> None:
 
 
 def write_config(config: dict, directory: Path) -> None:
-    """Write config.json, and the modelling file beside it when the model needs it."""
+    """Write config.json, and next to it the modelling file when the model needs it."""
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     if "auto_map" in config:
@@ -191,7 +191,7 @@ def write_config(config: dict, directory: Path) -> None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint, all that its index names.
+    """The weight files of a checkpoint: all files of its index, or the single file.
 
     Raises: CheckpointError when there are none or a shard is missing.
     """

@@ -1,4 +1,4 @@
-"""Which layers: the specs that users type, as pure functions. No torch."""
+"""Parses and formats the layer specs that users type. Pure functions, no torch."""
 
 import re
 from collections import Counter
@@ -11,14 +11,14 @@ RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 def parse_layers(spec: str | int | list, num_hidden_layers: int, flag: str = "--no_rope_layers") -> list[int]:
-    """Layer indices, sorted, of a spec.
+    """Parse a layer spec into sorted layer indices.
 
-    ``spec`` is one or several of: an index (``20``), a range with both ends in it (``20-32``),
-    ``every:4`` (layers 3, 7, 11, ... as SmolLM3 does), or alone: ``auto`` (the guide's band 20..32 of 36
-    layers scaled to this depth), ``none``, ``all``.
+    ``spec`` is one or several of: an index (``20``), a range that includes both ends (``20-32``),
+    ``every:4`` (layers 3, 7, 11, ... as SmolLM3 does), or one of these words
+    alone: ``auto`` (the guide's band 20..32 of 36 layers, scaled to this depth), ``none``, ``all``.
 
     Raises:
-        ConfigError: a layer that the model has not, a reversed range, a repeated layer, an unknown word.
+        ConfigError: a layer that the model does not have, a reversed range, a repeated layer, an unknown word.
     """
     words = _words(spec)
     if len(words) == 1 and words[0] in WHOLE_SPECS:

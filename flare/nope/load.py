@@ -1,7 +1,7 @@
-"""Open a causal LM and prove that it is what its files say. No silent repairs.
+"""Opens a causal LM and verifies that it matches its files.
 
-``from_pretrained`` fills missing tensors with random numbers and only warns, and opens a config that lies;
-here both are errors.
+``from_pretrained`` fills missing tensors with random numbers and only warns, and it accepts a wrong config.json. Here
+both are errors.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ OWN_TYPES = {f"{family}_nope": name for family, name in FAMILIES.items()}
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' loading bars and reports; what matters in them we check ourselves."""
+    """Silence transformers' progress bars and reports. Their important contents are checked here."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -57,17 +57,18 @@ def load_causal_lm(
     config_dict: dict | None = None,
     device_map: str | dict | None = None,
 ) -> PreTrainedModel:
-    """A causal LM of ours or of transformers, in evaluation mode on the CPU; its NoPE layers are proven where its
-    config.json says which they are.
+    """Load a causal LM of ours or of transformers, in evaluation mode, and verify its NoPE layers.
+
+    Layers of a foreign architecture are not verified when its config.json does not name them.
 
     Args:
         directory: a local model directory.
-        dtype: of the weights; "auto" is the checkpoint's own.
-        config_dict: use this config.json instead of the directory's (same shapes; NoPE layers or theta differ).
+        dtype: of the weights; "auto" is the dtype of the checkpoint.
+        config_dict: use this config.json instead of the directory's (same shapes, other NoPE layers or theta).
         device_map: accelerate's: "auto" spreads the layers over all GPUs, then the CPU's memory.
 
-    Raises: CheckpointError for missing or misfitting tensors, foreign code (``auto_map``), or layers that
-        are not what the configuration says.
+    Raises: CheckpointError for missing or mismatched tensors, custom code (``auto_map``), or NoPE layers that
+        differ from the configuration.
     """
     raw = config_dict or read_model_config(directory)
     weight_files(directory)
@@ -81,9 +82,11 @@ def load_causal_lm(
 
 
 def empty_causal_lm(directory: Path, raw: dict, attn_implementation: str) -> PreTrainedModel:
-    """The model of this config.json on the meta device, without weights: for those who fill it part by part.
+    """The model of this config.json on the meta device, without weights.
 
-    Its layers are not proven yet. Raises: CheckpointError for foreign code.
+    For callers that copy the weights themselves. Its NoPE layers are not verified.
+
+    Raises: CheckpointError for custom code.
     """
     config, architecture = _architecture(raw, directory)
     build = architecture.from_config if architecture is AutoModelForCausalLM else architecture._from_config
@@ -92,9 +95,9 @@ def empty_causal_lm(directory: Path, raw: dict, attn_implementation: str) -> Pre
 
 
 def _architecture(raw: dict, directory: Path) -> tuple[PreTrainedConfig, type]:
-    """Configuration and class of a config.json; ``directory`` is for the message.
+    """Configuration and class for a config.json; ``directory`` is for the message.
 
-    Raises: CheckpointError when it asks for foreign code.
+    Raises: CheckpointError when it needs custom code.
     """
     reject_custom_code(raw, str(directory))
     model_type = raw.get("model_type", "")
@@ -135,11 +138,10 @@ def _load_weights(
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
+    """Load the tokenizer of a model directory.
 
-    Of Qwen models, tokenizer.json decides: AutoTokenizer picks a class by model_type, and so cut the same text
-    into other tokens for a model (qwen2) and for its patched copy (qwen2_nope); it also asks to run the
-    modelling file of ours.
+    Qwen models use tokenizer.json: AutoTokenizer selects a class by model_type, and tokenized a text differently for
+    a model (qwen2) and its patched copy (qwen2_nope). It would also ask to run our modelling file.
 
     Raises: CheckpointError when there is none.
     """
@@ -147,7 +149,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     is_qwen = str(config.get("model_type", "")).removesuffix("_nope") in FAMILIES or is_export(config)
     own_file = is_qwen and (directory / "tokenizer.json").is_file()
     if is_qwen and not own_file and not (directory / "vocab.json").is_file():
-        # transformers would make up an empty tokenizer, and the data would be end-of-text tokens only.
+        # transformers would create an empty tokenizer, and all data would be end-of-text tokens.
         raise CheckpointError(f"{directory} has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     loader = PreTrainedTokenizerFast if own_file else AutoTokenizer
     try:

@@ -1,4 +1,4 @@
-"""Take RoPE out of chosen layers: of a loaded model, or of a checkpoint on disk without loading it."""
+"""Removes RoPE from chosen layers of a loaded model, or of a checkpoint on disk without loading it."""
 
 import math
 from pathlib import Path
@@ -28,14 +28,14 @@ def patch_qwen_rope(
     rope_theta: float | None = None,
     nope_temperature: float | None = None,
 ) -> PreTrainedModel:
-    """Make layers of a loaded Qwen2 or Qwen3 causal LM NoPE layers, in place; that instance only.
+    """Turn layers of a loaded Qwen2 or Qwen3 causal LM into NoPE layers, in place. Other instances do not change.
 
     Args:
         no_rope_layers: indices or a spec like "20-32", "every:4", "auto".
         rope_theta: new RoPE base for the layers that keep RoPE.
         nope_temperature: factor on the attention scores of the NoPE layers, folded into their weights.
-    Returns: the same object; ``model.config`` says what it is now, ``save_pretrained`` keeps it.
-    Raises: ConfigError for layers that the model has not, another family, or a model that is patched already.
+    Returns: the same object. ``model.config`` has the NoPE layers, and ``save_pretrained`` saves them.
+    Raises: ConfigError for layers that the model does not have, another family, or a model that is already patched.
     """
     config = model.config.to_dict()
     layers = _layers_to_patch(config, no_rope_layers, "the model")
@@ -50,7 +50,7 @@ def patch_qwen_rope(
     for layer in decoder.layers:
         layer.self_attn.config = model.config
     modeling_nope.remove_rope(decoder, layers)
-    model.__class__ = NOPE_CAUSAL_LM.get(type(model), type(model))  # whose save_pretrained takes the code along
+    model.__class__ = NOPE_CAUSAL_LM.get(type(model), type(model))  # its save_pretrained also saves the modelling file
     if rope_theta is not None:
         decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(model.device)
     if nope_temperature is not None:
@@ -68,7 +68,7 @@ def patch_checkpoint(
 ) -> list[int]:
     """Write a patched copy of a checkpoint. Weights are hard links, or copies across file systems.
 
-    With a temperature the shards that hold queries of NoPE layers are rewritten, the others linked.
+    With a temperature, the shards with queries of NoPE layers are rewritten and the others linked.
 
     Returns: the NoPE layers.
     Raises: ConfigError / CheckpointError before anything is written.
@@ -80,15 +80,18 @@ def patch_checkpoint(
     patched.pop("flare", None)  # the base's training record, if any, is not the patched model's
     check_weights(source, tensor_names(family, config))
     scale = {} if nope_temperature is None else dict.fromkeys(query_tensors(family, layers), nope_temperature)
-    with new_directory(target, source) as part:
-        transfer_weights(source, part, Change(scale=scale))
-        copy_other_files(source, part)
-        write_config(patched, part)
+    with new_directory(target, source) as temporary:
+        transfer_weights(source, temporary, Change(scale=scale))
+        copy_other_files(source, temporary)
+        write_config(patched, temporary)
     return layers
 
 
 def _layers_to_patch(config: dict, no_rope_layers: str | int | list, where: str) -> list[int]:
-    """The NoPE layers that a plain model is to have. Raises: ConfigError."""
+    """Parse the NoPE layers for a plain model.
+
+    Raises: ConfigError when the model has NoPE layers already, or the spec names none.
+    """
     family_of(config, where)
     if nope_layers_of(config):
         raise ConfigError(

@@ -1,9 +1,8 @@
-"""The structural proof: which layers' attention ignores positions.
+"""Finds the NoPE layers of a model by running it: the layers whose attention ignores positions.
 
-Perplexity cannot tell a NoPE layer from a RoPE layer (a checkpoint opened with RoPE put back may even
-score better), attention outputs can. Each attention module is run twice on the same inputs, with the
-position embeddings of positions p and of 3p+1; a NoPE layer gives bitwise the same output. A constant
-shift would prove nothing: RoPE ignores it too.
+Perplexity cannot distinguish NoPE layers from RoPE layers (a NoPE checkpoint opened with RoPE may even score better).
+Attention outputs can. Each attention module runs twice on the same inputs, with the position embeddings of positions p
+and 3p+1; the outputs of a NoPE layer are bitwise equal. A constant shift would prove nothing, because RoPE ignores it.
 """
 
 from collections.abc import Callable
@@ -22,12 +21,12 @@ PROBE_TOKENS = 8
 def probe_nope_layers(model: torch.nn.Module, decode: Callable | None = None) -> list[int]:
     """Indices of the decoder layers of a causal LM whose attention output does not depend on positions.
 
-    Each attention module is run again by a hook, inside a real forward pass, with its own inputs of that pass: so
-    the proof covers the way in which this model calls its layers, on any architecture that passes
+    A hook runs each attention module again inside a real forward pass, with the inputs of that pass. So the result is
+    valid for the way in which this model calls its layers, works on any architecture that passes
     ``position_embeddings``, and finds the weights of a sharded model gathered.
 
     Args:
-        decode: how the decoder is called when not by itself (a sharded model gathers its weights at the outside).
+        decode: called instead of the decoder (the outer module of a sharded model gathers the weights).
     """
     decoder = model.get_decoder()
     device = input_device(model)
@@ -45,7 +44,7 @@ def probe_nope_layers(model: torch.nn.Module, decode: Callable | None = None) ->
     ]
     was_training = model.training
     model.eval()
-    # On bf16 and fp16 runs frozen weights are 16-bit beside fp32 masters: only autocast brings them together.
+    # In bf16 and fp16 runs, frozen weights are 16-bit and trainable ones fp32: matmuls of both need autocast.
     dtypes = {parameter.dtype for parameter in decoder.parameters()}
     half = torch.float16 if torch.float16 in dtypes else torch.bfloat16
     with torch.autocast(device.type, half, enabled=len(dtypes) > 1):
@@ -59,7 +58,7 @@ def probe_nope_layers(model: torch.nn.Module, decode: Callable | None = None) ->
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
-    """Where a causal LM's input ids belong: beside its embeddings, which accelerate may keep elsewhere until used."""
+    """Device for a causal LM's input ids: where its embeddings run; accelerate may store them elsewhere until then."""
     embeddings = model.get_input_embeddings()
     hook = getattr(embeddings, "_hf_hook", None)
     place = getattr(hook, "execution_device", None)
@@ -83,11 +82,11 @@ def verify_nope(
     where: str = "the model",
     decode: Callable | None = None,
 ) -> list[int]:
-    """Prove that exactly the layers that the configuration names are NoPE layers.
+    """Verify that exactly the NoPE layers of the configuration ignore positions.
 
     Args:
         model: a causal LM of transformers (wrapped models: pass the inner one).
-        expected: default what ``model.config`` says, none for a plain model.
+        expected: default: the layers of ``model.config``, none for a plain model.
         decode: see ``probe_nope_layers``.
     Returns: the NoPE layers.
     Raises: CheckpointError when they differ.

@@ -1,4 +1,4 @@
-"""A model directory that is whole or absent: built beside its place, renamed when everything in it is there."""
+"""Writes model directories atomically: in a temporary directory next to the target, renamed when complete."""
 
 import contextlib
 import os
@@ -10,41 +10,41 @@ from flare.errors import ConfigError, EnvError
 
 NOT_COPIED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.index.json",  # weights
-    "config.json",  # written anew
+    "config.json",  # written again
     "*.py", "README.md", "nope_canary.json",  # of the other model
     "trainer_state.json", "manifest.json", ".*",  # of a training run
 )  # fmt: skip
-"""Files of a model directory that do not go along when another is made of it. The tokenizer's, licences and
-generation_config.json do."""
+"""Files that are not copied from a model directory to one that is made from it. The tokenizer, licences and
+generation_config.json are copied."""
 
 
 @contextlib.contextmanager
 def new_directory(target: Path, source: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes ``target`` at the end of the block, or vanishes when the block fails.
+    """Yield a directory to fill. It is renamed to ``target`` after the block, or removed when the block fails.
 
-    Raises: ConfigError when ``target`` lies in ``source`` or is not empty; EnvError when it cannot be written.
+    Raises: ConfigError when ``target`` is in ``source`` or is not empty; EnvError when it cannot be written.
     """
     inside = source.resolve() in (target.resolve(), *target.resolve().parents)
     if inside:
         raise ConfigError(f"--output_dir {target} lies in the model's own directory {source}; name another")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--output_dir {target} is not empty; name a new directory, or remove it first")
-    part = target.absolute().with_name(f".{target.absolute().name}.tmp")
+    temporary = target.absolute().with_name(f".{target.absolute().name}.tmp")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
         if target.exists():
             target.rmdir()
-        os.rename(part, target)
+        os.rename(temporary, target)
     except OSError as error:
         raise EnvError(f"cannot write --output_dir {target}: {error}") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_other_files(source: Path, part: Path) -> None:
-    """Copy what goes along with the weights: the tokenizer, generation_config.json, licences."""
+def copy_other_files(source: Path, temporary: Path) -> None:
+    """Copy the files that belong to the weights: tokenizer, generation_config.json, licences."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
-            shutil.copyfile(file, part / file.name)
+            shutil.copyfile(file, temporary / file.name)

@@ -1,7 +1,7 @@
 """Attention temperature of NoPE layers: a constant factor on their scores, folded into weights.
 
-A NoPE layer's scores are linear in its queries, and nothing comes between the projection (Qwen2) or the norm's
-weight (Qwen3) and the scores. So the factor needs no code at run time and every runtime has it. Powers of two are
+A NoPE layer's scores are linear in its queries, and in the weight of the projection (Qwen2) or of the norm (Qwen3)
+that computes the queries. So the factor needs no code at run time and works in every runtime. Powers of two are
 exact in every dtype; other factors are exact up to one rounding of the stored dtype.
 """
 
@@ -14,7 +14,7 @@ from flare.nope.tensor_names import query_tensors
 
 
 def check_temperature(beta: float) -> float:
-    """Raises: ConfigError for a factor that is no positive number, or that changes nothing."""
+    """Raises: ConfigError for a factor that is not a positive number, or that is 1."""
     if not math.isfinite(beta) or beta <= 0:
         raise ConfigError(f"--nope_temperature {beta:g} must be a number above 0")
     if beta == 1:

@@ -1,7 +1,7 @@
-"""Weight files taken over into another model directory: linked where nothing changes, rewritten where it does.
+"""Transfers weight files to another model directory: unchanged files are linked, changed ones rewritten.
 
-One tensor or one shard is in memory at a time, never the model. What is to change is a ``Change``; which and why
-is up to the callers (patch.py, export.py).
+One tensor or one shard is in memory at a time, never the complete model. The callers (patch.py, export.py) describe
+changes as a ``Change``.
 """
 
 import json
@@ -25,16 +25,16 @@ from flare.nope.temperature import scaled
 CHUNK_BYTES = 4 * 2**30
 """Shards made from pytorch_model.bin files are at most this large, or one tensor."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-"""As safetensors headers name them; others are quantised weights, which nothing here can change."""
+"""As safetensors headers name them; others are quantised weights, which cannot be changed here."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of a checkpoint's tensors.
+    """Changes to the tensors of a checkpoint.
 
-    drop: names that are left out, all of whose values must be 0.
+    drop: names of tensors to leave out; all their values must be 0.
     scale: name -> factor.
-    zeros: new biases, each with the rows and the dtype of the weight beside it.
+    zeros: names of new biases, each with the rows and the dtype of the weight of the same module.
     """
 
     drop: frozenset[str] = frozenset()
@@ -45,14 +45,14 @@ class Change:
         return bool(self.drop or self.scale or self.zeros)
 
     def apply_all(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What becomes of these tensors; those that stay as they are are the same objects. Raises: as ``apply``."""
+        """Apply the changes to all tensors; unchanged tensors are the same objects. Raises: as ``apply``."""
         changed = {name: self.apply(name, tensor) for name, tensor in tensors.items()}
         return {name: tensor for name, tensor in changed.items() if tensor is not None}
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The tensor as it will be, or None when it is left out.
+        """Return the changed tensor, or None when it is left out.
 
-        Raises: CheckpointError for a value that would be lost: a dropped one that is not 0, one that overflows.
+        Raises: CheckpointError when a dropped value is not 0 or a scaled value overflows.
         """
         if name in self.drop:
             if tensor.count_nonzero():
@@ -62,9 +62,9 @@ class Change:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """What a safetensors file holds: name -> {"dtype", "shape", "data_offsets"}. Reads no tensor.
+    """Read the header of a safetensors file: name -> {"dtype", "shape", "data_offsets"}. Reads no tensor.
 
-    Raises: CheckpointError when it is no such file, or shorter than its header says (a broken download).
+    Raises: CheckpointError when it is not a safetensors file, or truncated (an incomplete download).
     """
     try:
         size = path.stat().st_size
@@ -87,9 +87,11 @@ def is_safetensors(files: list[Path]) -> bool:
 
 
 def check_weights(directory: Path, names: set[str]) -> list[Path]:
-    """The weight files of a checkpoint, each whole and together holding these tensors; of .bin files only the names.
+    """Check that the weight files are complete and have tensors of all these names. Returns the files.
 
-    Raises: CheckpointError for a missing or truncated file, or a tensor that is in none.
+    .bin files are only checked for existence.
+
+    Raises: CheckpointError for a missing or truncated file, or a missing tensor.
     """
     files = weight_files(directory)
     if not is_safetensors(files):
@@ -105,7 +107,7 @@ def check_weights(directory: Path, names: set[str]) -> list[Path]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link to the real file (hub snapshots are symbolic links), or a copy where links cannot go."""
+    """A hard link to the real file (hub snapshots are symbolic links), or a copy where links are not possible."""
     real = source.resolve()
     try:
         os.link(real, target)
@@ -114,65 +116,64 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, facts: dict[str, str] | None = None) -> None:
-    """A safetensors file with the permissions that the umask asks for (safetensors itself writes 0600)."""
+    """A safetensors file with the permissions of the umask (safetensors itself writes 0600)."""
     metadata = {"format": "pt"} | (facts or {})
     try:
         save_file({n: tensor.contiguous() for n, tensor in tensors.items()}, path, metadata=metadata)
-    except SafetensorError as error:  # how safetensors tells of a full disk
+    except SafetensorError as error:  # safetensors' exception for a full disk
         raise OSError(str(error)) from error
     os.chmod(path, file_mode())
 
 
-def transfer_weights(source: Path, part: Path, change: Change, to_safetensors: bool = False) -> None:
-    """Write ``source``'s weights with this change into the directory ``part``.
+def transfer_weights(source: Path, temporary: Path, change: Change, to_safetensors: bool = False) -> None:
+    """Write ``source``'s weights with this change into the directory ``temporary``.
 
-    Without a change the files are linked under their own names, pickled ones too unless ``to_safetensors``. Else
-    each shard that the change touches is rewritten, the others are linked, and all are numbered anew, with an index.
+    Without a change, the files are linked under their names, also pickled ones unless ``to_safetensors``. Otherwise
+    changed shards are rewritten, the others linked, and all get new numbers and a new index.
 
-    Raises: CheckpointError as ``Change.apply``, when a file cannot be read, or when a tensor to change is in none.
+    Raises: CheckpointError as ``Change.apply``, when a file cannot be read, or when a tensor to change is missing.
     """
     files = weight_files(source)
     if not change and (is_safetensors(files) or not to_safetensors):
         for file in files:
-            link_or_copy(file, part / file.name)
+            link_or_copy(file, temporary / file.name)
         index = "model.safetensors.index.json" if is_safetensors(files) else "pytorch_model.bin.index.json"
         if (source / index).is_file():
-            shutil.copyfile(source / index, part / index)
+            shutil.copyfile(source / index, temporary / index)
         return
-    pieces = list(_shard_pieces(files, change) if is_safetensors(files) else _bin_pieces(files, change))
-    weights = {name: tensor for piece in pieces for name, tensor in piece.tensors.items()}
+    files_to_write = list(_shard_pieces(files, change) if is_safetensors(files) else _bin_pieces(files, change))
+    weights = {name: tensor for piece in files_to_write for name, tensor in piece.tensors.items()}
     models = {name: name.removesuffix("bias") + "weight" for name in change.zeros}
-    if missing := sorted({*change.scale, *models.values()} - weights.keys()):  # .bin files were not looked into so far
+    if missing := sorted({*change.scale, *models.values()} - weights.keys()):  # .bin files are first read here
         raise CheckpointError(
             f"{source} lacks {len(missing)} tensors that its config.json asks for: {missing[0]}, ..."
         )
     if change.zeros:
         like = {name: weights[model] for name, model in models.items()}
         zeros = {name: torch.zeros(weight.shape[0], dtype=weight.dtype) for name, weight in like.items()}
-        pieces.append(_Piece(zeros, partial(save_tensors, zeros)))
-    _write_pieces(pieces, part)
+        files_to_write.append(_WeightFile(zeros, partial(save_tensors, zeros)))
+    _write_pieces(files_to_write, temporary)
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A weight file to be: its tensors (of device meta, as far as only name, shape and dtype matter), and how to
-    write it."""
+class _WeightFile:
+    """A weight file to write: its tensors (on the meta device where only shape and dtype matter), and its writer."""
 
     tensors: dict[str, torch.Tensor]
     write: Callable[[Path], None]
 
 
-def _shard_pieces(files: list[Path], change: Change) -> Iterator[_Piece]:
+def _shard_pieces(files: list[Path], change: Change) -> Iterator[_WeightFile]:
     for file in files:
         tensors = {name: _described(file, name, entry) for name, entry in read_header(file).items()}
         kept = {name: tensor for name, tensor in tensors.items() if name not in change.drop}
         touched = (change.drop | change.scale.keys()) & tensors.keys()
         if touched and not kept:
-            change.apply_all(_mapped(file))  # what is left out must be 0 here, too
+            change.apply_all(_mapped(file))  # raises when a dropped value is not 0
         elif touched:
-            yield _Piece(kept, partial(_rewrite, file, change))
+            yield _WeightFile(kept, partial(_rewrite, file, change))
         else:
-            yield _Piece(kept, partial(link_or_copy, file))
+            yield _WeightFile(kept, partial(link_or_copy, file))
 
 
 def _described(file: Path, name: str, entry: dict) -> torch.Tensor:
@@ -192,22 +193,22 @@ def _rewrite(file: Path, change: Change, target: Path) -> None:
     save_tensors(change.apply_all(_mapped(file)), target)
 
 
-def _bin_pieces(files: list[Path], change: Change) -> Iterator[_Piece]:
+def _bin_pieces(files: list[Path], change: Change) -> Iterator[_WeightFile]:
     """The tensors of pickled files, in shards of at most CHUNK_BYTES."""
     for file in files:
         chunk: dict[str, torch.Tensor] = {}
         for name, tensor in load_bin(file).items():
             if chunk and sum(t.nbytes for t in chunk.values()) + tensor.nbytes > CHUNK_BYTES:
-                yield _Piece(chunk, partial(_save_changed, chunk, change))
+                yield _WeightFile(chunk, partial(_save_changed, chunk, change))
                 chunk = {}
             chunk[name] = tensor
-        yield _Piece(chunk, partial(_save_changed, chunk, change))
+        yield _WeightFile(chunk, partial(_save_changed, chunk, change))
 
 
 def load_bin(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickled file, memory-mapped and without running what a pickle could; no tied lm_head.
+    """The tensors of a pickled file, memory-mapped, without running code of the pickle and without a tied lm_head.
 
-    Raises: CheckpointError for a file that holds anything else.
+    Raises: CheckpointError for a file with anything but tensors.
     """
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -224,16 +225,16 @@ def _save_changed(tensors: dict[str, torch.Tensor], change: Change, target: Path
     save_tensors(change.apply_all(tensors), target)
 
 
-def _write_pieces(pieces: list[_Piece], part: Path) -> None:
-    """Write the files, numbered as transformers numbers them, and their index when there are several."""
-    if len(pieces) == 1:
-        pieces[0].write(part / "model.safetensors")
+def _write_pieces(files_to_write: list[_WeightFile], temporary: Path) -> None:
+    """Write the files, numbered as in transformers, and their index when there are several."""
+    if len(files_to_write) == 1:
+        files_to_write[0].write(temporary / "model.safetensors")
         return
     weight_map = {}
-    for number, piece in enumerate(pieces, 1):
-        name = f"model-{number:05}-of-{len(pieces):05}.safetensors"
-        piece.write(part / name)
+    for number, piece in enumerate(files_to_write, 1):
+        name = f"model-{number:05}-of-{len(files_to_write):05}.safetensors"
+        piece.write(temporary / name)
         weight_map |= dict.fromkeys(piece.tensors, name)
-    total = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
+    total = sum(tensor.nbytes for piece in files_to_write for tensor in piece.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

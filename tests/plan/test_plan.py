@@ -55,7 +55,7 @@ def test_stage_1_of_the_guide_fits_both_gpus_of_its_server_and_a_fourth_row_only
         check_fits(on_a40)
 
 
-def test_qwen25_7b_stage_2_on_one_a40_is_refused_with_numbers_and_a_way_out() -> None:
+def test_qwen25_7b_stage_2_on_one_a40_is_refused_with_numbers_and_suggestions() -> None:
     made = make_plan(qwen("Qwen2.5-7B", 2, (A40,), per_device_batch=2, gradient_checkpointing=True))
     assert made.memory.peak_bytes >= 16 * 7_615_616_512  # masters, gradients and two moments in fp32
     with pytest.raises(ConfigError) as caught:

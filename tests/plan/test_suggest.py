@@ -124,7 +124,7 @@ def test_cpu_processes_share_the_memory_of_their_host() -> None:
     assert make_plan(replace(inputs, world_size=8, processes_per_host=2)).capacities[0].total_bytes == ram // 2
 
 
-def test_where_ddp_does_not_fit_the_plan_tells_how_many_gpus_do_when_sharded() -> None:
+def test_where_ddp_does_not_fit_the_plan_says_how_many_gpus_fit_with_fsdp() -> None:
     """Qwen2.5-7B whole: 28 GB of masters, 57 of moments, 28 of gradients; an A40 has 41.6 GiB to use."""
     one = qwen("Qwen2.5-7B", 2, (A40,))
     gpus = int(re.search(r"(\d+) such GPUs with --parallel fsdp", suggest(one))[1])

@@ -14,7 +14,7 @@ from flare.plan.trainable import Trainable
 from tests.plan.models import A40, A800, qwen
 
 
-def test_a_disk_too_small_for_all_checkpoints_is_told_in_the_table() -> None:
+def test_a_disk_too_small_for_all_checkpoints_is_reported_in_the_table() -> None:
     made = make_plan(qwen("Qwen2.5-3B", 1, (A800,), per_device_batch=3, free_disk_bytes=60 * GIB))
     check_fits(made)
     assert "TOO LITTLE, --save_total_limit 2 fits" in " ".join(" ".join(plan_lines(made)).split())
@@ -50,7 +50,7 @@ def test_tables_of_all_shapes_are_aligned_and_at_most_100_columns_wide() -> None
         assert len(gib) == 8 and len(set(gib)) == 1, lines
 
 
-def test_the_table_tells_what_section_4_asks_for() -> None:
+def test_the_table_has_all_numbers_of_the_plan() -> None:
     made = make_plan(qwen("Qwen2.5-3B", 1, (A800,) * 4, per_device_batch=3, free_disk_bytes=200 * GIB))
     text = " ".join(" ".join(plan_lines(made)).split())
     for part in (
@@ -69,14 +69,14 @@ def test_the_table_tells_what_section_4_asks_for() -> None:
     assert f"frozen prefix {2 * 20 * 77_070_336 / 1e9:.2f} GFLOP" in text
 
 
-def test_the_time_is_told_where_a_rate_is_known() -> None:
-    def told(**known: object) -> str:
+def test_the_time_is_in_the_table_where_a_rate_is_known() -> None:
+    def time_row(**known: object) -> str:
         lines = plan_lines(make_plan(qwen("Qwen2.5-3B", 1, **known)))
         return "".join(line for line in lines if line.startswith("time "))
 
     tokens = make_plan(qwen("Qwen2.5-3B", 1)).tokens_per_step
-    assert told(steps_left=100) == ""
-    assert "1 h 40 min for 100 steps at " in told(steps_left=100, tokens_per_sec=tokens / 60)
+    assert time_row(steps_left=100) == ""
+    assert "1 h 40 min for 100 steps at " in time_row(steps_left=100, tokens_per_sec=tokens / 60)
     assert time_words(10, tokens, tokens / 60).startswith("10 min for 10 steps at ")
     assert time_words(3000, tokens, tokens / 60).startswith("2 d 2 h for 3,000 steps at ")
 

@@ -1,12 +1,13 @@
-"""Which model does a server run: the true one, the one with RoPE everywhere, or neither? Asked over HTTP.
+"""Finds out over HTTP which model a server runs: the true one, the one with RoPE everywhere, or neither.
 
-Works with completions servers of OpenAI's form, from log-probabilities of fixed token ids (``nope.canary_file``):
+Works with completions servers of OpenAI's form, from log-probabilities of fixed token ids (file.py):
 
-- vLLM and SGLang answer ``echo`` with ``logprobs`` by the log-probability of every prompt token (both read in
+- vLLM and SGLang answer ``echo`` with ``logprobs`` with the log-probability of every prompt token (both read in
   their sources, ``serving_completion(s).py``): one request a sequence.
-- llama.cpp refuses ``echo`` ("Only no echo is supported"), other servers echo the text alone. Then the likely next
-  tokens after prefixes are asked, one request each. llama.cpp lists them under ``logprobs.content``, OpenAI's own
-  form under ``logprobs.top_logprobs``; both are compared by rank, because not all servers name token ids.
+- llama.cpp refuses ``echo`` ("Only no echo is supported"), other servers echo the text alone. Then the most
+  likely next tokens after prefixes are requested, one request each. llama.cpp lists them
+  under ``logprobs.content``, OpenAI under ``logprobs.top_logprobs``.
+  Both are compared by rank, because not all servers name token ids.
 
 Standard library only.
 """
@@ -31,16 +32,16 @@ class Refused(Exception):
 def verify_endpoint(
     url: str, canary: Canary, served_model_name: str | None = None, timeout_sec: float = TIMEOUT_SEC
 ) -> Verdict:
-    """Which of a canary's two models a server runs.
+    """Find out which of a canary's two models a server runs.
 
     Args:
         url: ``http://host:port`` or ``http://host:port/v1``.
         served_model_name: as the server knows the model; default: the only one of its /v1/models.
         timeout_sec: for each answer.
-    Raises: EnvError when it does not answer in time, refuses, or gives no log-probabilities; ConfigError when it
+    Raises: EnvError when it does not answer in time, refuses, or returns no log-probabilities; ConfigError when it
         serves several models and none is named.
 
-    The environment's OPENAI_API_KEY, if any, goes along as with OpenAI's own client.
+    The environment's OPENAI_API_KEY, if any, is sent, as OpenAI's client does.
     """
     server = Server(url, timeout_sec)
     model = served_model_name or server.only_model()
@@ -69,7 +70,7 @@ class Server:
         Raises: ConfigError when there are several or none; EnvError when the server does not say.
         """
         try:
-            names = [str(entry["id"]) for entry in self._ask("/v1/models")["data"]]
+            names = [str(entry["id"]) for entry in self._request_json("/v1/models")["data"]]
         except (Refused, KeyError, TypeError) as error:
             raise EnvError(f"{self.url}/v1/models names no model ({error}); give --served_model_name") from error
         if len(names) != 1:
@@ -105,19 +106,19 @@ class Server:
     def _complete(self, model: str, tokens: list[int], echo: bool) -> dict:
         """The ``logprobs`` of a completion of one token, {} when there are none.
 
-        Raises: Refused, and EnvError as ``_ask``.
+        Raises: Refused, and EnvError as ``_request_json``.
         """
         request = {"model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0, "logprobs": TOP_K}
-        answer = self._ask("/v1/completions", request | ({"echo": True} if echo else {}))
+        answer = self._request_json("/v1/completions", request | ({"echo": True} if echo else {}))
         try:
             return dict(answer["choices"][0].get("logprobs") or {})
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise EnvError(f"{self.url}/v1/completions answers in a form unlike OpenAI's: {answer!r:.80}") from error
 
-    def _ask(self, path: str, content: dict | None = None) -> dict:
+    def _request_json(self, path: str, content: dict | None = None) -> dict:
         """JSON of a GET, or of a POST with content.
 
-        Raises: Refused for an HTTP error; EnvError for no answer, a late one, or one that is no JSON.
+        Raises: Refused for an HTTP error; EnvError for no answer, a late answer, or one that is not JSON.
         """
         body = json.dumps(content).encode() if content is not None else None
         headers = {"Content-Type": "application/json"}
@@ -131,15 +132,15 @@ class Server:
             text = error.read(2000).decode("utf-8", "replace").strip().splitlines()
             raise Refused(f"HTTP {error.code} {text[0] if text else error.reason}"[:160]) from error
         except TimeoutError as error:
-            raise EnvError(self._late()) from error
+            raise EnvError(self._timeout_message()) from error
         except (OSError, HTTPException) as error:  # urllib.error.URLError is an OSError
             if isinstance(getattr(error, "reason", None), TimeoutError):
-                raise EnvError(self._late()) from error
+                raise EnvError(self._timeout_message()) from error
             raise EnvError(f"no server answers at {self.url}: {getattr(error, 'reason', error)}") from error
         except ValueError as error:
             raise EnvError(f"{self.url}{path} does not answer with JSON") from error
 
-    def _late(self) -> str:
+    def _timeout_message(self) -> str:
         return f"{self.url} gave no answer within {self.timeout_sec:g} s"
 
 

@@ -1,8 +1,8 @@
-"""nope_canary.json: what a model with NoPE layers answers to fixed tokens, and what it would answer with RoPE back.
+"""nope_canary.json: log-probabilities of fixed tokens under a NoPE model and under the same weights with RoPE.
 
-Whoever has the file can tell which of the two runs somewhere, from log-probabilities alone: perplexity cannot
-(a NoPE model opened with RoPE may even score better), single tokens can. No torch here: measuring a model is
-``nope.canary``'s, asking a server ``nope.endpoint``'s.
+The file shows which of the two models runs, from log-probabilities alone. Perplexity cannot show it (a NoPE model
+opened with RoPE may even score better), single tokens can. No torch here: measure.py measures a model, endpoint.py
+queries a server.
 """
 
 import json
@@ -26,16 +26,16 @@ UNDECIDABLE = "undecidable"
 HOW_TO_FIX = f"put the true config.json back, or remove {CANARY_FILE} if the model was changed on purpose"
 
 FP32_NOISE_NATS = 1e-3
-"""References that lie nearer to each other than this are the same to every measurement. A guess on the safe side for
+"""References that are closer to each other than this cannot be distinguished. A cautious guess for
 large models on other machines; on tiny ones another attention kernel changed the mean by 1e-6 nats."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How far from a reference a measurement may lie, in nats a token (mean absolute difference).
+    """Limits for the distance of a measurement from a reference, in nats a token (mean absolute difference).
 
     noise_nats: below this a difference may be rounding.
-    furthest_nats: above this it is another model, however far apart the two references are.
+    furthest_nats: a larger difference means another model, whatever the distance between the references.
     """
 
     noise_nats: float
@@ -47,16 +47,16 @@ LOCAL = Limits(noise_nats=FP32_NOISE_NATS, furthest_nats=0.01)
 
 SERVER = Limits(noise_nats=0.1, furthest_nats=0.25)
 """A server computes in bf16 or less. bf16 logits of size 16-32 come in steps of 0.125, so one is off by up to 0.06.
-Both numbers are guesses with that in mind: a checkpoint trained a little further may lie as near as a 4-bit copy
-(0.09 in docs/design.md), and calling what is too far ``neither`` is the safe side."""
+Both numbers are guesses based on that. A checkpoint trained a little further may be as near as a 4-bit copy (0.09 in
+docs/design.md), and ``neither`` is the cautious verdict for larger distances."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What runs, and how far it lies from the two references.
+    """Which model runs, and its distances from the two references.
 
-    Distances are mean absolute differences of log-probabilities in nats; ``separation`` is that of the references
-    from each other; ``count`` says how many numbers were compared.
+    Distances are mean absolute differences of log-probabilities in nats; ``separation`` is the distance between
+    the references, ``count`` the number of compared values.
     """
 
     what: str
@@ -77,12 +77,12 @@ class Verdict:
 
 
 def classify(measured: list[float], true: list[float], rope: list[float], limits: Limits) -> Verdict:
-    """Which of two references a measurement is, all three aligned lists of log-probabilities in nats.
+    """Decide which of two references was measured. All three are aligned lists of log-probabilities in nats.
 
-    A reference is taken when the measurement lies within a third of the references' separation from it: by the
-    triangle inequality the other one is then at least twice as far. Halfway models (RoPE put back into some of
-    the layers) so are ``neither``. ``undecidable``: as near as rounding allows, but the references themselves
-    are too near to each other.
+    A reference is chosen when its distance is at most a third of the references' separation: by the triangle
+    inequality, the other reference is then at least twice as far. So models with RoPE in some of the NoPE layers are
+    ``neither``. ``undecidable``: the measurement is as near as rounding allows, but the references are too near to
+    each other.
     """
     to_true, to_rope = _distance(measured, true), _distance(measured, rope)
     separation = _distance(true, rope)
@@ -125,7 +125,7 @@ class Canary:
     """The content of nope_canary.json.
 
     sequences: S x T token ids. top_positions: after which tokens (0-based) the most likely next ones are listed.
-    facts: where the numbers come from (dtypes, versions), not needed to judge.
+    facts: origin of the numbers (dtypes, versions), not needed to compare.
     """
 
     sequences: list[list[int]]
@@ -199,7 +199,7 @@ def read_canary(directory: Path) -> Canary:
 
 
 def check_recorded_layers(directory: Path, nope_layers: list[int]) -> None:
-    """Hold the NoPE layers that a model's config.json names to its canary, when it has one. Loads nothing.
+    """Compare the NoPE layers of a model's config.json with its canary, if it has one. Loads no weights.
 
     Raises: CheckpointError when they differ.
     """
@@ -214,7 +214,7 @@ def check_recorded_layers(directory: Path, nope_layers: list[int]) -> None:
 
 
 def copy_canary(source: Path, target: Path) -> bool:
-    """Take the canary, if there is one, along to a directory with the same weights in another form (an export).
+    """Copy the canary, if there is one, to a directory with the same weights in another form (an export).
 
     Returns: whether there was one.
     """
@@ -229,7 +229,7 @@ def _scores(content: dict) -> Scores:
 
 
 def _check_shape(canary: Canary) -> None:
-    """Raises: ValueError when lengths do not fit together or a number is none."""
+    """Raises: ValueError when lengths do not match or a value is not a finite number."""
     for scores in (canary.true_model, canary.rope_everywhere):
         for tokens, nll, top in zip(canary.sequences, scores.nll, scores.top, strict=True):
             if len(nll) != len(tokens) - 1 or len(top) != len(canary.top_positions):

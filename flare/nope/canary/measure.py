@@ -1,8 +1,8 @@
 """Measure a model's canary, and compare a model with one.
 
-The numbers are those of the weights as they are saved, whatever the run computes in: each decoder layer is
-brought to the saved dtype and from there to fp32 while it runs, and back. So the model in memory is enough, one
-layer of it exists twice at a time, and a fresh load of the saved model gives the same numbers.
+The numbers are those of the saved weights, whatever the dtypes of the run: each decoder layer is converted to the
+saved dtype and then to fp32 while it runs, and restored afterwards. So the saved model need not be loaded, only one
+layer exists twice at a time, and a loaded copy of the saved model has the same numbers.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ from flare.nope.probe import verify_nope
 
 LENGTH = 64
 PERIODS = (LENGTH, 24, 5)
-"""Tokens until a sequence repeats: random all through; a long and a short repetition, which attention heads that
-look back by a distance answer differently without RoPE."""
+"""Tokens until a sequence repeats: never, after many tokens, and after few. Attention heads that look back by a
+distance react to repetitions, and differently without RoPE."""
 
 TOP_POSITIONS = tuple(range(7, LENGTH, 8))
 VOCABULARY_CHUNK = 8192
@@ -48,10 +48,10 @@ WITH_ROPE = {nope: plain for plain, nope in NOPE_ATTENTION.items()}
 
 
 def canary_sequences(config: transformers.PreTrainedConfig) -> list[list[int]]:
-    """Fixed token ids of a model's vocabulary: the same for every model with as many and the same special ones.
+    """Fixed token ids: the same for all models with the same vocabulary size and special tokens.
 
-    From the lower half, where byte-level BPE has its commonest tokens: a vocabulary ends with special tokens and
-    rows that were never trained.
+    They are from the lower half, where byte-level BPE has its most common tokens: a vocabulary ends with special
+    tokens and rows that were never trained.
     """
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     special = {config.bos_token_id, config.pad_token_id, *ends}
@@ -62,11 +62,11 @@ def canary_sequences(config: transformers.PreTrainedConfig) -> list[list[int]]:
 
 
 def measure_canary(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Canary | None:
-    """The canary of a causal LM with NoPE layers of ours; None when it has none.
+    """Measure the canary of a causal LM with NoPE layers of ours. Returns None for a model without NoPE layers.
 
     Args:
-        model: with ``nope.modeling_nope``'s attention, on any device, in any mix of dtypes; left as it was.
-        dtype: in which the weights are, or will be, saved; default: as they are.
+        model: with ``nope.modeling_nope``'s attention, on any device, in any mix of dtypes; not changed.
+        dtype: of the saved weights; default: the dtypes of the model.
     Raises: CheckpointError when the layers are not what the configuration says, before or
         after, or are of classes that are not ours (a native export: copy its source's canary).
     """
@@ -92,9 +92,9 @@ def measure_canary(model: PreTrainedModel, dtype: torch.dtype | None = None) -> 
 
 
 def write_canary(model: PreTrainedModel, directory: Path, dtype: torch.dtype | None = None) -> Path | None:
-    """Measure a model and write nope_canary.json into its directory; nothing for a model without NoPE layers.
+    """Measure a model and write nope_canary.json into its directory; not for a model without NoPE layers.
 
-    Returns: the file. Args and Raises: as ``measure_canary``.
+    Returns: the file, or None. Args and Raises: as ``measure_canary``.
     """
     canary = measure_canary(model, dtype)
     if canary is None:
@@ -115,13 +115,13 @@ def check_canary(model: PreTrainedModel, directory: Path) -> Verdict:
 
 
 def check_against_canary(model: PreTrainedModel, directory: Path) -> Verdict | None:
-    """Refuse a model that is not the one of its directory's canary: layers, theta or weights that were edited.
+    """Check a model against the canary of its directory: edited layers, theta or weights are an error.
 
     Args:
-        model: as loaded from the directory, in the stored dtype or fp32: rounding to another one can cost more
-            than the limit.
-    Returns: the verdict, None without a canary.
-    Raises: CheckpointError.
+        model: as loaded from the directory, in the stored dtype or fp32: rounding to another dtype can change
+            the numbers by more than the limit.
+    Returns: the verdict, or None without a canary.
+    Raises: CheckpointError when the model is not the one of the canary.
     """
     if not (directory / CANARY_FILE).is_file():
         return None
@@ -137,7 +137,7 @@ def score(
 ) -> Scores:
     """Per-token NLL and top log-probabilities of sequences of one length, computed in fp32.
 
-    Raises: CheckpointError when the model gives numbers that are not finite.
+    Raises: CheckpointError when a log-probability is not finite.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings().weight
     input_ids = torch.tensor(sequences, device=head.device)
@@ -167,7 +167,7 @@ def _rounded(values: torch.Tensor) -> list[float]:
 
 @contextlib.contextmanager
 def rope_everywhere(model: PreTrainedModel) -> Iterator[None]:
-    """Put RoPE back into the NoPE layers of this instance for a while. Weights and hooks stay."""
+    """Context manager that puts RoPE back into the NoPE layers of this instance. Weights and hooks do not change."""
     attentions = [layer.self_attn for layer in model.get_decoder().layers]
     classes = [type(attention) for attention in attentions]
     try:
@@ -181,10 +181,10 @@ def rope_everywhere(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _computing_in_fp32(model: PreTrainedModel, saved: Recast) -> Iterator[None]:
-    """Evaluation in true fp32 with torch's own attention, layer by layer; the model comes out as it was.
+    """Evaluation in true fp32 with torch's own attention, layer by layer; the model is restored afterwards.
 
-    ``saved`` turns a weight into the fp32 numbers that its file holds. Attention kernels for bf16 only cannot be
-    used here, hence sdpa.
+    ``saved`` turns a weight into the fp32 numbers that its file holds. sdpa is used because
+    some attention kernels support bf16 only.
     """
     decoder = model.get_decoder()
     configs = {id(module.config): module.config for module in (decoder, *(la.self_attn for la in decoder.layers))}
@@ -207,7 +207,7 @@ def _computing_in_fp32(model: PreTrainedModel, saved: Recast) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _swapped_weights(modules: tuple[torch.nn.Module, ...], saved: Recast) -> Iterator[None]:
-    """While one of the modules runs, its weights are ``saved(weight)``; afterwards the same tensors as before."""
+    """While one of the modules runs, its weights are ``saved(weight)``; afterwards the tensors are restored."""
     own: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     def swap_in(module: torch.nn.Module, _args: tuple) -> None:

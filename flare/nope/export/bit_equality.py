@@ -1,8 +1,8 @@
-"""The proof of an export: reloaded in a fresh process with stock classes it gives the same bits.
+"""Checks that an export, loaded in a new process with stock classes, computes the same bits as its source.
 
-One model is in memory at a time: the patched one gives its logits and goes, then the other process opens the
-export. What is compared: two batches of fixed random tokens, at the first and at the last positions, in the stored
-dtype and, where the memory allows, in fp32.
+One model is in memory at a time: the patched model computes its logits and is freed, then the other process loads the
+export. Two batches of fixed random tokens, at the first and at the last positions, are compared in the stored dtype
+and, if memory allows, in fp32.
 """
 
 import gc
@@ -42,7 +42,7 @@ class Comparison:
 
 
 def compare_with_export(source: Path, export: Path, nope_layers: list[int]) -> Comparison:
-    """Hold the model in ``export`` to that in ``source``. Leaves nothing behind.
+    """Compare the logits of the model in ``export`` with those of ``source``. Leaves no files behind.
 
     Raises: FlareError when a bit differs; CheckpointError when its layers are not these.
     """

@@ -52,8 +52,8 @@ Checked when it was written: {compared}.
 | SGLang | {sglang}; not run here |
 | llama.cpp (GGUF) | {gguf} |
 
-A runtime that puts RoPE back still answers, and perplexity does not tell. `patch_qwen_rope.py --verify DIR` of Flare
-holds this directory to what config.json says.
+A runtime that puts RoPE back still answers, and perplexity does not show it. `patch_qwen_rope.py --verify DIR` of
+Flare checks this directory against its config.json.
 
 Weight files may be hard links to those of the model that this one was made from: write other files, not these.
 """

@@ -1,7 +1,8 @@
 """A NoPE model as an architecture that stock runtimes know, as config.json: Qwen2 is SmolLM3, Qwen3 ExaoneMoe.
 
 Both do Qwen's arithmetic, operation by operation, and both have layers without RoPE; what differs is how
-config.json says so. Plain dict in, plain dict out; the weights are export.py's, the proof is compare.py's.
+config.json says so. Plain dict in, plain dict out; export.py writes the weights, bit_equality.py compares the
+logits.
 """
 
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ COPIED = (
 """What all four architectures spell alike, with other defaults. An id that Qwen has not is written as null: the
 defaults of SmolLM3 and ExaoneMoe are valid ids of Qwen's vocabulary."""
 RECORDS = ("dtype", "nope_temperature", "flare")
-"""What we know about the weights."""
+"""Our records about the weights."""
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 """RoPE whose frequencies do not depend on the length of the text."""
 NO_WINDOW = 2**24
@@ -135,7 +136,7 @@ def from_native(config: dict, where: str) -> dict:
 
 
 def check_native(config: dict, where: str) -> None:
-    """Hold an export's config.json to the recipe, beyond the NoPE layers.
+    """Check all fields of an export's config.json that ``to_native`` sets.
 
     Raises: CheckpointError naming the first field that is not what ``to_native`` writes.
     """

@@ -3,7 +3,7 @@
     python -P stock_check.py DIRECTORY LOGITS.safetensors
 
 Run by path: until the logits are compared, nothing of Flare is imported, so that what is compared is what a user
-without Flare gets. Prints one line of JSON: {"nope_layers": [...]}. compare.py starts it and judges.
+without Flare gets. Prints one line of JSON: {"nope_layers": [...]}. bit_equality.py starts it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a model directory says it is (``model_facts``), and the proof that it is that (``verify_directory``)."""
+"""Reads what a model directory says about its model (``model_facts``) and verifies it (``verify_directory``)."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def model_facts(directory: Path) -> dict[str, str]:
 
 
 def verify_directory(directory: Path) -> list[str]:
-    """Load a model of ours, a native export or a plain Qwen, and hold it to its config.json.
+    """Load a model of ours, a native export or a plain Qwen, and check it against its config.json.
 
     Returns: what was found, a line each.
     Raises: CheckpointError for weights that do not fit, layers that are not what config.json says, or a model that is
