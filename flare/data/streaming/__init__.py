@@ -1,6 +1,6 @@
-"""Trains on corpora larger than the disk: the corpus is tokenized while the model trains (``--streaming``).
+"""Trains on corpora larger than the disk: the corpus is tokenized while the model trains.
 
-The data takes this path on every host:
+``--streaming`` turns it on. The data takes this path on every host:
 
     source -> pieces -> workers -> segments -> lanes -> blocks on disk -> rows -> trainer
 
