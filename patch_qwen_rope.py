@@ -54,6 +54,14 @@ def run_restore(source: Path, target: Path) -> None:
     )
 
 
+def run_refresh(directory: Path) -> int:
+    from flare.nope.refresh import refresh_modeling_file
+
+    changed = refresh_modeling_file(directory)
+    print(f"{directory}: modeling_nope.py {'replaced by the current file' if changed else 'is already current'}")
+    return 0
+
+
 def run_endpoint(options: PatchOptions) -> int:
     """Print which model a server runs. Returns: the exit code, 0 for the true model."""
     from flare.nope.canary.endpoint import verify_endpoint
@@ -77,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         for line in verify_directory(directory) if mode == "verify" else ():
             print(line)
         return 0
+    if mode == "refresh":
+        return run_refresh(Path(str(options.refresh)))
     if mode == "verify_endpoint":
         return run_endpoint(options)
     from flare.hub import local_model_dir

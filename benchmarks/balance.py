@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import record
-from flare.config.parse import REPO
+from flare.files import REPO
 
 TARGETS = {"balanced, tokens/s of equal shares'": 1.3, "balanced, tokens/s of the ideal": 0.9}
 

@@ -19,7 +19,7 @@ from flare.distributed.process_group import World
 from flare.model.inputs import host_tensors
 from flare.model.patches import apply_patches
 from flare.model.training_model import TrainingModel
-from flare.plan.balance import equal
+from flare.plan.balance import equal_balance
 from flare.train.rank_speed import choose_balance, seconds_per_row
 
 SEQ_LEN = 256
@@ -52,7 +52,7 @@ def main() -> None:
     slowed = Slowed(model_of(workload), alone if world.rank == SLOW_RANK else 0.0)
     paces = process_group.gather_objects(pace(slowed, rows, world))
     decided = choose_balance("measure", size, world, None, one_pass(slowed, rows))
-    shares = {"equal": equal(size, world.size).rows, "balanced": decided.rows}
+    shares = {"equal": equal_balance(size, world.size).rows, "balanced": decided.rows}
     rates: dict[str, list[float]] = {name: [] for name in shares}
     for _ in range(rounds):
         for name, counts in shares.items():

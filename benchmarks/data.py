@@ -22,7 +22,7 @@ from statistics import median
 from benchmarks import record
 from benchmarks.data_jobs import train_tokenizer, write_corpus
 from flare.child_process import HUGE_PAGES
-from flare.config.parse import REPO
+from flare.files import REPO
 
 SIDES = ("encode_batch", "encode_batch_huge_pages", "flare", "streaming", "run_clm")
 ENVIRONMENT = {"encode_batch_huge_pages": {"GLIBC_TUNABLES": HUGE_PAGES}}

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from benchmarks import record
-from flare.config.parse import REPO
 from flare.cpu import wait_without_spinning
+from flare.files import REPO
 
 SHAPE = {
     "vocab_size": 151_936,

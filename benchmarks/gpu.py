@@ -18,11 +18,11 @@ from benchmarks.workload import Measured, Workload, measure
 from flare.errors import EnvError, run_script
 from flare.gpus.specs import peak_tflops
 from flare.nope.layers import auto_band
-from flare.plan.capacity import rooms
+from flare.plan.capacity import capacities
 from flare.plan.inputs import PlanInputs
 from flare.plan.model_shape import ModelShape, known_shape
 from flare.plan.plan import Plan, make_plan
-from flare.plan.suggest import largest_micro_batch
+from flare.plan.suggest import fits
 
 SEQ_LEN = 4096
 MAX_BATCH_SIZE = 4
@@ -31,6 +31,9 @@ STEPS, WARMUP_STEPS = 8, 3
 BUDGET_SEC, CASE_LIMIT_SEC = 500.0, 150.0
 """No case is begun after the first; one that takes longer than the second is ended. A lent GPU is lent for ten
 minutes."""
+
+MAX_MICRO_BATCH = 4096
+"""Where the search for the largest micro-batch ends."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,18 @@ class Place:
     attention: str = "varlen"  # Flare's
     seq_len: int = SEQ_LEN
     shape_of: Callable[[str], ModelShape] = known_shape
+
+
+def largest_micro_batch(inputs: PlanInputs, limit_bytes: int) -> int:
+    """Most rows of a micro-batch whose peak stays within ``limit_bytes``; 0 when one row is too much."""
+    low, high = 0, MAX_MICRO_BATCH + 1  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(replace(inputs, per_device_batch=middle), limit_bytes):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,7 +149,7 @@ def planned(case: Case, place: Place) -> Plan | None:
         gradient_checkpointing=case.gradient_checkpointing, gpus=((place.gpu, place.memory_mib),),
         document_mask=False,
     )  # fmt: skip
-    fitting = largest_micro_batch(inputs, rooms(inputs)[0].usable_bytes)
+    fitting = largest_micro_batch(inputs, capacities(inputs)[0].usable_bytes)
     return make_plan(replace(inputs, per_device_batch=min(fitting, MAX_BATCH_SIZE))) if fitting else None
 
 

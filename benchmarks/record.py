@@ -9,8 +9,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from flare.config.parse import REPO
 from flare.cpu import processor_name
+from flare.files import REPO
 
 RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "liger-kernel", "flash-attn")

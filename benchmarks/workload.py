@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flare.config.parse import REPO
 from flare.data.order import RowOrder
 from flare.data.training_rows import Batch, TrainRows
+from flare.files import REPO
 from flare.plan.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     from flare.distributed.process_group import World
     from flare.model.patches import apply_patches
     from flare.model.training_model import HALF_DTYPES, TrainingModel
-    from flare.plan.balance import equal
+    from flare.plan.balance import equal_balance
 
     model = TrainingModel(random_model(workload), HALF_DTYPES.get(workload.precision), documents=False)
     apply_patches(model, workload.attn_implementation, workload.gradient_checkpointing, workload.compile)
@@ -175,7 +175,7 @@ def run_flare(workload: Workload) -> tuple[list[float], list[float]]:
     world = World(0, 0, 1, torch.device(workload.device, 0) if workload.device == "cuda" else torch.device("cpu"))
     if workload.processes > 1:
         world = process_group.start(use_cuda=False, timeout_sec=600)
-    history = train_flare(model, workload, rows, world, equal(workload.batch_size, world.size).rows)
+    history = train_flare(model, workload, rows, world, equal_balance(workload.batch_size, world.size).rows)
     process_group.stop()
     tokens = workload.batch_size * workload.seq_len
     return [tokens / r["tokens_per_sec"] for r in history], [r["loss"] for r in history]

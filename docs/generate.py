@@ -7,6 +7,7 @@ A test checks that both pages are up to date.
 
 import argparse
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -31,11 +32,42 @@ environment > defaults. A `BOOL` flag without a value means true.
 """
 
 CODE_HEAD = """\
-# The code, a line a file
+# The code
 
-Made from the modules' first lines by `python -m docs.generate`. A tour in reading order is in
-[CONTRIBUTING.md](../CONTRIBUTING.md), why things are as they are in [design.md](design.md).
+Written by `python -m docs.generate` from the first sentence of each docstring. Packages are in import order: a package
+imports only from those above it. See also the [tour](../CONTRIBUTING.md#a-tour-of-the-code) and the
+[design](design.md).
+
+## Files at the root
+
+| file | purpose |
+|---|---|
+| `run_training.sh` | starts a stage on the GPUs that you name, or the demo |
+| `run_tests.sh` | runs the tests |
+| `env.sh` | sets up the Python environment for these two |
+| `train_qwen_multi_gpu.py` | one stage of training: plans, then launches or joins |
+| `evaluate_model_enhanced.py` | evaluation and report |
+| `patch_qwen_rope.py` | patches, verifies, exports or restores a model on disk; importable |
+| `training_config.json` | the default configuration, read without `--config` |
+| `training_config_gpu_examples.json` | a configuration for each choice of GPUs on a mixed server |
+| `examples/` | configurations for other machines and experiments, Slurm |
+| `flare/` | the program |
+| `docs/` | documents; `generate.py` writes this page and options.md |
+| `benchmarks/` | a script for each published number, and the results |
+| `tests/` | same packages as `flare/`; `tests/faults/` injects faults into real processes |
+| `requirements.txt` | packages of a run; torch is pinned |
+| `requirements-dev.txt` | packages of the tests |
+| `pyproject.toml` | settings of ruff and pytest |
+| `.pre-commit-config.yaml` | checks before each commit |
+| `README.md` | what Flare is and how to use it |
+| `README_MIGRATION.md` | guide in Chinese |
+| `CONTRIBUTING.md` | working on Flare |
 """
+
+PACKAGES = """
+nope gpus config distributed plan data checkpoint run model optim launch evaluation train
+""".split()
+"""In import order (``tests/test_architecture.py``)."""
 
 
 def main() -> None:
@@ -83,22 +115,31 @@ def _value(action: argparse.Action) -> str:
 
 
 def code_page() -> str:
-    """Every module of flare/, folder by folder, and the scripts, with the first line of its docstring."""
-    parts = [CODE_HEAD]
-    folders = sorted({path.parent for path in (REPO / "flare").rglob("*.py")})
-    for folder in [REPO, *folders]:
-        parts.append(f"## {'Scripts' if folder == REPO else f'{folder.relative_to(REPO)}/'}\n")
-        lines = ["| file | what it is for |", "|---|---|"]
-        for path in sorted(folder.glob("*.py")):
-            lines.append(f"| `{path.name}` | {first_line(path)} |")
-        parts.append("\n".join(lines) + "\n")
+    """Every package and module of flare/, with the first sentence of its docstring."""
+    flare = REPO / "flare"
+    parts = [CODE_HEAD, "\n".join(_folder_lines(flare)) + "\n"]
+    for package in PACKAGES:
+        folders = sorted({path.parent for path in (flare / package).rglob("*.py")})
+        parts += ["\n".join(_folder_lines(folder)) + "\n" for folder in folders]
     return "\n".join(parts)
 
 
-def first_line(path: Path) -> str:
-    """The first paragraph of a module's docstring, on one line."""
+def _folder_lines(folder: Path) -> Iterator[str]:
+    """The heading of a folder, the sentence of its __init__.py, and a table of its modules."""
+    yield f"## {folder.relative_to(REPO)}/\n"
+    yield f"{first_sentence(folder / '__init__.py')}\n"
+    yield "| file | purpose |"
+    yield "|---|---|"
+    for path in sorted(folder.glob("*.py")):
+        if path.name != "__init__.py":
+            yield f"| `{path.name}` | {first_sentence(path)} |"
+
+
+def first_sentence(path: Path) -> str:
+    """The first sentence of a module's docstring, on one line."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=[.!?]) (?=[A-Z`])", paragraph)[0].replace("|", "\\|")
 
 
 PAGES = {"options.md": options_page, "code.md": code_page}

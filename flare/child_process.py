@@ -8,9 +8,9 @@ import pickle
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-PACKAGE_PARENT = Path(__file__).resolve().parents[1]
+from flare.files import REPO
+
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 """A tokenizer reads random places of tables of many megabytes. Pages of 2 MiB make it one sixth faster
 (docs/experiments.md). glibc requests them with madvise; other C libraries and old kernels ignore the setting."""
@@ -60,7 +60,7 @@ def ignore_stop_signals() -> None:
 
 def child_environment(threads: int) -> dict[str, str]:
     """The environment for a child process: the package importable, huge pages, numbers of threads."""
-    paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
     tunables = list(filter(None, [os.environ.get("GLIBC_TUNABLES")]))
     if not any(HUGE_PAGES.split("=")[0] in text for text in tunables):
         tunables.append(HUGE_PAGES)

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from flare.argument_parser import OneLineParser
-from flare.config.parse import REPO
 from flare.data.cache_dir import default_cache_dir
 from flare.errors import FlareError, run_script
+from flare.files import REPO
 from flare.run.experiment import Experiment
 
 CONFIG = REPO / "examples" / "demo.json"

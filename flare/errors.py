@@ -147,7 +147,7 @@ def during(what: str) -> Iterator[None]:
 
 
 def while_phase() -> str:
-    """ " while PHASE" for the innermost current phase, as the end of a sentence; "" when there is none."""
+    """The innermost current phase as the end of a sentence, ' while PHASE'; '' without a phase."""
     return f" while {_phases[-1]}" if _phases else ""
 
 

@@ -1,9 +1,15 @@
-"""Atomic writes of text files: readers see the old content or the new, never a part. Standard library only."""
+"""Atomic writes of text files: readers see the old content or the new, never a part; and the path of this repository.
+
+Standard library only.
+"""
 
 import json
 import os
 import tempfile
 from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+"""The directory of the scripts; it contains the package."""
 
 
 def file_mode() -> int:

@@ -26,7 +26,7 @@ class OptionField:
         words: words that a number or a switch accepts besides its type: ``auto``.
         parse: ``parse(value, where)`` for values that are no plain number, switch or text. Its ConfigError begins
             with ``where``.
-        metavar: what stands for the value in help.
+        metavar: placeholder of the value in help.
         ge, gt, le, lt: limits of a number, named as in pydantic.
         kind: "bool", "int", "float", "str", "list" for several values, or "other"; the last two have a ``parse``.
     """
@@ -51,7 +51,7 @@ class OptionField:
 
     @property
     def value_name(self) -> str:
-        """What stands for the value in help: ``N``, ``N|auto``, ``{document,concat}``."""
+        """Placeholder of the value in help: ``N``, ``N|auto``, ``{document,concat}``."""
         if self.choices and not self.metavar:
             return "{" + ",".join(map(str, self.choices)) + "}"
         return self.metavar or "|".join([METAVARS[self.kind], *self.words])

@@ -99,7 +99,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_text(value: str, where: str) -> None:
-    """Refuse empty texts, and characters that no file name and no UTF-8 file can hold."""
+    """Raises: ConfigError for an empty text, and for characters that file names or UTF-8 files cannot contain."""
     if not value:
         raise ConfigError(f"{where} is empty; give a value or leave it out")
     if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):

@@ -1,7 +1,7 @@
-"""What the documents say that can be tried: their commands, their links, the flags that they name.
+"""Commands of the documents, and a sandbox in which bash runs them.
 
-A command is handed to bash as it stands. Programs that it calls are recorded instead of run (``Sandbox``), so that
-bash itself says which words they get; ``run_training.sh`` and ``run_tests.sh`` are the real ones.
+Programs that a command calls are recorded and not run (``Sandbox``), so the test sees the arguments that bash passes
+to them. ``run_training.sh`` and ``run_tests.sh`` are the real ones.
 """
 
 import os
@@ -21,13 +21,13 @@ INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 PLACES = {"/work/xiaoyonggao": "runs", "/data/runs": "runs", "/shared/runs": "runs"}
 """Directories of the documents -> those of the sandbox."""
 FINISHED = "finished"
-"""Where my_experiment lies when it has been trained; in runs/ it is still to come."""
+"""Directory of my_experiment after training; in runs/ it is not trained yet."""
 RECORDED = ("python", "python3", "tensorboard", "hf", "sbatch", "scancel", "pre-commit", "tail")
-"""Programs that are recorded instead of run."""
+"""Programs that are recorded and not run."""
 VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "FLARE_OUTPUT_DIR", "CUDA_VISIBLE_DEVICES")
 
 RECORDER = """#!/bin/sh
-# env.sh asks the user's python what it lacks: nothing.
+# env.sh checks the packages of the user's python with a script on stdin: none are missing.
 [ "$1" = - ] && exit 0
 { for name in %s; do eval "printf '%%s=%%s\\\\0' $name \\"\\${$name:-}\\""; done
   printf '%%s\\0' "$(basename "$0")" "$@"; printf '\\n\\0'; } >>"%s"
@@ -35,20 +35,20 @@ RECORDER = """#!/bin/sh
 
 
 def documents() -> list[Path]:
-    """Every page that people read."""
+    """All pages for readers."""
     return sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("examples/*.md")])
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line of a document, continued lines joined."""
+    """A command line of a document, with continued lines joined."""
 
     where: str  # FILE:LINE
     text: str
 
 
 def commands_of(path: Path) -> list[Command]:
-    """Commands of the page's shell blocks, and of its inline code where that is one of ours."""
+    """Commands in the shell blocks of a page, and those in its inline code that call Flare."""
     text = path.read_text(encoding="utf-8")
     found = []
     for match in FENCE.finditer(text):
@@ -65,9 +65,9 @@ def commands_of(path: Path) -> list[Command]:
 
 
 def joined_lines(block: str) -> list[tuple[int, str]]:
-    """(offset of its first line, command) without comments; a backslash at the end goes on.
+    """(offset of the first line, command) of each command, without comments. A backslash at the end joins lines.
 
-    A comment begins with a # behind a space: that of ``FILE#NAME`` is none, and none of the documents quotes one.
+    A comment begins with a # after a space, so that ``FILE#NAME`` contains none.
     """
     found, start, words = [], 0, ""
     for number, line in enumerate(block.splitlines()):
@@ -82,26 +82,26 @@ def joined_lines(block: str) -> list[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class Call:
-    """A program that a command started."""
+    """A program that a command called."""
 
     environment: dict[str, str]
     words: list[str]
 
     @property
     def script(self) -> str:
-        """What runs: ``train_qwen_multi_gpu.py``, ``-m flare.gpus``, or the program's own name."""
+        """The script: ``train_qwen_multi_gpu.py``, ``-m flare.gpus``, or the name of the program."""
         if self.words[0] not in ("python", "python3") or len(self.words) < 2:
             return self.words[0]
         return " ".join(self.words[1:3]) if self.words[1] == "-m" else Path(self.words[1]).name
 
     @property
     def arguments(self) -> list[str]:
-        """What it is given."""
+        """Arguments of the script."""
         return self.words[1 + len(self.script.split()) :] if self.words[0].startswith("python") else self.words[1:]
 
 
 class Sandbox:
-    """A directory like a clone, with models, data and results where the documents have some."""
+    """A directory like a clone, with the models, data and results that the documents use."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -135,19 +135,19 @@ class Sandbox:
             shutil.copytree(first, self.clone / name)
 
     def in_place(self, text: str) -> str:
-        """The text with the documents' directories turned into those of the sandbox."""
+        """The text with directories of the documents replaced by those of the sandbox."""
         for place, ours in PLACES.items():
             text = text.replace(place, str(self.clone / ours))
         return re.sub(r"(?<= )N\b", "1", text.replace(".venv/bin/", ""))  # --seed N
 
     def environment(self, server: str, **more: str) -> dict[str, str]:
-        """Our recorders and the GPUs of ``server`` (a key of fake_nvidia_smi.SERVERS) first on PATH."""
+        """Environment with the recorders and the GPUs of ``server`` (a key of fake_nvidia_smi.SERVERS) on PATH."""
         fake = install(self.root / "smi" / server, server)
         path = os.pathsep.join([str(self.root / "bin"), fake.environment()["PATH"]])
         return script_environment(PATH=path, PYTHON="python", HF_HOME=str(self.root / "hf")) | more
 
     def run(self, command: str, server: str = "guide", **more: str) -> list[Call]:
-        """Have bash run the command; returns the programs that it called."""
+        """Run the command in bash; returns the programs that it called."""
         self._record.unlink(missing_ok=True)
         environment = self.environment(server, **({"FLARE_OUTPUT_DIR": str(self.clone / "runs")} | more))
         environment.pop("CUDA_VISIBLE_DEVICES")
@@ -159,11 +159,13 @@ class Sandbox:
         return self.calls()
 
     def calls(self) -> list[Call]:
-        """What was recorded."""
+        """The recorded calls."""
         if not self._record.exists():
             return []
         calls = self._record.read_text(encoding="utf-8").split("\n\0")
         fields = [call.removesuffix("\0").split("\0") for call in calls if call]
         n = len(VARIABLES)
-        fields = [(words[:n], [word for word in words[n:] if word != "-P"]) for words in fields]  # python's own flag
+        fields = [
+            (words[:n], [word for word in words[n:] if word != "-P"]) for words in fields
+        ]  # a flag of python itself
         return [Call(dict(v.split("=", 1) for v in settings if v[-1] != "="), words) for settings, words in fields]

@@ -55,6 +55,6 @@ def assert_control_is_added(output: Path) -> None:
     results = json.loads((output / "demo" / "evaluation" / "evaluation_results.json").read_text())
     loss = {m["label"]: m["datasets"]["embedded"]["loss"] for m in results["milestones"]}
     assert loss["control (stage 2)"] < loss["stage 2"]
-    assert results["verdict"].startswith("Not for free")
+    assert results["verdict"].startswith("Recovered at a cost")
     assert "The squares are the control" in (output / "demo" / "evaluation" / "evaluation_report.md").read_text()
     assert run_demo(output, 0, "--control").stdout.count("already done") == 8

@@ -79,7 +79,7 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-FILE_MAPS = {"README.md": "## Files", "README_MIGRATION.md": "## 二、"}
+FILE_MAPS = {"docs/code.md": "## Files at the root", "README_MIGRATION.md": "## 二、"}
 UNLISTED = {".ci/", ".gitignore"}
 """Not listed for readers."""
 

@@ -62,7 +62,7 @@ def test_a_disk_that_takes_no_download_is_not_called_a_hub_out_of_reach(monkeypa
             assert str(raised.value).startswith(f"{what} cannot be stored{words}; --cache_dir and the environment's")
 
 
-def test_a_repository_without_a_configuration_is_told_as_that(tmp_path: Path, train_flags: list[str]) -> None:
+def test_a_repository_without_a_configuration_is_reported(tmp_path: Path, train_flags: list[str]) -> None:
     """As one of .gguf files only."""
     add_revision(tmp_path / "served", "models/lab/gguf", "main", {"model.gguf": b"GGUF"})
     with serve(tmp_path / "served") as (url, _):
@@ -80,9 +80,9 @@ def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(name: str) ->
         local_model_dir(name)
 
 
-def test_experiment_directory_in_place_of_its_final_model_is_told(base: Path, tmp_path: Path) -> None:
+def test_experiment_directory_instead_of_its_final_model_is_reported(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "run" / "final_model")
-    with pytest.raises(CheckpointError, match=r"no model directory; did you mean .*/run/final_model\?"):
+    with pytest.raises(CheckpointError, match=r"not a model directory; did you mean .*/run/final_model\?"):
         read_model_config(tmp_path / "run")
 
 

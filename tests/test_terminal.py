@@ -1,4 +1,4 @@
-"""What somebody at a terminal sees: nothing wider than it or 100 columns, colours only there, help in groups."""
+"""Output on a terminal: at most its width and 100 columns, colors, and help in groups."""
 
 import io
 import re
@@ -38,15 +38,15 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return Terminal()
 
 
-def test_width_is_the_terminals_and_at_most_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
-    for told, expected in (("80", 80), ("100", 100), ("240", 100), ("0", 100), ("many", 100)):
-        monkeypatch.setenv("COLUMNS", told)
+def test_width_is_that_of_the_terminal_up_to_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("80", 80), ("100", 100), ("240", 100), ("0", 100), ("many", 100)):
+        monkeypatch.setenv("COLUMNS", value)
         assert columns(io.StringIO()) == expected
     monkeypatch.delenv("COLUMNS")
     assert columns(io.StringIO()) == 100
 
 
-def test_colours_are_for_terminals_that_want_them(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colors_are_used_on_terminals_only(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     assert paint("error:", "red", terminal) == "\033[1;31merror:\033[0m"
     assert not has_colors(io.StringIO())
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
@@ -60,7 +60,7 @@ def test_lines_are_folded_between_words_on_a_terminal_only(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     path = "/data/" + "long/" * 10
-    text = f"error: the directory\n{path} is --not-there and cannot be made, for the disk is full"
+    text = f"error: the directory\n{path} is --not-there and cannot be made, because the disk is full"
     assert fold(text, io.StringIO()) == text
     folded = fold(text, terminal).splitlines()
     assert folded[0] == "error: the directory" and path in [line.strip() for line in folded]
@@ -84,8 +84,8 @@ def test_help_fits_the_terminal_and_ends_with_examples(name: str, width: int) ->
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_plain_in_a_pipe_and_does_without_torch(name: str) -> None:
-    """Without torch, transformers and datasets it takes a tenth of a second, not five."""
+def test_help_is_plain_in_a_pipe_and_imports_no_torch(name: str) -> None:
+    """Without torch, transformers and datasets it takes 0.1 s instead of 5 s."""
     command = [str(word) for word in COMMANDS[name]]
     if command[0] == sys.executable:
         command[1:1] = ["-X", "importtime"]
@@ -101,14 +101,14 @@ def test_help_is_plain_in_a_pipe_and_does_without_torch(name: str) -> None:
 @pytest.mark.parametrize(
     "parser", [parse.build_parser(), evaluation_options.build_parser(), command_line.build_parser()]
 )
-def test_every_flag_of_the_scripts_stands_in_a_group_with_a_word_on_it(parser) -> None:
+def test_every_flag_of_the_scripts_is_in_a_group_and_has_help(parser) -> None:
     alone = [a.option_strings for group in parser._action_groups[:2] for a in group._group_actions]
     assert alone == [["-h", "--help"]]
     assert all(action.help for action in parser._actions)
     assert parser.epilog.startswith("examples")
 
 
-def test_a_flag_that_is_none_is_one_line_with_the_nearest_one() -> None:
+def test_unknown_flag_is_one_line_with_the_nearest_one() -> None:
     for name, wrong, right in (
         ("evaluate", "--datasset", "--datasets"),
         ("patch", "--output-dir", "--output_dir"),
@@ -133,7 +133,7 @@ def test_an_error_is_red_and_folded_on_a_terminal() -> None:
 
 
 def test_a_run_fits_the_terminal_from_the_plan_to_the_summary(train_flags: list[str], tmp_path: Path) -> None:
-    """Plan, bar, steps, evaluations, the end; only a path may be longer than a line."""
+    """Only a path may be wider than the terminal."""
     flags = [*train_flags, "--eval_context_lengths", "8,16,32"]
     code, written = run_in_terminal([*COMMANDS["train"], *flags, "--nproc_per_node", 2], 80, script_environment())
     assert code == 0, written
@@ -142,7 +142,7 @@ def test_a_run_fits_the_terminal_from_the_plan_to_the_summary(train_flags: list[
     assert wide == []
     assert "Warning" not in written
     place = {words: max(i for i, line in enumerate(lines) if words in line) for words in ("100%|", "held-out loss")}
-    assert place["100%|"] < place["held-out loss"], "the summary stands below the bar"
+    assert place["100%|"] < place["held-out loss"], "the summary is below the bar"
     for words in (
         "NoPE layers     1 3",
         "stage 1: 100%|",
@@ -154,4 +154,4 @@ def test_a_run_fits_the_terminal_from_the_plan_to_the_summary(train_flags: list[
     log = (tmp_path / "out" / "run" / "training.log").read_text()
     assert not ESCAPE.search(log)
     evaluation = [line for line in log.splitlines() if "step 6/6 | epoch" in line]
-    assert len(evaluation) == 1 and "at 32: " in evaluation[0]  # in the file a message is a line
+    assert len(evaluation) == 1 and "at 32: " in evaluation[0]  # in the file a message is one line

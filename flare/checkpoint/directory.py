@@ -115,7 +115,7 @@ def list_checkpoints(directory: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda c: c.step)
 
 
-def newest_complete(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+def newest_valid(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are what its manifest says, and why newer ones were skipped."""
     skipped = []
     for candidate in reversed(list_checkpoints(directory)):
@@ -210,7 +210,7 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def clean_leftovers(directory: Path) -> None:
+def remove_temporary_directories(directory: Path) -> None:
     """Remove what a killed save left behind: our hidden temporary directories."""
     for path in directory.glob(".tmp-*") if directory.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
@@ -231,7 +231,7 @@ def prune(directory: Path, limit: int | None, keep_steps: set[int | None]) -> No
             remove_checkpoint(old.path)
 
 
-def set_aside_newer(directory: Path, step: int) -> list[str]:
+def supersede_newer(directory: Path, step: int) -> list[str]:
     """Rename checkpoints beyond ``step`` to superseded-checkpoint-N: resuming an older one begins another branch,
     and the newest must not be taken for its end. Returns their names."""
     names = []

@@ -16,9 +16,9 @@ from flare.config.config_file import ConfigFile, read_config_file
 from flare.config.options import FIELDS, STAGE_DEFAULTS, Options
 from flare.config.validate import other_tools_name
 from flare.errors import ConfigError, join_errors
+from flare.files import REPO
 from flare.option_values import check_values
 
-REPO = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = REPO / "training_config.json"
 
 EXAMPLES = """examples:

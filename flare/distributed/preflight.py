@@ -57,7 +57,7 @@ def run_preflight_check(
 
     def check() -> None:
         try:
-            _all_reduce(store, rank, size, device, timeout_sec)
+            all_reduce_and_check(store, rank, size, device, timeout_sec)
         except BaseException as error:
             failures.append(error)
 
@@ -76,7 +76,7 @@ def run_preflight_check(
     raise EnvError(f"the first all-reduce of {size} processes {problem}; {_where_to_look(store, size, device)}")
 
 
-def _all_reduce(store: dist.Store, rank: int, size: int, device: torch.device, timeout_sec: float) -> None:
+def all_reduce_and_check(store: dist.Store, rank: int, size: int, device: torch.device, timeout_sec: float) -> None:
     """Connect, sum 1 + 2 + ... + size, and compare the sum with the expected one."""
     use_cuda = device.type == "cuda"
     if use_cuda:

@@ -166,11 +166,11 @@ class Watchdog:
         """
         all_ranks = list(range(self.size))
         faulthandler.dump_traceback(self.file, all_threads=True)
-        self._beat(where=self._place())
+        self._beat(where=self.activity())
         before = self._heartbeats(all_ranks)
         for _ in range(4):  # the steps of other ranks may have begun later
             time.sleep(self.interval)
-            self._beat(where=self._place())
+            self._beat(where=self.activity())
         if not still_hangs():
             return  # slow, but not hung
         latest = self._heartbeats(all_ranks) | {self.rank: self.heartbeat}
@@ -192,7 +192,7 @@ class Watchdog:
             time.sleep(8 * self.interval)  # the rank that reports the error must be the first to end
         os._exit(FlareError.exit_code)
 
-    def _place(self) -> str:
+    def activity(self) -> str:
         """What the main thread of this rank does: "waits", or "is in FILE:LINE (FUNCTION)"."""
         frame = sys._current_frames()[self.main_thread]
         while frame.f_back and PACKAGE_DIR not in frame.f_code.co_filename:

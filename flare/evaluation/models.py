@@ -15,7 +15,7 @@ from flare.evaluation.report.fair_control import Training, training_of
 from flare.hub import read_model_config
 from flare.logs import log
 from flare.nope.canary.file import CANARY_FILE, check_recorded_layers
-from flare.nope.canary.measure import hold_to_canary
+from flare.nope.canary.measure import check_against_canary
 from flare.nope.config_json import nope_layers_of
 from flare.nope.load import load_causal_lm, load_tokenizer
 from flare.nope.probe import input_device, probe_nope_layers
@@ -135,7 +135,7 @@ def hold_stored_model_to_canary(directory: Path) -> None:
     failure = None
     if rank_from_environment() == 0 and (directory / CANARY_FILE).is_file():
         try:
-            hold_to_canary(load_causal_lm(directory), directory)
+            check_against_canary(load_causal_lm(directory), directory)
         except FlareError as error:
             failure = error
     raise_first_failure(failure)

@@ -50,7 +50,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         wide = torch.float32 if fp16 else hidden.dtype  # backward may scale up what is too small for fp16 here
         hidden_grad = torch.empty_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        chunk_gradient = _chunk_gradient if hidden.is_cuda else _InPlace(min(chunk_rows, len(hidden)), head)
+        chunk_gradient = gradient_of_chunk if hidden.is_cuda else InPlaceGradient(min(chunk_rows, len(hidden)), head)
         total = hidden.new_zeros((), dtype=torch.float32)
         for first in range(0, len(hidden), chunk_rows):
             chunk = slice(first, first + chunk_rows)
@@ -94,7 +94,9 @@ def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
-def _chunk_gradient(rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient_of_chunk(
+    rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of NLLs, its gradient with respect to the logits (C, V)).
 
     The gradient is softmax minus one-hot, in the dtype of ``rows``; in fp16 multiplied by ``FP16_FOLD``. A GPU's
@@ -116,9 +118,9 @@ def _chunk_gradient(rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
     return torch.where(wanted, nll, 0).sum(), gradient
 
 
-class _InPlace:
-    """``_chunk_gradient`` on a CPU, where allocating and reading memory takes longer than computing: all chunks share
-    one buffer, and the gradient is computed from a few rows at a time while they are in the cache."""
+class InPlaceGradient:
+    """``gradient_of_chunk`` on a CPU, where allocating and reading memory takes longer than computing: all chunks
+    share one buffer, and the gradient is computed from a few rows at a time while they are in the cache."""
 
     def __init__(self, chunk_rows: int, head: torch.Tensor) -> None:
         self.logits = head.new_empty(chunk_rows, len(head))

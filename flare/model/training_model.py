@@ -18,7 +18,7 @@ from flare.model.attention import KERNELS, document_mask
 from flare.model.compile import uncompiled
 from flare.model.linear_cross_entropy import linear_cross_entropy_sum, score_tokens
 from flare.nope.canary.file import CANARY_FILE
-from flare.nope.canary.measure import hold_to_canary
+from flare.nope.canary.measure import check_against_canary
 from flare.nope.load import empty_causal_lm, load_causal_lm
 from flare.plan.trainable import Trainable
 
@@ -131,7 +131,7 @@ def load_for_training(
     Raises: CheckpointError for damaged weights, or a model that is not the one of its canary.
     """
     causal_lm = load_causal_lm(directory, attn_implementation=attention_for(attn_implementation), config_dict=config)
-    hold_to_canary(causal_lm, directory)  # before frozen weights are rounded
+    check_against_canary(causal_lm, directory)  # before frozen weights are rounded
     return _ready(causal_lm, trainable, precision, documents)
 
 
@@ -151,7 +151,7 @@ def load_in_place(
     Raises: CheckpointError for missing or misfitting tensors, or a model that is not the one of its canary.
     """
     if (directory / CANARY_FILE).is_file():  # later no rank has the complete model
-        run_on_main_rank(world, lambda: hold_to_canary(load_causal_lm(directory), directory))
+        run_on_main_rank(world, lambda: check_against_canary(load_causal_lm(directory), directory))
     causal_lm = empty_causal_lm(directory, config, attention_for(attn_implementation))
     model = _ready(causal_lm, trainable, precision, documents)
     if sharded:

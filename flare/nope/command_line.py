@@ -27,6 +27,7 @@ examples (patch, inspect, verify, export, undo):
 MODES = {
     "inspect": ({"inspect"}, set()),
     "verify": ({"verify"}, set()),
+    "refresh": ({"refresh"}, set()),
     "export": ({"export", "model_name_or_path", "output_dir"}, set()),
     "verify_endpoint": ({"verify_endpoint", "model_name_or_path"}, {"served_model_name"}),
     "restore_rope": ({"restore_rope", "model_name_or_path", "output_dir"}, set()),
@@ -61,13 +62,14 @@ class PatchOptions:
         metavar="LAYER",
     )
     rope_theta: float | None = patch_option(
-        "RoPE base of the layers that keep RoPE", None, default_help="the model's own"
+        "RoPE base of the layers that keep RoPE", None, gt=0, default_help="the model's own"
     )
     nope_temperature: float | None = patch_option(
         "factor on the attention scores of the NoPE layers, multiplied into q_proj (Qwen2) or q_norm (Qwen3); above 1 "
         "attention is sharper. Exact for powers of two, otherwise rounded once in the dtype of the weights. Training "
         "has no such flag: start it from the patched checkpoint",
         None,
+        gt=0,
         metavar="BETA",
         default_help="1, no change",
     )
@@ -86,6 +88,11 @@ class PatchOptions:
         None,
         choices=("native",),
         metavar="native",
+    )
+    refresh: str | None = mode_option(
+        "replace modeling_nope.py of a model from an older Flare by the current file; nothing else changes",
+        None,
+        metavar="DIR",
     )
     verify_endpoint: str | None = mode_option(
         "check which model a completions server (vLLM, SGLang, llama.cpp) runs: the one of --model_name_or_path, "

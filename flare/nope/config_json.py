@@ -119,7 +119,7 @@ def nope_layers_of(config: dict) -> list[int]:
     return layers
 
 
-def says_which_layers(config: dict) -> bool:
+def declares_nope_layers(config: dict) -> bool:
     """Whether a config.json says which layers are NoPE layers, in a way that is known here.
 
     Not so: GPT-2, whose positions are no RoPE, or other hybrids. ``nope_layers_of`` knows nothing about them.
@@ -171,7 +171,7 @@ def with_nope(config: dict, nope_layers: list[int], rope_theta: float | None, wh
     }
 
 
-def refuse_foreign_code(config: dict, where: str) -> None:
+def reject_custom_code(config: dict, where: str) -> None:
     """Nothing of a model's own code is run here but our modelling file; a model that asks for other code is refused.
 
     Raises: CheckpointError.

@@ -27,13 +27,12 @@ from flare.hub import read_model_config
 from flare.nope import modeling_nope
 from flare.nope.config_json import (
     FAMILIES,
+    declares_nope_layers,
     is_export,
     nope_layers_of,
-    refuse_foreign_code,
-    says_which_layers,
+    reject_custom_code,
     weight_files,
 )
-from flare.nope.layers import format_layers
 from flare.nope.probe import verify_nope
 
 OWN_TYPES = {f"{family}_nope": name for family, name in FAMILIES.items()}
@@ -76,7 +75,7 @@ def load_causal_lm(
     placed = {"attn_implementation": attn_implementation, "device_map": device_map}
     extra = {name: value for name, value in placed.items() if value is not None}
     model = _load_weights(architecture, directory, config, dtype, extra)
-    if says_which_layers(raw):
+    if declares_nope_layers(raw):
         verify_nope(model, nope_layers_of(raw), str(directory))
     return model.eval()
 
@@ -97,7 +96,7 @@ def _architecture(raw: dict, directory: Path) -> tuple[PreTrainedConfig, type]:
 
     Raises: CheckpointError when it asks for foreign code.
     """
-    refuse_foreign_code(raw, str(directory))
+    reject_custom_code(raw, str(directory))
     model_type = raw.get("model_type", "")
     if model_type in OWN_TYPES:
         name = OWN_TYPES[model_type]
@@ -156,9 +155,3 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             return loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no tokenizer can be loaded from {directory}: {error}") from error
-
-
-def describe(model: PreTrainedModel) -> str:
-    """One phrase: family, depth and NoPE layers."""
-    layers = format_layers(nope_layers_of(model.config.to_dict()))
-    return f"{model.config.model_type}, {model.config.num_hidden_layers} layers, NoPE layers: {layers}"

@@ -11,7 +11,7 @@ from flare.nope import modeling_nope
 from flare.nope.config_json import FAMILIES, depth_of, family_of, nope_layers_of, with_nope, write_config
 from flare.nope.layers import format_layers, parse_layers
 from flare.nope.probe import verify_nope
-from flare.nope.staging import copy_companions, new_directory
+from flare.nope.staging import copy_other_files, new_directory
 from flare.nope.temperature import check_temperature, fold_temperature
 from flare.nope.tensor_names import query_tensors, tensor_names
 from flare.nope.weight_files import Change, check_weights, transfer_weights
@@ -82,7 +82,7 @@ def patch_checkpoint(
     scale = {} if nope_temperature is None else dict.fromkeys(query_tensors(family, layers), nope_temperature)
     with new_directory(target, source) as part:
         transfer_weights(source, part, Change(scale=scale))
-        copy_companions(source, part)
+        copy_other_files(source, part)
         write_config(patched, part)
     return layers
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flare.errors import ConfigError, EnvError
 
-NOT_TAKEN = (
+NOT_COPIED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.index.json",  # weights
     "config.json",  # written anew
     "*.py", "README.md", "nope_canary.json",  # of the other model
@@ -43,8 +43,8 @@ def new_directory(target: Path, source: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def copy_companions(source: Path, part: Path) -> None:
+def copy_other_files(source: Path, part: Path) -> None:
     """Copy what goes along with the weights: the tokenizer, generation_config.json, licences."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and not any(file.match(pattern) for pattern in NOT_TAKEN):
+        if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
             shutil.copyfile(file, part / file.name)

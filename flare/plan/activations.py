@@ -1,7 +1,7 @@
-"""Activations of one micro-batch: the bytes that autograd saves, and those that are alive for a moment.
+"""Bytes of the activations of one micro-batch: those that autograd saves, and temporary ones.
 
-Pure functions of a model's shape and of what trains; no torch. memory.py makes the peak of a training step
-of them. The derivations are written out in docs/memory.md; tests/plan/test_plan.py holds them to what torch saves.
+Pure functions of a model's shape and its trainable parameters; no torch. memory.py computes the peak of a training
+step from them. docs/memory.md derives the formulas; tests/plan/test_saved_activations.py compares them with torch.
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from flare.plan.trainable import Trainable
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one forward and backward pass works on, and the number formats it works in.
+    """The size and the dtypes of one forward and backward pass.
 
-    In bf16 runs matmuls run in bf16 under autocast; frozen weights are bf16 and trainable ones fp32. The
-    residual stream has the dtype of the embedding: bf16 when that is frozen, fp32 when it trains. Sharded runs
-    gather all weights in bf16 and need no autocast. fp16 runs are the same in fp16, but for the loss.
+    In bf16 runs, matmuls run in bf16 under autocast. Frozen weights are bf16, trainable weights fp32. The residual
+    stream has the dtype of the embedding: bf16 when it is frozen, fp32 when it trains. Sharded runs gather all weights
+    in bf16 and need no autocast. fp16 runs are the same in fp16, except for the loss.
     """
 
     rows: int  # B
     seq_len: int  # T
     half: bool  # bf16 or fp16
     fp32_residual: bool
-    document_mask: bool = True  # packed rows: SDPA gets a (B, 1, T, T) mask and k, v expanded to all heads
+    document_mask: bool = True  # SDPA of packed rows: a (B, 1, T, T) mask, k and v expanded to all heads
     eager_attention: bool = False
-    fp16: bool = False  # half is fp16, whose products the loss makes in fp32
+    fp16: bool = False  # half is fp16; the loss then computes products in fp32
 
     @property
     def tokens(self) -> int:
@@ -45,16 +45,16 @@ class Microbatch:
 
 
 def norm_saved_bytes(elements: int, rows: int, input_bytes: int, needs_grad: bool = True) -> int:
-    """What one RMSNorm saves (memory_efficient_layers.py): its input as it is, and 1/rms per row, in fp32."""
+    """Bytes that one RMSNorm saves (memory_efficient_layers.py): its input in its dtype, and 1/rms per row in fp32."""
     return input_bytes * elements + FP32_BYTES * rows if needs_grad else 0
 
 
 def attention_saved_bytes(shape: ModelShape, batch: Microbatch, trains: bool) -> int:
-    """What the attention kernel saves: q, k, v, the output, fp32 logsumexp per head and query, the mask.
+    """Bytes that the attention kernel saves: q, k, v, the output, fp32 logsumexp per head and query, the mask.
 
-    The output is also o_proj's input: the same storage. A boolean mask is converted to the compute dtype,
-    anew in every layer, and saved. Eager attention saves the probabilities instead, in fp32 as softmax
-    made them and in the compute dtype; its output is saved only by an o_proj that trains.
+    The output and o_proj's input share their storage. Every layer converts the boolean mask to the compute dtype and
+    saves the result. Eager attention instead saves the probabilities, in the fp32 of softmax and in the compute dtype;
+    its output is saved only by a trainable o_proj.
     """
     expanded = batch.document_mask or batch.eager_attention
     key_value = shape.query_size if expanded else shape.key_value_size
@@ -70,7 +70,7 @@ def attention_saved_bytes(shape: ModelShape, batch: Microbatch, trains: bool) ->
 def layer_saved_bytes(shape: ModelShape, batch: Microbatch, trainable: Trainable, layer_idx: int) -> int:
     """Activations that autograd saves for one decoder layer (bytes); 0 below the lowest trainable layer.
 
-    Weights, and autocast's bf16 copies of them, are not in it. A checkpointed layer saves the same when its
+    Weights and autocast's bf16 copies of them are not included. A checkpointed layer saves the same bytes when its
     forward pass runs again.
     """
     first = trainable.first_backward(shape)
@@ -94,15 +94,15 @@ def layer_saved_bytes(shape: ModelShape, batch: Microbatch, trainable: Trainable
 
 
 def layer_input_bytes(shape: ModelShape, batch: Microbatch) -> int:
-    """All that a checkpointed layer keeps, unless selectively: its input."""
+    """Bytes of a layer's input: all that full activation checkpointing keeps of the layer."""
     return batch.residual_bytes * batch.tokens * shape.hidden_size
 
 
-def products_bytes(shape: ModelShape, batch: Microbatch) -> int:
-    """What a selectively checkpointed layer keeps beside its input: what matrix products and attention gave.
+def selective_saved_bytes(shape: ModelShape, batch: Microbatch) -> int:
+    """Bytes that selective checkpointing keeps of a layer in addition to its input.
 
-    q, k, v, o, gate and up; not down_proj, whose output nothing in the layer reads. The kernel's output and its fp32
-    logsumexp; eager attention keeps nothing.
+    These are the outputs of q, k, v, o, gate and up, and the attention kernel's output and fp32 logsumexp. The output
+    of down_proj is not kept, because nothing in the layer reads it. Eager attention keeps only the projections.
     """
     widths = shape.query_size + 2 * shape.key_value_size + shape.hidden_size + 2 * shape.intermediate_size
     if batch.eager_attention:
@@ -112,39 +112,42 @@ def products_bytes(shape: ModelShape, batch: Microbatch) -> int:
 
 
 def rotary_bytes(shape: ModelShape, batch: Microbatch) -> int:
-    """cos and sin, once for all layers."""
+    """Bytes of cos and sin, which all layers share."""
     return 2 * batch.residual_bytes * batch.tokens * shape.head_dim
 
 
 def final_norm_saved_bytes(shape: ModelShape, batch: Microbatch) -> int:
-    """What the norm above the last layer saves."""
+    """Bytes that the norm after the last layer saves."""
     hidden = batch.tokens * shape.hidden_size
     return norm_saved_bytes(hidden, batch.tokens, batch.residual_bytes)
 
 
 def forward_transient_bytes(shape: ModelShape, batch: Microbatch, checkpointed: bool) -> int:
-    """Alive for a moment at the end of a forward pass besides what is saved: the boolean mask, and two fp32 tensors in
-    the final norm. Or, where the last layer is checkpointed, input and output of its MLP and down_proj's input."""
+    """Temporary bytes at the end of a forward pass: the boolean mask, and two fp32 tensors in the final norm.
+
+    If the last layer is checkpointed, input and output of its MLP and down_proj's input can be larger than the norm's
+    tensors.
+    """
     hidden, inner = batch.tokens * shape.hidden_size, batch.tokens * shape.intermediate_size
     mlp = batch.compute_bytes * (inner + 2 * hidden) if checkpointed else 0
     return batch.mask_elements + max(2 * FP32_BYTES * hidden, mlp)
 
 
 def backward_transient_bytes(shape: ModelShape, batch: Microbatch, mlp_trains: bool) -> int:
-    """Gradients of activations at the fullest moment of a layer's backward pass, less what is freed by then.
+    """Peak bytes of the gradients of activations in a layer's backward pass, less the activations freed by then.
 
-    That moment is the backward pass of the MLP's product: its own gradient and those of its two factors,
-    N x I each, while down_proj's saved input (saved only if it trains) is gone; and the residual stream's
-    gradient. With few tokens it is the one before: down_proj's weight gradient, as the matmul makes it and
-    in fp32. Eager attention: the gradient of the probabilities, in the compute dtype and in fp32, when what
-    the MLP saved is gone.
+    Usually the peak is in the MLP's element-wise product: its gradient and those of its two factors, (N, I) each, and
+    the gradient of the residual stream. down_proj's input, which is saved only if down_proj trains, is freed by then.
+    With few tokens the peak is one step earlier: down_proj's weight gradient, as the matmul returns it and in fp32.
+    With eager attention it can be the gradient of the probabilities, in the compute dtype and in fp32; the MLP's saved
+    tensors are freed by then.
     """
     inner = batch.compute_bytes * batch.tokens * shape.intermediate_size
-    moments = [(2 if mlp_trains else 3) * inner]
+    candidates = [(2 if mlp_trains else 3) * inner]
     if mlp_trains:
         formats = FP32_BYTES + (HALF_BYTES if batch.half else 0)
-        moments.append(formats * shape.hidden_size * shape.intermediate_size)
+        candidates.append(formats * shape.hidden_size * shape.intermediate_size)
     if batch.eager_attention:
         scores = (batch.compute_bytes + FP32_BYTES) * shape.num_attention_heads * batch.mask_elements
-        moments.append(scores - (3 if mlp_trains else 2) * inner)
-    return max(moments) + batch.residual_bytes * batch.tokens * shape.hidden_size
+        candidates.append(scores - (3 if mlp_trains else 2) * inner)
+    return max(candidates) + batch.residual_bytes * batch.tokens * shape.hidden_size

@@ -1,4 +1,4 @@
-"""Memory that a run may use, on its GPUs or on the CPU, and how sizes are written. No torch."""
+"""Memory that a run may use on its GPUs or on the CPU, and the text form of sizes. No torch."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from flare.plan.inputs import PlanInputs
 MIB, GIB = 2**20, 2**30
 
 RESERVE_FRACTION, RESERVE_BYTES = 0.06, int(0.7 * GIB)
-"""Kept free of a GPU's memory: fragmentation of the allocator (the share), CUDA context and libraries'
-workspaces (the bytes). An estimate until measured on a GPU. On the CPU, per process: Python and torch."""
+"""Memory that stays free: a fraction because the allocator fragments, and bytes for the CUDA context and the
+workspaces of libraries. An estimate, not measured on a GPU. On the CPU: Python and torch."""
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """Memory that one process may use, on GPUs of one kind or on the CPU."""
 
     label: str
@@ -22,24 +22,24 @@ class Room:
 
 
 def usable_bytes(total_bytes: int) -> int:
-    """What a run may take of a GPU's (or a CPU process's) memory."""
+    """Bytes that a run may use of the memory of a GPU, or of a CPU process."""
     return max(0, int(total_bytes * (1 - RESERVE_FRACTION)) - RESERVE_BYTES)
 
 
-def rooms(inputs: PlanInputs) -> tuple[Room, ...]:
-    """One entry for each kind of GPU whose memory is known, or one for the CPU."""
+def capacities(inputs: PlanInputs) -> tuple[Capacity, ...]:
+    """One capacity for each kind of GPU whose memory size is known, or one for the CPU."""
     if inputs.gpus:
         kinds = Counter(inputs.gpus).items()
         known = [(f"{n} x {name}", mib * MIB) for (name, mib), n in kinds if mib is not None]
-        return tuple(Room(label, total, usable_bytes(total)) for label, total in known)
+        return tuple(Capacity(label, total, usable_bytes(total)) for label, total in known)
     if inputs.available_ram_bytes is None:
         return ()
     processes = inputs.processes_per_host or inputs.world_size
     share = inputs.available_ram_bytes // processes
-    return (Room(f"CPU, {count_processes(processes)}", share, usable_bytes(share)),)
+    return (Capacity(f"CPU, {format_processes(processes)}", share, usable_bytes(share)),)
 
 
-def count_processes(count: int) -> str:
+def format_processes(count: int) -> str:
     return f"{count} process{'' if count == 1 else 'es'}"
 
 

@@ -1,4 +1,4 @@
-"""FLOPs that training one token takes, by part: pure functions of a model's shape and of what trains. No torch."""
+"""FLOPs to train one token, by part: pure functions of a model's shape and its trainable parameters. No torch."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ from flare.plan.trainable import Trainable
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs to train one token, by part. A multiply-add is two.
+    """FLOPs to train one token, by part. A multiply-add counts as two.
 
-    ``model`` is what papers call model FLOPs: 6N plus three times causal attention, as if everything
-    trained and nothing ran twice.
+    ``model`` is what papers call model FLOPs: 6N plus three times causal attention, as if all parameters trained and
+    nothing were recomputed.
     """
 
     frozen_prefix: int  # layers below the lowest trainable one: 2N, forward only
-    frozen_above: int  # frozen matrices (a frozen head, too) that pass a gradient down: 4N
+    frozen_above: int  # frozen matrices, including a frozen head, that pass a gradient on: 4N
     trainable: int  # 6N: forward, gradient of the input, gradient of the weight
     attention: int  # scores and weighted sums, forward and backward
     recompute: int  # gradient checkpointing
@@ -28,12 +28,12 @@ class TokenFlops:
 
 
 def attention_forward_flops(shape: ModelShape, seq_len: int) -> int:
-    """FLOPs of one layer's attention per token, projections apart.
+    """FLOPs of one layer's attention per token, without the projections.
 
     A query meets (T + 1) / 2 ~ T / 2 keys on average over a causal row of T tokens. For each key and head,
     the score q . k and the weighted sum of v are D multiply-adds each: 4 D FLOPs. Over the heads:
-    4 x T / 2 x heads x head_dim = 2 T x query_size. Key-value sharing saves memory, not FLOPs. Documents
-    that restart inside a row would shorten the context; a kernel that takes a mask computes all T keys.
+    4 x T / 2 x heads x head_dim = 2 T x query_size. Sharing key-value heads saves memory, not FLOPs. Several
+    documents in a row shorten the context, but a kernel that takes a mask computes all T keys.
     """
     return 2 * seq_len * shape.query_size
 
@@ -62,9 +62,9 @@ def token_flops(
     else:
         frozen_above += head
     attention = attention_forward_flops(shape, seq_len)
-    # A checkpoint's second forward pass stops before down_proj: nothing saves its output.
+    # The recomputed forward pass stops before down_proj, because nothing saves its output.
     rerun = 2 * (shape.layer_matmul_params - shape.hidden_size * shape.intermediate_size) + attention
-    if gradient_checkpointing == SELECTIVE:  # which keeps what products gave, but for eager attention's
+    if gradient_checkpointing == SELECTIVE:  # keeps all matmul outputs except those of eager attention
         rerun = attention if eager_attention else 0
     recompute = backward_layers * rerun if gradient_checkpointing else 0
     all_matmul = shape.num_hidden_layers * shape.layer_matmul_params + head

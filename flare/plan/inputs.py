@@ -1,4 +1,4 @@
-"""All that the plan of a run depends on, in one value that can be varied with ``dataclasses.replace``. No torch."""
+"""Everything that the plan of a run depends on, as one dataclass for ``dataclasses.replace``. No torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,14 +10,14 @@ from flare.plan.trainable import Trainable
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """All that a plan depends on."""
+    """Everything that a plan depends on."""
 
     shape: ModelShape
     stage: int = 1
     nope_layers: tuple[int, ...] = ()
     trainable: Trainable | None = None  # None: the stage's default, stage 1 nope_layers, stage 2 everything
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    precision_reason: str = ""  # why this one
+    precision_reason: str = ""  # why this precision was chosen
     world_size: int = 1  # processes on all hosts, one a GPU
     parallel: Literal["ddp", "fsdp"] = "ddp"
     per_device_batch: int = 1  # rows of a micro-batch
@@ -27,13 +27,13 @@ class PlanInputs:
     gpus: tuple[tuple[str, int | None], ...] = ()  # (name, memory_total_mib or None if unknown); empty: CPU
     optimizer: str = "adamw_torch_fused"
     attn_implementation: str = "sdpa"  # or eager
-    document_mask: bool = True  # attention is told document bounds by a mask, as SDPA is for packed rows
-    balance: str = "auto"  # rows of the processes: --balance
+    document_mask: bool = True  # a mask separates documents, as in SDPA of packed rows
+    balance: str = "auto"  # --balance: rows of each process
     save_total_limit: int | None = 3  # None: every checkpoint is kept
     keeps_best: bool = False  # the best checkpoint is kept whatever its age (early stopping)
-    num_saves: int | None = None  # checkpoints that the whole run writes, where known
-    steps_left: int | None = None  # of the stage, where its length and what is done are known
-    tokens_per_sec: float | None = None  # of this stage's last steps in this experiment
+    num_saves: int | None = None  # checkpoints that the complete run writes; None: not known
+    steps_left: int | None = None  # of the stage; None: not known
+    tokens_per_sec: float | None = None  # measured in this stage's last steps of this experiment
     free_disk_bytes: int | None = None  # in the output directory
     available_ram_bytes: int | None = None  # CPU runs, see read_available_ram
     processes_per_host: int | None = None  # CPU runs; None: all of them
@@ -43,17 +43,17 @@ class PlanInputs:
         assert min(self.world_size, self.per_device_batch, self.accumulation, self.seq_len) >= 1, self
 
     @property
-    def what_trains(self) -> Trainable:
+    def resolved_trainable(self) -> Trainable:
         return self.trainable or Trainable.of(self.nope_layers if self.stage == 1 else "all")
 
     @property
     def shards(self) -> int:
-        """Parts that weights, gradients and optimizer state are divided into."""
+        """Number of ranks among which weights, gradients and optimizer state are divided."""
         return self.world_size if self.parallel == "fsdp" else 1
 
     @property
     def half(self) -> bool:
-        """Whether it computes in 16 bits: fp16 takes the memory that bf16 takes."""
+        """Whether matmuls run in 16 bits. fp16 and bf16 need the same memory."""
         return self.precision in ("bf16", "fp16")
 
     @property
@@ -63,7 +63,7 @@ class PlanInputs:
             seq_len=self.seq_len,
             half=self.half,
             fp16=self.precision == "fp16",
-            fp32_residual=self.what_trains.everything and self.shards == 1,
+            fp32_residual=self.resolved_trainable.everything and self.shards == 1,
             document_mask=self.document_mask,
             eager_attention=self.attn_implementation == "eager",
         )

@@ -1,7 +1,7 @@
 """Sizes of Qwen2 and Qwen3 decoders and their counts of parameters, from a config.json or a known name.
 
-Standard library only. What one token costs is in flops.py, what autograd saves in activations.py;
-tests/plan/test_plan.py holds the counts to transformers' own models.
+Standard library only. flops.py has the FLOPs of a token, activations.py the bytes that autograd saves.
+tests/plan/test_model_shape.py compares the counts with transformers' models.
 """
 
 from dataclasses import dataclass, replace
@@ -59,7 +59,7 @@ class ModelShape:
         )
 
     def to_config(self) -> dict:
-        """A config.json that says what this shape says: enough to plan, not to load a model."""
+        """The shape as a config.json: enough to plan, not enough to load a model."""
         sizes = {field: value for field, value in vars(self).items() if field not in ("family", "name")}
         return {"model_type": self.family, **sizes}
 
@@ -79,7 +79,7 @@ class ModelShape:
 
     @property
     def lm_head_params(self) -> int:
-        """Parameters of its own: none when tied to the embedding."""
+        """Parameters of the head; 0 when it is tied to the embedding."""
         return 0 if self.tie_word_embeddings else self.embedding_params
 
     @property
@@ -125,7 +125,7 @@ class ModelShape:
 
 
 def _known(rows: str) -> dict[str, ModelShape]:
-    """The table of shared/FIELD.md: one model a line, in the order of ModelShape's fields."""
+    """Parse a table with one model a line, columns in the order of ModelShape's fields."""
     shapes = {}
     for row in rows.split("\n"):
         name, *sizes, tied = row.split()
@@ -152,7 +152,7 @@ Qwen3-32B    64 5120 64 8 128 25600 151936 untied""")
 
 
 def known_shape(name: str) -> ModelShape:
-    """The shape of a model by its hub name; ``-Base`` and ``-Instruct`` have that of the plain name.
+    """The shape of a model by its hub name; ``-Base`` and ``-Instruct`` have the shape of the name without it.
 
     Raises: ConfigError when the table does not have it.
     """

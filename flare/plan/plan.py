@@ -1,23 +1,23 @@
-"""The plan of a run, told before anything is loaded: parameters, FLOPs, memory, disk, and whether it fits.
+"""The plan of a run before anything is loaded: parameters, FLOPs, memory, disk, and whether it fits.
 
-Pure functions over ``PlanInputs``; no torch. The peak of a process is in memory.py, what would fit in
-suggest.py, the table that people read in plan_table.py.
+Pure functions of ``PlanInputs``; no torch. memory.py computes the peak of a process, suggest.py finds settings that
+fit, table.py formats the plan.
 """
 
 from dataclasses import dataclass
 
 from flare.errors import ConfigError, EnvError
-from flare.plan.capacity import GIB, Room, in_gib, rooms
+from flare.plan.capacity import GIB, Capacity, capacities, in_gib
 from flare.plan.flops import TokenFlops, token_flops
 from flare.plan.inputs import PlanInputs
-from flare.plan.memory import Memory, memory, moments_bytes
+from flare.plan.memory import Memory, memory, optimizer_state_bytes
 from flare.plan.model_shape import FP32_BYTES
 from flare.plan.suggest import suggest
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in numbers."""
+    """The numbers of a run."""
 
     inputs: PlanInputs
     trainable_params: int
@@ -25,28 +25,28 @@ class Plan:
     tokens_per_step: int  # of an optimizer step, all processes together
     flops: TokenFlops
     memory: Memory
-    rooms: tuple[Room, ...]  # where the memory is known
+    capacities: tuple[Capacity, ...]  # of GPUs whose memory size is known
     checkpoint_bytes: int
     final_model_bytes: int
-    disk_bytes: int  # at the fullest moment
+    disk_bytes: int  # the most during the run
 
     @property
-    def tight_rooms(self) -> list[Room]:
-        """Those that cannot hold the peak."""
-        return [room for room in self.rooms if room.usable_bytes < self.memory.peak_bytes]
+    def exceeded_capacities(self) -> list[Capacity]:
+        """The capacities that are smaller than the peak."""
+        return [capacity for capacity in self.capacities if capacity.usable_bytes < self.memory.peak_bytes]
 
     @property
     def fits(self) -> bool | None:
-        """Whether every GPU holds its share; None when no GPU's memory is known."""
-        return not self.tight_rooms if self.rooms else None
+        """Whether the peak fits on every GPU; None when no GPU's memory size is known."""
+        return not self.exceeded_capacities if self.capacities else None
 
 
 def make_plan(inputs: PlanInputs) -> Plan:
-    """All numbers of a run. Nothing is read, loaded or refused here: see ``check_fits``."""
-    trainable, shape = inputs.what_trains, inputs.shape
+    """Compute all numbers of a run. Raises nothing when the run does not fit: see ``check_fits``."""
+    trainable, shape = inputs.resolved_trainable, inputs.shape
     params = trainable.params(shape)
     frozen = shape.total_params - params
-    checkpoint = inputs.frozen_bytes * frozen + FP32_BYTES * params + moments_bytes(inputs)
+    checkpoint = inputs.frozen_bytes * frozen + FP32_BYTES * params + optimizer_state_bytes(inputs)
     final_model = inputs.frozen_bytes * shape.total_params
     return Plan(
         inputs=inputs,
@@ -57,7 +57,7 @@ def make_plan(inputs: PlanInputs) -> Plan:
             shape, trainable, inputs.seq_len, inputs.gradient_checkpointing, inputs.attn_implementation == "eager"
         ),
         memory=memory(inputs),
-        rooms=rooms(inputs),
+        capacities=capacities(inputs),
         checkpoint_bytes=checkpoint,
         final_model_bytes=final_model,
         disk_bytes=checkpoint * checkpoints_on_disk(inputs) + final_model,
@@ -65,7 +65,7 @@ def make_plan(inputs: PlanInputs) -> Plan:
 
 
 def checkpoints_on_disk(inputs: PlanInputs) -> int:
-    """Checkpoints at the fullest moment: the new one is whole before the oldest goes."""
+    """The most checkpoints at one time: the new one is complete before the oldest is deleted."""
     if inputs.save_total_limit is None:
         return inputs.num_saves or 1
     most = inputs.save_total_limit + 1 + inputs.keeps_best
@@ -73,21 +73,22 @@ def checkpoints_on_disk(inputs: PlanInputs) -> int:
 
 
 def check_fits(plan: Plan) -> None:
-    """Refuse, before anything is loaded, what a known GPU or the disk cannot hold.
+    """Check, before anything is loaded, that the run fits into the memory of the known GPUs and on the disk.
 
     Raises:
-        ConfigError: too little memory; with the numbers and the flag values that would fit.
+        ConfigError: too little memory; the message has the numbers and the flag values that would fit.
         EnvError: not even one checkpoint fits on the disk.
     """
     inputs, need = plan.inputs, plan.memory
-    tight = plan.tight_rooms
+    tight = plan.exceeded_capacities
     if tight:
-        room = min(tight, key=lambda r: r.usable_bytes)
+        capacity = min(tight, key=lambda c: c.usable_bytes)
+        total, usable = in_gib(capacity.total_bytes), in_gib(capacity.usable_bytes)
         visible = [(name, size) for name, size in need.parts() if size >= 0.01 * GIB]
         parts = ", ".join(f"{name} {in_gib(size)}" for name, size in visible)
         raise ConfigError(
-            f"stage {inputs.stage} of {inputs.shape.name or 'this model'} does not fit on {room.label}: "
-            f"needs {in_gib(need.peak_bytes)} of {in_gib(room.total_bytes)} ({in_gib(room.usable_bytes)} usable) "
+            f"stage {inputs.stage} of {inputs.shape.name or 'this model'} does not fit on {capacity.label}: "
+            f"needs {in_gib(need.peak_bytes)} of {total} ({usable} usable) "
             f"per {'GPU' if inputs.gpus else 'process'}: {parts}; {suggest(inputs)}"
         )
     if inputs.free_disk_bytes is not None and inputs.free_disk_bytes < plan.checkpoint_bytes:

@@ -1,27 +1,24 @@
-"""What would fit where a run does not: flag values with the same global batch, or the plain word that none does.
+"""Suggestions for a run that does not fit: flag values with the same global batch that fit, if there are any.
 
-Pure functions over ``PlanInputs``; no torch.
+Pure functions of ``PlanInputs``; no torch.
 """
 
 import math
 from dataclasses import replace
 
 from flare.config.options import SELECTIVE
-from flare.plan.capacity import GIB, RESERVE_BYTES, RESERVE_FRACTION, in_gib, rooms
+from flare.plan.capacity import GIB, RESERVE_BYTES, RESERVE_FRACTION, capacities, in_gib
 from flare.plan.inputs import PlanInputs
 from flare.plan.memory import memory
 from flare.plan.model_shape import KNOWN_SHAPES
 from flare.plan.optimizer_state import EIGHT_BIT
 from flare.plan.trainable import Trainable
 
-MAX_MICRO_BATCH = 4096
-"""Where the search for the largest micro-batch ends."""
-
 MAX_GPUS = 64
 """Where the search for enough GPUs ends."""
 
 SHORTEST_SEQ_LEN = 256
-"""Below this length no suggestion is made: it would be another experiment."""
+"""Shorter rows are never suggested, because that would be a different experiment."""
 
 
 def fits(inputs: PlanInputs, limit_bytes: int) -> bool:
@@ -29,28 +26,16 @@ def fits(inputs: PlanInputs, limit_bytes: int) -> bool:
     return memory(inputs).peak_bytes <= limit_bytes
 
 
-def largest_micro_batch(inputs: PlanInputs, limit_bytes: int) -> int:
-    """Most rows of a micro-batch whose peak stays within ``limit_bytes``; 0 when one row is too much."""
-    low, high = 0, MAX_MICRO_BATCH + 1  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(replace(inputs, per_device_batch=middle), limit_bytes):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 def suggest(inputs: PlanInputs, limit_bytes: int | None = None) -> str:
-    """Flag values that would fit where ``inputs`` do not, all with the same global batch; '' if they fit.
+    """Return flag values that fit where ``inputs`` do not, all with the same global batch; '' if ``inputs`` fit.
 
     Args:
-        limit_bytes: what a process may need; None: what its GPU, or its share of the RAM, has.
+        limit_bytes: limit for a process; None: the memory of its GPU, or its share of the RAM.
 
-    When no choice of batch, row length and checkpointing fits, it says so, and what else would do.
+    When no choice of batch, row length and checkpointing fits, the text says so and names other changes that would.
     """
-    known = rooms(inputs)
-    limit = limit_bytes or min((room.usable_bytes for room in known), default=None)
+    known = capacities(inputs)
+    limit = limit_bytes or min((capacity.usable_bytes for capacity in known), default=None)
     if limit is None or fits(inputs, limit):
         return ""
     cheaply, checkpointed = (replace(inputs, gradient_checkpointing=how) for how in (SELECTIVE, True))
@@ -63,8 +48,8 @@ def suggest(inputs: PlanInputs, limit_bytes: int | None = None) -> str:
         ways.append(_shorter_rows(checkpointed, limit))
     texts = [_flags(inputs, way) for way in ways if way]
     peak = memory(inputs).peak_bytes
-    big = [room for room in known if room.usable_bytes >= peak] if limit_bytes is None else []
-    texts += [f"only the {' and '.join(room.label for room in big)} (--gpu_ids)"] if big else []
+    big = [capacity for capacity in known if capacity.usable_bytes >= peak] if limit_bytes is None else []
+    texts += [f"only the {' and '.join(capacity.label for capacity in big)} (--gpu_ids)"] if big else []
     return "what fits: " + "; or ".join(texts) if texts else _nothing_fits(inputs, limit)
 
 
@@ -92,7 +77,7 @@ def _fewer_processes(inputs: PlanInputs) -> PlanInputs | None:
         return None
     accumulation = inputs.accumulation * inputs.world_size
     way = replace(inputs, world_size=1, processes_per_host=1, accumulation=accumulation)
-    return way if fits(way, rooms(way)[0].usable_bytes) else None
+    return way if fits(way, capacities(way)[0].usable_bytes) else None
 
 
 def _shorter_rows(inputs: PlanInputs, limit_bytes: int) -> PlanInputs | None:
@@ -127,8 +112,8 @@ def _flags(inputs: PlanInputs, way: PlanInputs) -> str:
 
 
 def _nothing_fits(inputs: PlanInputs, limit_bytes: int) -> str:
-    """The plain word that these weights are too much for this GPU, and what would not be."""
-    # One row at a time, the global batch kept; and the least that is still a run.
+    """The message that no batch, row length and checkpointing fits, with the changes that would."""
+    # One row at a time with the same global batch; and the smallest possible run.
     modest = replace(inputs, gradient_checkpointing=True, per_device_batch=1)
     modest = replace(modest, accumulation=inputs.per_device_batch * inputs.accumulation)
     least = replace(modest, accumulation=1, seq_len=SHORTEST_SEQ_LEN)
@@ -154,7 +139,7 @@ def _nothing_fits(inputs: PlanInputs, limit_bytes: int) -> str:
 
 
 def _more_gpus(inputs: PlanInputs, limit_bytes: int) -> list[str]:
-    """The fewest such GPUs that hold the run when everything is divided among them."""
+    """The smallest number of such GPUs on which the run fits with FSDP."""
     for gpus in range(max(2, inputs.shards + 1), MAX_GPUS + 1) if inputs.gpus else ():
         if fits(replace(inputs, parallel="fsdp", world_size=gpus), limit_bytes):
             return [f"{gpus} such GPUs with --parallel fsdp (or auto), 1 row at a time"]
@@ -162,8 +147,8 @@ def _more_gpus(inputs: PlanInputs, limit_bytes: int) -> list[str]:
 
 
 def _smaller_model(inputs: PlanInputs, limit_bytes: int) -> list[str]:
-    """The largest known model of the family that fits, training all of it or the same share of layers."""
-    trainable, depth = inputs.what_trains, inputs.shape.num_hidden_layers
+    """The largest known model of the family that fits, with all or the same fraction of its layers trained."""
+    trainable, depth = inputs.resolved_trainable, inputs.shape.num_hidden_layers
     by_size = sorted(KNOWN_SHAPES.items(), key=lambda item: -item[1].total_params)
     for name, shape in by_size:
         if shape.family != inputs.shape.family or shape.total_params >= inputs.shape.total_params:

@@ -1,12 +1,12 @@
-"""The plan of a run as the aligned table that people read. No torch."""
+"""Formats the plan of a run as an aligned table. No torch."""
 
 import math
 import textwrap
 from collections.abc import Iterator
 
 from flare.nope.layers import format_layers
-from flare.plan.balance import plan_words
-from flare.plan.capacity import count_processes, in_gib
+from flare.plan.balance import balance_summary
+from flare.plan.capacity import format_processes, in_gib
 from flare.plan.flops import TokenFlops
 from flare.plan.inputs import PlanInputs
 from flare.plan.plan import Plan, checkpoints_on_disk
@@ -22,7 +22,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def _table(plan: Plan) -> Iterator[tuple[str, str]]:
     """(label, text) of each row."""
-    inputs, shape, trainable = plan.inputs, plan.inputs.shape, plan.inputs.what_trains
+    inputs, shape, trainable = plan.inputs, plan.inputs.shape, plan.inputs.resolved_trainable
     which = "everything" if trainable.everything else str(trainable)
     size = f"{_count(shape.total_params)} parameters, {shape.num_hidden_layers} layers"
     yield "model", f"{shape.name or shape.family}: {size}"
@@ -36,7 +36,7 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "", f"fp16 {inputs.precision_reason}".rstrip()
     yield "batch", _batch_words(plan)
     names = [name for name, _ in inputs.gpus]
-    if len(names) == inputs.world_size and (words := plan_words(inputs.balance, inputs.global_batch_size, names)):
+    if len(names) == inputs.world_size and (words := balance_summary(inputs.balance, inputs.global_batch_size, names)):
         yield "balance", words
     yield from _flops_rows(plan.flops)
     yield from _memory_rows(plan)
@@ -46,7 +46,7 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def time_words(steps: int, tokens_per_step: int, tokens_per_sec: float) -> str:
-    """What steps take at a rate that was measured, without evaluation and saving."""
+    """The time that steps take at a measured rate, without evaluation and saving."""
     minutes = math.ceil(steps * tokens_per_step / tokens_per_sec / 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -64,7 +64,7 @@ def _batch_words(plan: Plan) -> str:
     inputs = plan.inputs
     return (
         f"{inputs.per_device_batch} rows x {inputs.accumulation} accumulation x "
-        f"{count_processes(inputs.world_size)} = {inputs.global_batch_size} rows of {inputs.seq_len} = "
+        f"{format_processes(inputs.world_size)} = {inputs.global_batch_size} rows of {inputs.seq_len} = "
         f"{plan.tokens_per_step:,} tokens a step"
     )
 
@@ -85,12 +85,13 @@ def _memory_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield f"memory/{'GPU' if plan.inputs.gpus else 'process'}", peak
     for name, size in need.parts():
         yield "", _column(f"  {name}", _bytes(size, need.peak_bytes))
-    for room in plan.rooms:
-        spare = room.usable_bytes - need.peak_bytes
+    for capacity in plan.capacities:
+        total, usable = capacity.total_bytes, capacity.usable_bytes
+        spare = usable - need.peak_bytes
         verdict = f"fits, {in_gib(spare)} to spare" if spare >= 0 else f"DOES NOT FIT, {in_gib(-spare)} too much"
-        yield "", f"{room.label}: {in_gib(room.total_bytes)}, {in_gib(room.usable_bytes)} usable: {verdict}"
-    if not plan.rooms:
-        yield "", "not compared: how much memory there is, is not known"
+        yield "", f"{capacity.label}: {in_gib(total)}, {in_gib(usable)} usable: {verdict}"
+    if not plan.capacities:
+        yield "", "not compared: the size of the memory is not known"
 
 
 def _disk_words(plan: Plan) -> str:
@@ -114,14 +115,14 @@ def _column(name: str, value: str) -> str:
 
 
 def _wrap(label: str, text: str) -> list[str]:
-    """One row of the table; long text goes on under itself, columns stay as they are."""
+    """One row of the table. Long text is wrapped below itself; columns are not wrapped."""
     is_columns = "  " in text
     pieces = [text] if is_columns else textwrap.wrap(text, WIDTH - LABEL_WIDTH)
     return [f"{label if i == 0 else '':<{LABEL_WIDTH}}{piece}".rstrip() for i, piece in enumerate(pieces)]
 
 
 def _flops(value: int, largest: int) -> str:
-    """In a unit that suits the largest number of the column: a tiny model's are no zeros."""
+    """FLOPs in a unit that fits the largest number of the column, so that small models do not show zeros."""
     return f"{value / 1e9:.2f} GFLOP" if largest >= 1e8 else f"{value / 1e6:.2f} MFLOP"
 
 

@@ -1,6 +1,6 @@
-"""What trains in a stage: everything, or some layers, or the attention of some layers. No torch.
+"""The trainable part of a model in a stage: everything, some layers, or the attention of some layers. No torch.
 
-The model freezes the rest by it, and the plan counts by it.
+The model freezes the rest accordingly, and the plan counts with it.
 """
 
 from collections.abc import Collection, Iterator
@@ -14,7 +14,7 @@ from flare.plan.model_shape import ModelShape
 
 @dataclass(frozen=True)
 class Trainable:
-    """What trains: everything, or some layers (their attention only when ``attention_only``)."""
+    """The trainable part: everything, or some layers (only their attention when ``attention_only``)."""
 
     everything: bool
     layers: tuple[int, ...] = ()
@@ -27,9 +27,9 @@ class Trainable:
 
     @classmethod
     def parse(cls, words: list[str] | None, stage: int, nope_layers: list[int], depth: int) -> "Trainable":
-        """``--train_layers`` for a model of this depth.
+        """Parse ``--train_layers`` for a model with ``depth`` layers.
 
-        Raises: ConfigError when nothing would train.
+        Raises: ConfigError when nothing would be trained.
         """
         words = words or (["nope"] if stage == 1 else ["all"])
         if words == ["all"]:
@@ -71,7 +71,7 @@ class Trainable:
         return self.attention(layer_idx) and not self.attention_only
 
     def first_backward(self, shape: ModelShape) -> int:
-        """The lowest layer with a backward pass: autograd records nothing below the lowest trainable one."""
+        """The lowest layer with a backward pass. Autograd records nothing below the lowest trainable layer."""
         if self.everything:
             return 0
         return min(self.layers, default=shape.num_hidden_layers)
@@ -83,7 +83,7 @@ class Trainable:
         return len(self.layers) * (shape.attention_params if self.attention_only else shape.layer_params)
 
     def tensors(self, shape: ModelShape) -> Iterator[tuple[int, ...]]:
-        """The shape of each matrix that trains; the vectors of a layer, and of the rest, as one."""
+        """The shape of each trainable matrix. The vectors of a layer count as one, and so do those outside of layers."""
         hidden, inner, query, key_value = (
             shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size,
         )  # fmt: skip

@@ -9,8 +9,8 @@ import sys
 import time
 from importlib import metadata
 
-from flare.config.parse import REPO
 from flare.errors import without_users
+from flare.files import REPO
 
 ENVIRONMENT_PREFIXES = (
     "CUDA_", "NCCL_", "GLOO_", "OMP_", "TORCH_", "PYTORCH_", "HF_", "FLARE_", "MASTER_", "NNODES", "NODE_RANK",

@@ -14,7 +14,7 @@ from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.gpus.specs import lacks_bf16
 from flare.hub import local_model_dir, read_hub_config, read_model_config
 from flare.nope.canary.file import check_recorded_layers
-from flare.nope.config_json import nope_layers_of, refuse_foreign_code, theta_of, weight_files, with_nope
+from flare.nope.config_json import nope_layers_of, reject_custom_code, theta_of, weight_files, with_nope
 from flare.nope.layers import format_layers, parse_layers
 from flare.plan.balance import parse_weights
 from flare.plan.model_shape import ModelShape, known_shape
@@ -137,7 +137,7 @@ def open_model(name: str, options: Options) -> tuple[Path | None, dict]:
         return None, deepcopy(hub_model_config(name, options.cache_dir))
     directory = local_model_dir(name, options.cache_dir)
     raw = read_model_config(directory)
-    refuse_foreign_code(raw, str(directory))
+    reject_custom_code(raw, str(directory))
     ModelShape.from_config(raw, str(directory))  # raises for other model families and missing sizes
     weight_files(directory)
     check_recorded_layers(directory, nope_layers_of(raw))

@@ -62,22 +62,22 @@ class Run:
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows that a process works on at once: ``--per_device_train_batch_size``, ``auto`` settled."""
+        """Rows that a process works on at once: the resolved ``--per_device_train_batch_size``."""
         return int(self.options.per_device_train_batch_size)
 
     @property
     def gradient_checkpointing(self) -> bool | str:
-        """``--gradient_checkpointing``, ``auto`` settled: True, False or selective."""
-        asked = self.options.gradient_checkpointing
-        return False if asked == "auto" else asked
+        """The resolved ``--gradient_checkpointing``: True, False or "selective"."""
+        value = self.options.gradient_checkpointing
+        return False if value == "auto" else value
 
     @property
     def parallel(self) -> str:
-        """``--parallel``, ``auto`` settled: ddp or fsdp. A single process has nobody to share with."""
+        """The resolved ``--parallel``: ddp or fsdp. A single process always uses ddp."""
         return "fsdp" if self.options.parallel == "fsdp" and self.hardware.world_size > 1 else "ddp"
 
     def with_layout(self, micro: int, checkpointing: bool | str, parallel: str) -> "Run":
-        """The same run, its rows of a step too, with this micro-batch, gradient checkpointing, ddp or fsdp."""
+        """The same run, with the same rows per step, but with this micro-batch, checkpointing, and ddp or fsdp."""
         resolved = self.resolved.with_values(
             per_device_train_batch_size=micro,
             gradient_checkpointing=checkpointing,
@@ -150,7 +150,7 @@ class Run:
 
     @property
     def attention(self) -> str:
-        """``--attn_implementation``, ``auto`` settled."""
+        """The resolved ``--attn_implementation``."""
         return choose_attention(self.options.attn_implementation, self.hardware.use_cuda, self.precision)
 
     @property

@@ -29,18 +29,18 @@ def choose_balance(option: str, num_rows: int, world: World, record: dict | None
     """
     weights = balance.parse_weights(option, world.size)
     if weights:
-        return balance.by_hand(num_rows, weights)
+        return balance.balance_by_weights(num_rows, weights)
     if option == "equal" or world.size == 1:
-        return balance.equal(num_rows, world.size)
+        return balance.equal_balance(num_rows, world.size)
     gpus = process_group.gather_objects(_gpu(world.device))
     if option == "auto" and len(set(gpus)) == 1:
-        return balance.equal(num_rows, world.size, f"equal: all ranks have {gpus[0]}")
-    known = balance.from_record(record, num_rows, gpus)
+        return balance.equal_balance(num_rows, world.size, f"equal: all ranks have {gpus[0]}")
+    known = balance.balance_from_checkpoint(record, num_rows, gpus)
     if known:
         return known
     log.info("unlike GPUs, or --balance measure: measuring each rank")
     seconds = process_group.gather_objects(seconds_per_row(work, world.device))
-    return balance.by_speed(num_rows, gpus, seconds)
+    return balance.balance_by_speed(num_rows, gpus, seconds)
 
 
 def multiply_as_a_layer(config: dict, tokens: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -28,7 +28,7 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
         chosen = Checkpoint(path, int(match[1]))
         chosen.verify()
         return chosen
-    chosen, skipped = ckpt.newest_complete(experiment.checkpoints)
+    chosen, skipped = ckpt.newest_valid(experiment.checkpoints)
     for reason in skipped:
         log.warning(f"skipped a damaged checkpoint: {reason}")
     if chosen is None and skipped:
@@ -56,7 +56,7 @@ def read_train_state(
     log.info(f"resumes from {resume_from.path.name}, {content['progress']['tokens']:,} tokens seen")
     _log_changed_options(content["options"], run.settings())
     checkpoints = run.experiment.checkpoints
-    for name in process_group.run_on_main_rank(world, lambda: ckpt.set_aside_newer(checkpoints, resume_from.step)):
+    for name in process_group.run_on_main_rank(world, lambda: ckpt.supersede_newer(checkpoints, resume_from.step)):
         log.warning(f"{name} is newer than the checkpoint to resume: renamed to superseded-{name}")
     train_state = TrainState(**content["progress"])
     kept = {c.step for c in ckpt.list_checkpoints(checkpoints)}

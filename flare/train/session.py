@@ -47,7 +47,7 @@ from flare.train.trainer import Trainer
 
 
 class Session:
-    """Trains one stage. Every method except the loggers is a collective."""
+    """Trains one stage on this rank. ``train`` is a collective."""
 
     def __init__(
         self, run: Run, world: World, corpus: AnyCorpus, train_rows: TrainRows, eval_rows: PackedRows

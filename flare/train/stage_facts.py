@@ -11,7 +11,7 @@ from flare.train.train_state import TrainState
 
 @dataclass(frozen=True)
 class StageFacts:
-    """ResolvedOptions once, after the checkpoint to resume from has been read and before the model is built.
+    """Facts that are resolved once, after the checkpoint to resume from has been read and before the model is built.
 
     Args:
         identity: what must be the same when the run is resumed.

@@ -20,7 +20,7 @@ from flare.logs import log
 from flare.model.inputs import to_device
 from flare.optim.loss_scale import RANGE_HINT, LossScale
 from flare.optim.optimizer import can_skip_on_device, optimizer_step
-from flare.plan.balance import equal
+from flare.plan.balance import equal_balance
 from flare.train.components import Callbacks, Components, evaluate_rows
 from flare.train.garbage_collection import collect_at_intervals
 from flare.train.loader import StepLoader, StepRows
@@ -64,7 +64,9 @@ class Trainer:
         model, optimizer = components.model, components.optimizer
         self.module = ddp.wrap_ddp(model, world)
         self.parameters = [p for _, p in model.trainable_parameters()]
-        self.rows_by_rank = tuple(components.rows_by_rank or equal(components.global_batch_size, world.size).rows)
+        self.rows_by_rank = tuple(
+            components.rows_by_rank or equal_balance(components.global_batch_size, world.size).rows
+        )
         on_gpu = world.device.type == "cuda"
         self.loader = StepLoader(
             components.train_rows,

@@ -9,10 +9,10 @@ import sys
 from dataclasses import replace
 
 from flare.checkpoint import directory as ckpt
-from flare.config.parse import REPO
 from flare.distributed import peer_failure, process_group
 from flare.distributed.process_group import World
 from flare.errors import ConfigError, FlareError, during, first_line, is_out_of_memory, while_phase
+from flare.files import REPO
 from flare.launch.worker_errors import report_to_launcher, stop_when_launcher_dies
 from flare.logs import FILES_ONLY, log, start_logging
 from flare.plan.capacity import in_gib
@@ -40,15 +40,7 @@ def run_worker(run: Run) -> int:
         peer_failure.watch_for_failures(world)
         process_group.check_same_settings(world, run.shared_settings() | {"data": corpus.fingerprint})
         run = open_experiment(run, world)
-        try:
-            Session(run, world, corpus, *rows).train()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise _out_of_memory_error(run, world, error) from error
-        finally:
-            rows[0].close()
-            run.experiment.unlock()
+        _train(Session(run, world, corpus, *rows))
         process_group.stop()
     except FlareError as error:
         if world:
@@ -67,6 +59,19 @@ def run_worker(run: Run) -> int:
             peer_failure.report_failure(world)
         raise
     return 0
+
+
+def _train(session: Session) -> None:
+    """Train, and release the data and the experiment's lock in any case."""
+    try:
+        session.train()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _out_of_memory_error(session.run, session.world, error) from error
+    finally:
+        session.train_rows.close()
+        session.experiment.unlock()
 
 
 def _prepare(run: Run) -> tuple:
@@ -116,7 +121,7 @@ def _prepare_directory(run: Run) -> None:
     enter_stage(experiment, options.stage)
     experiment.record_command([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *run.resolved.argv])
     experiment.record_environment()
-    ckpt.clean_leftovers(experiment.checkpoints)
+    ckpt.remove_temporary_directories(experiment.checkpoints)
     if options.resume == "never" and ckpt.list_checkpoints(experiment.checkpoints):
         raise ConfigError(
             f"experiment {experiment.root.name!r} has checkpoints and --resume is never; use --resume auto, "

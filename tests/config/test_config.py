@@ -7,9 +7,10 @@ import pytest
 
 from flare.config.config_file import parse_jsonc
 from flare.config.options import FIELDS, STAGE_DEFAULTS
-from flare.config.parse import REPO, resolve
+from flare.config.parse import resolve
 from flare.config.validate import OTHER_TOOLS
 from flare.errors import ConfigError
+from flare.files import REPO
 
 
 def write(path: Path, text: str) -> str:
@@ -43,7 +44,7 @@ def test_epochs_on_the_command_line_replace_steps_of_the_defaults() -> None:
     assert (options.num_train_epochs, options.max_steps) == (2.0, None)
 
 
-def test_weights_are_numbers_above_zero_in_every_spelling(tmp_path: Path) -> None:
+def test_dataset_weights_are_numbers_above_zero(tmp_path: Path) -> None:
     for spelling in (["0.7,0.3"], ["0.7", "0.3"]):
         assert resolve(["--dataset_weights", *spelling]).options.dataset_weights == [0.7, 0.3]
     file = write(tmp_path / "c.json", '{"data_args": {"dataset_weights": [0.7, 0.3]}}')
@@ -53,7 +54,7 @@ def test_weights_are_numbers_above_zero_in_every_spelling(tmp_path: Path) -> Non
             resolve(["--dataset_weights", *wrong])
 
 
-def test_shipped_config_says_what_the_built_in_defaults_say() -> None:
+def test_shipped_config_agrees_with_the_built_in_defaults() -> None:
     for stage, values in STAGE_DEFAULTS.items():
         options = resolve(["--stage", str(stage)]).options
         for name, value in values.items():
@@ -62,7 +63,7 @@ def test_shipped_config_says_what_the_built_in_defaults_say() -> None:
         assert options.max_seq_length == FIELDS["max_seq_length"].default
 
 
-def test_old_names_work_with_a_warning_that_names_the_new_one() -> None:
+def test_old_names_work_with_a_warning() -> None:
     resolved = resolve(["--output_dir", "/data/runs/my_run", "--stage1_max_seq_len", "512"])
     options = resolved.options
     assert (options.base_output_dir, options.experiment_name, options.max_seq_length) == ("/data/runs", "my_run", 512)
@@ -79,7 +80,7 @@ def test_old_name_that_contradicts_a_new_one_is_refused() -> None:
     assert resolve(["--output_dir", "/data/a", "--experiment_name", "a"]).options.experiment_name == "a"
 
 
-def test_accumulation_beside_a_global_batch_is_told_to_have_no_effect() -> None:
+def test_accumulation_with_a_global_batch_size_is_warned_to_have_no_effect() -> None:
     assert resolve(["--gradient_accumulation_steps", "4"]).warnings == []
     (warning,) = resolve(["--gradient_accumulation_steps", "4", "--global_batch_size", "32"]).warnings
     assert warning.startswith("--gradient_accumulation_steps 4 has no effect: --global_batch_size 32 sets")
@@ -138,7 +139,7 @@ def test_mistake_is_named(flags: list[str], words: str) -> None:
     assert words in str(error.value)
 
 
-def test_other_tools_names_are_told_by_a_file_too_and_are_none_of_ours(tmp_path: Path) -> None:
+def test_names_of_other_tools_are_recognized_in_a_file_and_are_not_options(tmp_path: Path) -> None:
     file = write(tmp_path / "c.json", '{"data_args": {"cutoff_len": 512}}')
     with pytest.raises(ConfigError, match=r'unknown key "data_args.cutoff_len" in c.json; in Flare: max_seq_length N'):
         resolve(["--config", file])
@@ -156,7 +157,7 @@ def test_other_tools_names_are_told_by_a_file_too_and_are_none_of_ours(tmp_path:
         ({"gpu_ids": [0, 1]}, {}, ["--gpu_type", "manual"], ("manual", [0, 1])),
     ],
 )
-def test_of_the_two_ways_to_name_gpus_the_higher_rank_wins(
+def test_gpu_type_and_gpu_ids_replace_each_other_by_precedence(
     tmp_path: Path, general: dict, special: dict, flags: list[str], gpus: tuple
 ) -> None:
     file = write(tmp_path / "c.json", json.dumps({**general, "stages": {"1": special}}))
@@ -173,7 +174,7 @@ def test_key_in_the_wrong_section_names_the_right_one(tmp_path: Path) -> None:
 # -- the file format -------------------------------------------------------------------------------------
 
 
-def test_the_guides_json_with_comments_is_accepted(tmp_path: Path) -> None:
+def test_json_with_comments_is_accepted(tmp_path: Path) -> None:
     file = write(
         tmp_path / "c.json",
         """{
@@ -186,7 +187,7 @@ def test_the_guides_json_with_comments_is_accepted(tmp_path: Path) -> None:
     assert resolve(["--config", file]).options.gpu_ids == [0, 1, 2, 3]
 
 
-def test_slashes_inside_strings_are_no_comments() -> None:
+def test_slashes_inside_strings_are_not_comments() -> None:
     assert parse_jsonc('{"a": "http://x/y", // c\n "b": 1}', "t") == {"a": "http://x/y", "b": 1}
 
 
@@ -202,7 +203,7 @@ def test_slashes_inside_strings_are_no_comments() -> None:
         ('{"stages": {"3": {}}}', 'unknown key "3"'),
     ],
 )
-def test_bad_file_is_one_line_with_its_place(tmp_path: Path, text: str, words: str) -> None:
+def test_bad_file_is_one_error_line_with_the_position(tmp_path: Path, text: str, words: str) -> None:
     file = write(tmp_path / "c.json", text)
     with pytest.raises(ConfigError) as error:
         resolve(["--config", file])
@@ -230,10 +231,10 @@ def test_help_imports_no_torch_and_names_every_option() -> None:
         assert f"--{name}" in result.stdout
 
 
-def test_every_option_is_reachable_from_json(tmp_path: Path) -> None:
+def test_every_option_can_be_set_in_json(tmp_path: Path) -> None:
     content: dict = {}
     for name, spec in FIELDS.items():
         content.setdefault(spec.section, {})[name] = spec.default
-    content["training_args"] |= STAGE_DEFAULTS[1] | {"max_steps": 5}  # of those, null is no value
+    content["training_args"] |= STAGE_DEFAULTS[1] | {"max_steps": 5}  # these do not accept null
     file = write(tmp_path / "c.json", json.dumps(content))
     resolve(["--config", file])

@@ -1,4 +1,4 @@
-"""What a user's mistake looks like: one line, exit code 2, nothing changed. And: the guide's commands."""
+"""Mistakes of the user end in one line and exit code 2, and change nothing. The commands of the guide plan."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def test_mistake_is_one_line_and_changes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_mistake_is_told_once_by_two_processes(train_flags: list[str]) -> None:
+def test_mistake_is_printed_once_by_two_processes(train_flags: list[str]) -> None:
     result = train_anew(*train_flags, "--no_rope_layers", "none", "--nproc_per_node", 2)
     assert_one_line(result, 2, "nothing to train")
 
@@ -70,14 +70,14 @@ def test_output_directory_below_a_file_is_refused(train_flags: list[str], tmp_pa
 
 
 @pytest.mark.parametrize("place", ["file", "link to nothing"])
-def test_experiment_whose_place_is_taken_is_refused(train_flags: list[str], tmp_path: Path, place: str) -> None:
+def test_experiment_directory_that_is_a_file_is_refused(train_flags: list[str], tmp_path: Path, place: str) -> None:
     root = tmp_path / "out" / "run"
     root.parent.mkdir()
     root.touch() if place == "file" else root.symlink_to(tmp_path / "nowhere")
     assert_one_line(train_anew(*train_flags), 2, f"{root} is a {place}", "choose another --experiment_name")
 
 
-def test_dry_run_warns_of_data_that_is_not_there(train_flags: list[str]) -> None:
+def test_dry_run_warns_of_missing_data(train_flags: list[str]) -> None:
     result = train_anew(*train_flags, "--dataset_name", "embedded,/nowhere/x.jsonl", "--dry_run")
     assert result.returncode == 0
     assert "warning: --dataset_name /nowhere/x.jsonl is not on this machine; a run needs it\n" in result.stderr
@@ -125,11 +125,11 @@ def launch(*arguments: object, **environment: str) -> subprocess.CompletedProces
         (["demo", "--dry_run"], "unrecognized arguments: --dry_run"),
     ],
 )
-def test_launcher_names_what_is_wrong(arguments: list[str], words: str) -> None:
+def test_launcher_reports_wrong_arguments(arguments: list[str], words: str) -> None:
     assert_one_line(launch(*arguments), 2, words)
 
 
-def test_launcher_names_what_the_users_python_lacks(tmp_path: Path) -> None:
+def test_launcher_reports_missing_packages_of_the_users_python(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho torch matplotlib\n")
     python.chmod(0o755)
@@ -140,7 +140,7 @@ def test_launcher_names_what_the_users_python_lacks(tmp_path: Path) -> None:
     assert_one_line(result, 4, "lacks: torch matplotlib")
 
 
-def test_launcher_names_what_is_too_old_in_the_users_python(tmp_path: Path) -> None:
+def test_launcher_reports_old_packages_of_the_users_python(tmp_path: Path) -> None:
     for name, version in (("transformers", "4.57.6"), ("torch", "2.11.0a0+nv26.1"), ("datasets", "10.0")):
         info = tmp_path / "packages" / f"{name}-{version}.dist-info"
         info.mkdir(parents=True)
@@ -149,7 +149,7 @@ def test_launcher_names_what_is_too_old_in_the_users_python(tmp_path: Path) -> N
     assert_one_line(result, 4, "lacks: transformers>=5.17 (has 4.57.6); install them")
 
 
-def test_demo_starts_where_the_user_is(tmp_path: Path) -> None:
+def test_demo_runs_in_the_users_directory(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\ncase "$*" in *flare.demo*) pwd;; *) exec {sys.executable} "$@";; esac\n')
     python.chmod(0o755)
@@ -164,13 +164,13 @@ def test_demo_starts_where_the_user_is(tmp_path: Path) -> None:
     ("cuda", "words"),
     [
         ("13.0", ""),
-        ("13.0 7.0", "https://download.pytorch.org/whl/cu126"),  # a V100 beside an H100
+        ("13.0 7.0", "https://download.pytorch.org/whl/cu126"),  # a V100 and an H100
         ("12.8", "https://download.pytorch.org/whl/cu128 https://download.pytorch.org/whl/cu126"),
         ("12.2", "https://download.pytorch.org/whl/cu126"),
         ("11.4", "error: the driver supports only CUDA 11.4; torch needs CUDA 12 (driver 525 or newer)"),
     ],
 )
-def test_setup_takes_a_torch_that_the_driver_runs(tmp_path: Path, cuda: str, words: str) -> None:
+def test_setup_installs_a_torch_that_fits_the_driver(tmp_path: Path, cuda: str, words: str) -> None:
     smi = tmp_path / "nvidia-smi"
     version, _, capability = cuda.partition(" ")
     smi.write_text(
@@ -252,7 +252,7 @@ python train_qwen_multi_gpu.py --stage 1 --max_steps 10 --dataset_size 1000
 
 @pytest.mark.parametrize("command", GUIDE_COMMANDS)
 def test_every_command_of_the_guide_parses_and_plans(command: str, tmp_path: Path) -> None:
-    """With the guide's GPUs and without its network, as far as the plan."""
+    """With the GPUs of the guide and without a network; nothing after the plan runs."""
     import sys
 
     line = command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
@@ -281,7 +281,7 @@ def test_evaluation_help_and_missing_model() -> None:
     assert_one_line(run_script("evaluate_model_enhanced.py", "--model_path", "./nowhere"), 2, "./nowhere")
 
 
-def test_ctrl_c_while_a_library_is_imported_is_no_traceback(capsys: pytest.CaptureFixture) -> None:
+def test_ctrl_c_during_an_import_prints_no_traceback(capsys: pytest.CaptureFixture) -> None:
     """transformers' lazy imports turn a KeyboardInterrupt into a ModuleNotFoundError."""
 
     def interrupted() -> int:

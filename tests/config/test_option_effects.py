@@ -1,4 +1,4 @@
-"""Options whose effect no other test needs: each is set, and something that it is for is different."""
+"""Options that no other test covers: each is set, and its effect is checked."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.conftest import write_base, write_corpus
 from tests.processes import run_script, train
 
 
-def test_adams_betas_and_epsilon_are_those_of_the_flags() -> None:
+def test_adam_uses_betas_and_epsilon_of_the_flags() -> None:
     """Three updates against the formula of Loshchilov and Hutter's Algorithm 2, in float64; tolerance 1e-6."""
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(4, 3))
@@ -29,8 +29,8 @@ def test_adams_betas_and_epsilon_are_those_of_the_flags() -> None:
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_what_falls_by_less_than_the_threshold_is_no_improvement(train_flags: list[str], tmp_path: Path) -> None:
-    """Nothing falls by 100 nats, so two evaluations after the first one are all that there is patience for."""
+def test_decrease_below_the_threshold_is_not_an_improvement(train_flags: list[str], tmp_path: Path) -> None:
+    """No loss decreases by 100 nats, so the patience of two evaluations ends the run."""
     result = train(
         *train_flags, "--max_steps", 50, "--eval_steps", 2, "--early_stopping_patience", 2,
         "--early_stopping_threshold", 100,
@@ -41,7 +41,7 @@ def test_what_falls_by_less_than_the_threshold_is_no_improvement(train_flags: li
     assert evaluated == [(0, True), (2, False), (4, False)]
 
 
-def test_any_number_of_tokenising_workers_makes_the_same_cache(base: Path, tmp_path: Path) -> None:
+def test_number_of_tokenizing_workers_does_not_change_the_cache(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for seed in range(4):
@@ -60,7 +60,7 @@ def test_any_number_of_tokenising_workers_makes_the_same_cache(base: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_so_many_passkeys_are_hidden_at_each_depth(tmp_path: Path) -> None:
+def test_passkey_samples_is_the_number_of_texts_at_each_depth(tmp_path: Path) -> None:
     model = write_base(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=2048)
     documents = write_corpus(tmp_path / "documents.jsonl", 5)
     result = run_script(

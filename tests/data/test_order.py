@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flare.data.order import RowOrder, micro_batches, permutation
-from flare.plan.balance import shares
+from flare.plan.balance import allocate_rows
 
 GOLDEN_42_0_10 = [0, 4, 7, 8, 5, 3, 1, 2, 6, 9]
 
@@ -35,16 +35,16 @@ def test_rows_by_position_do_not_depend_on_where_reading_begins(num_rows: int, b
 
 @given(st.integers(1, 8), st.integers(0, 50))
 def test_equal_shares_differ_by_one_at_most(ranks: int, extra: int) -> None:
-    counts = shares(ranks + extra, [1.0] * ranks)
+    counts = allocate_rows(ranks + extra, [1.0] * ranks)
     assert sum(counts) == ranks + extra
     assert max(counts) - min(counts) <= 1
 
 
 def test_shares_follow_weights() -> None:
-    assert shares(8, [3.0, 1.0]) == [6, 2]
-    assert shares(3, [100.0, 1.0]) == [2, 1]
+    assert allocate_rows(8, [3.0, 1.0]) == [6, 2]
+    assert allocate_rows(3, [100.0, 1.0]) == [2, 1]
     with pytest.raises(ValueError, match="cannot be shared"):
-        shares(1, [1.0, 1.0])
+        allocate_rows(1, [1.0, 1.0])
 
 
 def test_micro_batches_cover_the_rows() -> None:

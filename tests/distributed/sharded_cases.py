@@ -1,4 +1,4 @@
-"""Run under torchrun: models sharded by FSDP2 beside the same models whole, on the same batch; writes what differs.
+"""Run under torchrun: models sharded by FSDP2 and the same models unsharded, on the same batch; writes what differs.
 
 usage: sharded_cases.py QWEN2 QWEN3_UNTIED OUT
 """
@@ -68,14 +68,14 @@ def gradients(model: TrainingModel, rows: list[torch.Tensor], world: World, mean
 
 
 def worst(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Largest relative difference; of a gradient by its norm, but at least a thousandth of the whole one."""
+    """Largest relative difference; of a gradient by its norm, but at least a thousandth of the norm of all."""
     assert one.keys() == other.keys()
     floor = 1e-3 * one["norm"]
     return max(((other[k].float() - v.float()).norm() / max(v.float().norm(), floor)).item() for k, v in one.items())
 
 
 def compare(base: Path, case: str, world: World) -> dict:
-    """Loss and gradients of a sharded model, each rank with half of the rows, and of a whole one with all rows."""
+    """Loss and gradients of a sharded model, half of the rows per rank, and of an unsharded one with all rows."""
     trainable, precision, checkpointed = CASES[case]
     config = with_nope(read_model_config(base), LAYERS, None, str(base))
     plain = load_for_training(base, config, trainable, precision, "auto")
@@ -98,7 +98,7 @@ def compare(base: Path, case: str, world: World) -> dict:
 
 
 def round_trip(base: Path, out: Path, world: World) -> dict:
-    """Weights and optimizer state written by all ranks in many files, read by a whole model and by a sharded one."""
+    """Weights and optimizer state written by all ranks in many files, read by an unsharded and a sharded model."""
     tensor_files.MAX_FILE_BYTES = 20_000
     how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
     first = load_in_place(base, *how, world)
@@ -173,7 +173,7 @@ def canary(base: Path, directory: Path, world: World) -> list[str]:
 
 
 def length_curves(base: Path, world: World) -> list[list[list[dict]]]:
-    """Curves of a sharded model and of a whole one: over seven batches, so that of two ranks the last has one fewer,
+    """Curves of a sharded and of an unsharded model: over seven batches, so that of two ranks the last has one fewer,
     and over a single batch, so that it has none."""
     how = (with_nope(read_model_config(base), LAYERS, None, str(base)), Trainable.of("all"), "fp32", "auto")
     models = load_in_place(base, *how, world), load_for_training(base, *how)
@@ -184,7 +184,7 @@ def length_curves(base: Path, world: World) -> list[list[list[dict]]]:
 
 
 def documents(count: int, num_tokens: int) -> PackedRows:
-    """Random documents of so many tokens, the same on every rank; token 0 ends each."""
+    """Random documents of this many tokens, the same on every rank; token 0 ends each."""
     tokens = np.random.default_rng(0).integers(1, 300, (count, num_tokens + 1)).astype(np.uint16)
     tokens[:, -1] = 0
     offsets = np.arange(count + 1) * (num_tokens + 1)

@@ -18,7 +18,7 @@ from flare.plan.inputs import PlanInputs
 from flare.plan.memory import memory
 from flare.plan.optimizer_state import ADAM_STATE_BYTES
 from flare.plan.trainable import Trainable
-from tests.plan.test_plan import rows_of_tokens, tiny_training
+from tests.plan.models import rows_of_tokens, tiny_training
 
 LONG = {"rows": 4, "seq_len": 256}
 WIDE = {"rows": 1, "seq_len": 16, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 20000}

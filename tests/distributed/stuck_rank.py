@@ -1,5 +1,5 @@
-"""Two ranks: rank 1 calls for help and ends; rank 0 waits in C, where no signal handler of Python's runs, for what a
-rank was to tell in the store, as the start of a process group does: no other thread gets at that connection."""
+"""Two ranks: rank 1 reports a failure and ends. Rank 0 waits for a key of the store inside C code, as the start of a
+process group does. There, no Python signal handler runs, and no other thread can use the same connection."""
 
 import os
 import sys

@@ -32,7 +32,7 @@ def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sharded_loss_and_gradients_are_those_of_the_whole_model(found: dict, case: str) -> None:
+def test_sharded_loss_and_gradients_are_those_of_the_unsharded_model(found: dict, case: str) -> None:
     """fp32, relative 1e-5; per-token scores to 1e-5 nats."""
     assert found[case]["difference"] < 1e-5
     assert found[case]["scores"] < 1e-5
@@ -51,7 +51,7 @@ def test_16_bit_runs_shard_fp32_masters_beside_frozen_16_bit_weights(
     assert case["difference"] < (0.05 if precision == "bf16" else 0.01)
 
 
-def test_the_length_curve_of_a_sharded_model_is_that_of_the_whole_one(found: dict) -> None:
+def test_the_length_curve_of_a_sharded_model_is_that_of_the_unsharded_one(found: dict) -> None:
     """Also where a rank has a batch fewer than the other, or none: it joins the other's gathers. fp32, relative 1e-5,
     tokens exactly: the last 8 of five documents at two lengths, the last 32 of one."""
     for (sharded, alone), tokens in zip(found["length curves"], ([40, 40], [32]), strict=True):
@@ -59,7 +59,7 @@ def test_the_length_curve_of_a_sharded_model_is_that_of_the_whole_one(found: dic
         assert [row["loss"] for row in sharded] == pytest.approx([row["loss"] for row in alone], rel=1e-5)
 
 
-def test_what_two_ranks_wrote_in_many_files_loads_whole_and_sharded(found: dict) -> None:
+def test_files_written_by_two_ranks_load_unsharded_and_sharded(found: dict) -> None:
     assert found["round trip"]["files"] > 6
     assert found["round trip"]["plain"] and found["round trip"]["sharded"]
 
@@ -74,13 +74,13 @@ def test_a_sharded_start_is_held_to_its_canary_on_all_ranks(found: dict) -> None
 
 
 def test_a_pickled_file_that_the_disk_refuses_is_an_error_of_the_disk() -> None:
-    """torch tells of it with a RuntimeError."""
+    """torch reports it with a RuntimeError."""
     alone = World(0, 0, 1, torch.device("cpu"))
     with pytest.raises(OSError, match="inline_container"):
         write_pickled({"weight": torch.zeros(100_000)}, Path("/dev/full"), alone)
 
 
-def test_files_hold_whole_tensors_in_order_and_ranks_take_turns() -> None:
+def test_files_hold_full_tensors_in_order_and_ranks_take_turns() -> None:
     sizes = {"a": 5, "b": 5, "c": 20, "d": 1, "e": 9, "f": 1}
     files = files_for(sizes, "model", 2, limit_bytes=10)
     assert [file.tensors for file in files] == [("a", "b"), ("c",), ("d", "e"), ("f",)]
@@ -108,9 +108,9 @@ def flags(base: Path, corpus: Path, cache_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The six steps, sharded on two processes, without a break."""
-    out = tmp_path_factory.mktemp("whole")
+    out = tmp_path_factory.mktemp("unbroken")
     run = [*flags, "--base_output_dir", out, "--experiment_name", "run", "--parallel", "fsdp", "--nproc_per_node", 2]
     result = train(*run, "--max_steps", 6)
     assert result.returncode == 0, result.stderr
@@ -118,18 +118,18 @@ def whole_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out / "run"
 
 
-def test_a_sharded_run_continues_to_the_same_bits(flags: list[str], whole_run: Path, tmp_path: Path) -> None:
+def test_a_sharded_run_continues_to_the_same_bits(flags: list[str], unbroken_run: Path, tmp_path: Path) -> None:
     run = [*flags, "--base_output_dir", tmp_path, "--experiment_name", "run", "--parallel", "fsdp"]
     for steps in (2, 6):
         result = train(*run, "--nproc_per_node", 2, "--max_steps", steps)
         assert result.returncode == 0, result.stderr
     assert "resumes from checkpoint-2" in result.stderr
-    weights = [(r / "final_model" / "model.safetensors").read_bytes() for r in (tmp_path / "run", whole_run)]
+    weights = [(r / "final_model" / "model.safetensors").read_bytes() for r in (tmp_path / "run", unbroken_run)]
     assert weights[0] == weights[1]
 
 
-def test_the_final_model_of_a_sharded_run_is_whole_and_its_canary_true(whole_run: Path) -> None:
-    final = whole_run / "final_model"
+def test_the_final_model_of_a_sharded_run_is_complete_and_its_canary_valid(unbroken_run: Path) -> None:
+    final = unbroken_run / "final_model"
     verdict = check_canary(load_causal_lm(final), final)
     assert (verdict.what, verdict.to_true < 1e-5) == (TRUE_MODEL, True)
 
@@ -143,17 +143,17 @@ def test_a_sharded_run_without_nope_layers_ends_with_a_final_model(flags: list[s
     assert not (tmp_path / "run" / "final_model" / "nope_canary.json").exists()
 
 
-def test_a_sharded_run_goes_on_with_other_processes_sharded_or_not(
-    flags: list[str], whole_run: Path, tmp_path: Path
+def test_a_sharded_run_resumes_on_other_processes_sharded_or_not(
+    flags: list[str], unbroken_run: Path, tmp_path: Path
 ) -> None:
-    """Two sharded processes, then three, then one whole: the losses and length curves of the unbroken run."""
+    """Two sharded processes, then three, then one unsharded: the losses and length curves of the unbroken run."""
     run = [*flags, "--base_output_dir", tmp_path, "--experiment_name", "run"]
     run += ["--global_batch_size", 4]  # on three processes one has a row more, since the run has begun with four
     for steps, processes, parallel in ((2, 2, "fsdp"), (4, 3, "fsdp"), (6, 1, "ddp")):
         result = train(*run, "--max_steps", steps, "--nproc_per_node", processes, "--parallel", parallel)
         assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole_run), rel=2e-5)
-    found, curves = losses_by_length(tmp_path / "run"), losses_by_length(whole_run)
+    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken_run), rel=2e-5)
+    found, curves = losses_by_length(tmp_path / "run"), losses_by_length(unbroken_run)
     assert {key: found[key] for key in curves} == pytest.approx(curves, rel=2e-5)
     assert {step for step, _ in curves} == {0, 3, 6}
 

@@ -75,12 +75,12 @@ def test_out_of_memory_on_one_rank_ends_all_with_flags_that_need_less(train_flag
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
-def test_a_full_gpu_is_told_from_other_errors(error: RuntimeError, is_full: bool) -> None:
+def test_out_of_memory_is_distinguished_from_other_errors(error: RuntimeError, is_full: bool) -> None:
     assert is_out_of_memory(error) is is_full
 
 
-def test_a_rank_that_is_stuck_ends_when_another_calls() -> None:
-    """Rank 0 hangs where no signal handler runs; without the call it would hang for ever."""
+def test_a_rank_that_hangs_ends_when_another_reports_a_failure() -> None:
+    """Rank 0 hangs where no signal handler runs; without the report it would hang forever."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
@@ -97,8 +97,8 @@ def test_a_rank_that_is_stuck_ends_when_another_calls() -> None:
             process.kill()
 
 
-def test_a_rank_that_waits_for_an_event_of_its_gpu_waits_for_others(tmp_path: Path) -> None:
-    """On a GPU collectives are queued, so that is where a rank stands whose partner is gone."""
+def test_a_rank_that_waits_for_an_event_of_its_gpu_counts_as_waiting(tmp_path: Path) -> None:
+    """On a GPU collectives are queued, so a rank whose peer is gone waits for an event."""
     source = "def synchronize(waits, go_on):\n    waits.set()\n    go_on.wait()\n"
     names: dict = {}
     exec(compile(source, torch.cuda.streams.__file__, "exec"), names)
@@ -109,9 +109,9 @@ def test_a_rank_that_waits_for_an_event_of_its_gpu_waits_for_others(tmp_path: Pa
     try:
         assert waits.wait(timeout=30)
         watchdog.main_thread = rank.ident
-        assert watchdog._place() == "waits"
+        assert watchdog.activity() == "waits"
         watchdog.main_thread = threading.get_ident()
-        assert watchdog._place() != "waits"
+        assert watchdog.activity() != "waits"
     finally:
         go_on.set()
         rank.join()

@@ -1,11 +1,15 @@
 """Tiny models and tokenizers of the evaluation tests, made on the spot: random ones, and tables worked by hand."""
 
+import json
 import math
+from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from flare.evaluation.scoring.perplexity import DatasetScore, score_documents
 
 PROSE = (
     "Where a layer has no rotary embedding, attention sees a bag of keys; order comes from the layers below. "
@@ -84,3 +88,15 @@ def lookup_model(tokenizer, followers: dict[str, str], logit: float):
         for token, follower in followers.items():
             model.lm_head.weight[index(follower), index(token)] = logit / math.sqrt(size)
     return model
+
+
+def score(model, tokenizer, texts: list[str], **overrides) -> DatasetScore:
+    """``score_documents`` in small windows on the CPU."""
+    settings = {"max_length": 16, "batch_size": 4, "device": "cpu"}
+    return score_documents(model, tokenizer, texts, **(settings | overrides))
+
+
+def write_rows(file: Path, *values: object) -> Path:
+    """A JSON Lines file with one row for each value."""
+    file.write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
+    return file

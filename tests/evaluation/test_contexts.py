@@ -22,21 +22,11 @@ from flare.evaluation.scoring.perplexity import score_documents
 from flare.evaluation.scoring.scorer import TokenScorer
 from flare.evaluation.scoring.token_sequences import make_corpus
 from flare.evaluation.scoring.windows import Window, document_windows, tail_window
-from tests.evaluation.models import PROSE, bpe_tokenizer, bytes_tokenizer, lookup_model, tiny
+from tests.evaluation.models import PROSE, bytes_tokenizer, lookup_model, tiny
 from tests.processes import train
 
 RELATIVE = 1e-6
 LONG = PROSE * 4
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return bpe_tokenizer()
 
 
 def score(model, tokenizer, texts, **settings):
@@ -58,7 +48,7 @@ def test_strided_windows_worked_by_hand():
     assert [w.input_length for w in windows] == [4, 4, 4]
 
 
-def test_every_token_is_a_target_once_whatever_the_stride():
+def test_every_token_is_scored_once_for_any_stride():
     for tokens, length, stride in itertools.product(range(30), (1, 3, 8), (1, 2, 3, 8)):
         windows = document_windows(0, tokens, length, min(stride, length))
         targets = [t for w in windows for t in range(w.first_target, w.stop)]
@@ -66,7 +56,7 @@ def test_every_token_is_a_target_once_whatever_the_stride():
         assert all(1 <= w.input_length <= length for w in windows)
 
 
-def test_hf_guides_strided_perplexity_when_its_counting_is_copied(model, tokenizer):
+def test_strided_perplexity_equals_hf_guide_with_its_token_count(model, tokenizer):
     """The loop of transformers' guide "Perplexity of fixed-length models", as it stands there; and exact counts."""
     max_length, stride, windows = 17, 5, 9  # their windows hold the targets, too: one more than ours see
     ids = tokenizer(LONG)["input_ids"][: max_length + stride * (windows - 1)]
@@ -100,7 +90,7 @@ def test_hf_guides_strided_perplexity_when_its_counting_is_copied(model, tokeniz
     assert exact != pytest.approx(nll_sum / n_tokens, rel=1e-4)
 
 
-def test_a_stride_gives_more_context_and_the_same_tokens(model, tokenizer):
+def test_stride_adds_context_and_scores_the_same_tokens(model, tokenizer):
     disjoint, strided = score(model, tokenizer, [LONG]), score(model, tokenizer, [LONG], stride=4)
     assert strided.num_tokens == disjoint.num_tokens == sum(b["num_tokens"] for b in strided.loss_by_position)
     early = sum(b["num_tokens"] for b in strided.loss_by_position if b["to"] <= 12)
@@ -111,7 +101,7 @@ def test_a_stride_gives_more_context_and_the_same_tokens(model, tokenizer):
 # -- joined documents ---------------------------------------------------------------------------------
 
 
-def test_joined_documents_score_the_same_tokens_and_no_separator(tokenizer):
+def test_concat_scores_the_same_tokens_and_no_separator(tokenizer):
     texts = ["one", "", PROSE, "two words"]
     alone, joined = (make_corpus(tokenizer, texts, 7, protocol) for protocol in ("document", "concat"))
     (sequence,), (owners,) = joined.sequences, joined.owners
@@ -121,7 +111,7 @@ def test_joined_documents_score_the_same_tokens_and_no_separator(tokenizer):
         assert [t for t, o in zip(sequence, owners, strict=True) if o == document] == own[1:]
 
 
-def test_joined_documents_in_one_window_equal_the_models_own_loss(model, tokenizer):
+def test_concat_in_one_window_equals_the_models_own_loss(model, tokenizer):
     texts = [PROSE, "The end. " * 3]
     ids, labels = [tokenizer.eos_token_id], [-100]
     for text in texts:
@@ -136,14 +126,14 @@ def test_joined_documents_in_one_window_equal_the_models_own_loss(model, tokeniz
     assert result.document_tokens.tolist() == [len(tokenizer(text)["input_ids"]) for text in texts]
 
 
-def test_joining_one_document_changes_nothing(model, tokenizer):
+def test_concat_of_one_document_equals_document_protocol(model, tokenizer):
     assert score(model, tokenizer, [LONG], protocol="concat").to_json() == score(model, tokenizer, [LONG]).to_json()
 
 
 # -- context lengths ----------------------------------------------------------------------------------
 
 
-def test_tails_worked_by_hand():
+def test_tail_windows_worked_by_hand():
     sequence = [9, 1, 2, 3, 4, 5]
     window = tail_window(0, 5, context_length=3, num_targets=2)
     assert window.inputs(sequence) == [2, 3, 4] and window.labels(sequence, -100) == [-100, 4, 5]
@@ -151,7 +141,7 @@ def test_tails_worked_by_hand():
     assert [num_targets(lengths) for lengths in ([512, 1024], [8, 64], [2], [4096])] == [256, 4, 1, 256]
 
 
-def test_every_length_scores_the_same_tokens_as_the_model_alone_would(model, tokenizer):
+def test_every_context_length_scores_the_same_tokens(model, tokenizer):
     texts = [LONG, "too short", PROSE * 3]
     rows = score_context_lengths(engine(model), tokenizer, texts, [32, 8, 64])
     assert [row["context_length"] for row in rows] == [8, 32, 64]
@@ -167,7 +157,7 @@ def test_every_length_scores_the_same_tokens_as_the_model_alone_would(model, tok
     assert len({row["loss"] for row in rows}) == 3
 
 
-def test_the_prefix_that_was_asked_for_stands_before_a_document_of_the_longest_length(model, tokenizer):
+def test_prefix_token_precedes_a_document_of_the_longest_length(model, tokenizer):
     length = len(tokenizer(PROSE)["input_ids"])
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     expected = score_context_lengths(engine(model), tokenizer, [PROSE], [8, length])
@@ -176,7 +166,7 @@ def test_the_prefix_that_was_asked_for_stands_before_a_document_of_the_longest_l
     assert other[0] == expected[0] and other[1]["loss"] != expected[1]["loss"]
 
 
-def test_a_model_that_ignores_context_is_the_same_at_every_length():
+def test_model_that_ignores_context_has_equal_loss_at_every_length():
     tokenizer = bytes_tokenizer()
     table = lookup_model(tokenizer, {"o": "r", "r": "e", "Ġ": "t"}, logit=3.0)
     rows = score_context_lengths(engine(table), tokenizer, [LONG, LONG[5:]], [16, 64, 256])
@@ -185,12 +175,12 @@ def test_a_model_that_ignores_context_is_the_same_at_every_length():
         assert row["loss"] == pytest.approx(rows[0]["loss"], rel=RELATIVE)
 
 
-def test_documents_too_short_for_the_longest_context_are_an_error_that_says_how_long_they_are(model, tokenizer):
+def test_error_for_short_documents_gives_their_length(model, tokenizer):
     with pytest.raises(DataError, match="no document holds 4,096 tokens"):
         score_context_lengths(engine(model), tokenizer, [PROSE], [64, 4096])
 
 
-def test_max_position_embeddings_is_a_warning_and_learned_positions_a_wall(model, tokenizer):
+def test_lengths_beyond_rope_positions_warn_and_beyond_learned_positions_fail(model, tokenizer):
     assert beyond_positions(model, [64, 128]) == ""
     assert beyond_positions(model, [64, 256, 512]).startswith(
         "256, 512 tokens are more than max_position_embeddings 128"
@@ -201,7 +191,7 @@ def test_max_position_embeddings_is_a_warning_and_learned_positions_a_wall(model
         score_context_lengths(engine(gpt2), tokenizer, [PROSE * 9], [64, 256])
 
 
-def test_lengths_are_read_with_commas_or_spaces_and_rubbish_is_named():
+def test_context_lengths_are_parsed_with_commas_or_spaces():
     assert parse_lengths(["1024,512", "512"], "--context_lengths") == [512, 1024]
     assert parse_lengths([64, 32], "--context_lengths") == [32, 64]
     for bad in (["512,many"], [""], ["1"], ["-4"]):
@@ -209,7 +199,7 @@ def test_lengths_are_read_with_commas_or_spaces_and_rubbish_is_named():
             parse_lengths(bad, "--context_lengths")
 
 
-def test_logits_that_are_computed_whole_begin_at_the_first_token_that_is_asked_for(tokenizer):
+def test_full_logits_start_at_the_first_scored_token(tokenizer):
     """Whole logits of a long context would fill a GPU for the few tokens behind it."""
     gemma = tiny("gemma2", final_logit_softcapping=2.0)
     ids = tokenizer(LONG)["input_ids"][:61]
@@ -229,7 +219,7 @@ def test_logits_that_are_computed_whole_begin_at_the_first_token_that_is_asked_f
 # -- batches ------------------------------------------------------------------------------------------
 
 
-def test_batches_hold_so_many_tokens_longest_first_and_lose_no_window():
+def test_batches_are_limited_in_tokens_and_sorted_by_length():
     windows = [Window(i, 0, 1, n + 1) for i, n in enumerate((3, 10, 4, 20, 1, 4))]
     batches = list(length_sorted_batches(windows, 12))
     assert [[w.input_length for w in batch] for batch in batches] == [[20], [10], [4, 4, 3], [1]]
@@ -239,7 +229,7 @@ def test_batches_hold_so_many_tokens_longest_first_and_lose_no_window():
 # -- during training ----------------------------------------------------------------------------------
 
 
-def test_training_records_the_length_curve_and_what_the_base_would_have(train_flags, tmp_path):
+def test_training_records_context_length_curve_and_base_loss(train_flags, tmp_path):
     """The same numbers as the evaluation of the checkpoint's documents, and the base's loss from the base itself."""
     flags = [*train_flags, "--eval_context_lengths", "16,64", "--max_steps", "2", "--nproc_per_node", "2"]
     result = train(*flags)
@@ -261,7 +251,7 @@ def test_training_records_the_length_curve_and_what_the_base_would_have(train_fl
     assert "rope_eval_loss" not in base
 
 
-def test_a_curve_that_no_held_out_document_is_long_enough_for_is_refused_with_the_length_there_is(train_flags):
+def test_context_length_longer_than_every_held_out_document_is_refused(train_flags):
     result = train(*train_flags, "--eval_context_lengths", "8,100000")
     assert result.returncode == 2
     assert "--eval_context_lengths 100000: the longest held-out document has" in result.stderr
@@ -275,7 +265,7 @@ def packed(*documents: list[int]) -> PackedRows:
     return PackedRows(cache, np.arange(len(documents)), 8, "document", keep_last=True)
 
 
-def test_long_documents_come_from_every_data_set_without_their_end():
+def test_long_documents_are_taken_from_every_data_set():
     one, two = packed([1, 2], [3, 4, 5], [6, 7, 8, 9]), packed([10, 11, 12])
     assert long_documents(one, 3) == [[0, 3, 4, 5], [0, 6, 7, 8, 9]]
     assert long_documents(MixedRows(["a", "b"], [one, two]), 3) == [[0, 3, 4, 5], [0, 6, 7, 8, 9], [0, 10, 11, 12]]

@@ -88,7 +88,7 @@ def constant(tree: ast.Module, name: str) -> str:
     )  # fmt: skip
 
 
-def test_the_prompt_is_rulers_niah_single_1_letter_by_letter():
+def test_prompt_equals_rulers_niah_single_1():
     """RULER's generator as lm-eval ships it, taken out of its file (which wants word lists and the network)."""
     tree = ruler_source("prepare_niah.py")
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "generate_input_output")
@@ -114,7 +114,7 @@ def test_the_prompt_is_rulers_niah_single_1_letter_by_letter():
         assert write_prompt(key, answers[0], depth, lines) == theirs
 
 
-def test_scorer_equals_rulers():
+def test_string_match_equals_ruler():
     common = pytest.importorskip("lm_eval.tasks.ruler.common_utils")
     predictions = ["The number is 123.", "none", "AbC and def", ""]
     references = [["123"], ["9"], ["abc", "xyz"], ["1"]]
@@ -122,7 +122,7 @@ def test_scorer_equals_rulers():
     assert string_match_all(predictions, references) == pytest.approx(37.5)
 
 
-def test_needles_stand_at_their_depth_in_texts_of_their_length():
+def test_needle_is_at_its_depth_in_a_text_of_its_length():
     tokenizer = bytes_tokenizer()
     samples = make_samples(tokenizer, [1200, 2400], DEPTHS, 2)
     assert len(samples) == 2 * len(DEPTHS) * 2 and len({s.value for s in samples}) == len(samples)
@@ -136,7 +136,7 @@ def test_needles_stand_at_their_depth_in_texts_of_their_length():
     assert samples[0].value != make_samples(tokenizer, [1200], DEPTHS, 1, seed=1)[0].value
 
 
-def test_lengths_too_short_for_a_needle_are_left_out_and_only_such_are_an_error():
+def test_lengths_too_short_for_a_needle_are_skipped():
     tokenizer = bytes_tokenizer()
     assert {s.context_length for s in make_samples(tokenizer, [100, 1200], (50,), 1)} == {1200}
     with pytest.raises(ConfigError, match="a passkey needs"):
@@ -144,7 +144,7 @@ def test_lengths_too_short_for_a_needle_are_left_out_and_only_such_are_an_error(
 
 
 @pytest.mark.parametrize(("copies", "found"), [(True, 100.0), (False, 0.0)])
-def test_a_model_that_copies_finds_every_number_and_one_that_does_not_none(copies, found):
+def test_copying_model_finds_every_number(copies, found):
     tokenizer = bytes_tokenizer()
     samples = make_samples(tokenizer, [1200, 1500], (0, 50, 100), 3)
     rows = score_passkey(engine(Copier(tokenizer, copies)), tokenizer, samples, generate=True)
@@ -155,7 +155,7 @@ def test_a_model_that_copies_finds_every_number_and_one_that_does_not_none(copie
     assert all(row["value_loss"] < 1e-3 if copies else row["value_loss"] > 10 for row in rows)
 
 
-def test_every_rank_writes_its_texts_and_each_answer_finds_its_question(tmp_path):
+def test_answers_of_several_ranks_are_in_the_order_of_the_samples(tmp_path):
     """Each text has a number of its own: an answer that came back to another one would not count."""
     torchrun(2, "tests.evaluation.passkey_ranks", tmp_path / "rows.json")
     tokenizer = bytes_tokenizer()
@@ -167,7 +167,7 @@ def test_every_rank_writes_its_texts_and_each_answer_finds_its_question(tmp_path
     assert together == alone and {row["generated_accuracy"] for row in together} == {100.0}
 
 
-def test_without_generation_the_written_rate_is_unknown_and_not_zero():
+def test_generated_accuracy_is_none_without_generation():
     tokenizer = bytes_tokenizer()
     (row,) = score_passkey(
         engine(Copier(tokenizer, True)), tokenizer, make_samples(tokenizer, [1200], (50,), 1), False
@@ -175,7 +175,7 @@ def test_without_generation_the_written_rate_is_unknown_and_not_zero():
     assert row["generated_accuracy"] is None
 
 
-def test_greedy_answers_are_transformers_own_and_padding_changes_none():
+def test_greedy_answers_equal_transformers_with_and_without_padding():
     tokenizer, model = bpe_tokenizer(), tiny(max_position_embeddings=2048)
     samples = make_samples(tokenizer, [500, 800], (50,), 2)
     together = passkey.generate_answers(engine(model, 4000), tokenizer, samples)
@@ -216,7 +216,7 @@ def test_lambada_equals_lm_evals_task():
 
 # No two pairs of one text: lm-eval 0.4.13 scores " fox" after "The quick brown" with the logits that it kept for
 # " brown fox" after "The quick".
-def test_pairs_are_cut_as_lm_eval_cuts_them_and_long_contexts_lose_their_beginning():
+def test_long_contexts_are_truncated_on_the_left_as_in_lm_eval():
     tokenizer, model = bpe_tokenizer(), tiny()
     pairs = [("The quick brown", " fox"), ("Where a ", "layer has"), (PROSE, " and so on"), ("a", "b c")]
     theirs = lm_eval_loglikelihood(model, tokenizer, pairs, 12)
@@ -225,7 +225,7 @@ def test_pairs_are_cut_as_lm_eval_cuts_them_and_long_contexts_lose_their_beginni
     assert [-a.nll for a in answers] == pytest.approx([ll for ll, _ in theirs], rel=RELATIVE)
 
 
-def test_a_bos_that_the_tokenizer_adds_starts_contexts_and_prompts_as_in_lm_eval():
+def test_bos_precedes_contexts_and_prompts_as_in_lm_eval():
     """Llama and Gemma were trained with it: without it their numbers, as a baseline, are far too bad."""
     tokenizer, model = with_bos(bytes_tokenizer()), tiny()
     pairs = [("The quick brown", " fox"), ("Where a ", "layer has")]
@@ -238,7 +238,7 @@ def test_a_bos_that_the_tokenizer_adds_starts_contexts_and_prompts_as_in_lm_eval
     assert tokenizer.decode(pair.target) == f" {sample.value}" and len(pair.sequence) <= 1200
 
 
-def test_a_text_of_one_word_has_no_last_word():
+def test_text_of_one_word_has_no_last_word():
     with pytest.raises(DataError, match="LAMBADA"):
         last_word(bpe_tokenizer(), "word")
 
@@ -253,7 +253,7 @@ def test_repetition_worked_by_hand():
     assert repetition_rate([1, 2]) == 0.0
 
 
-def test_samples_are_the_same_every_time_and_the_models_own_settings_play_no_part():
+def test_samples_are_deterministic_and_ignore_the_models_generation_config():
     tokenizer, model = bpe_tokenizer(), tiny()
     first = generation_samples(model, tokenizer, 12, seed=3)
     model.generation_config.repetition_penalty = 5.0

@@ -24,7 +24,7 @@ def test_recovery_worked_by_hand():
     assert found.total_tokens == 400
 
 
-def test_recovery_that_never_comes_and_one_that_goes_beyond():
+def test_recovery_not_reached_and_recovery_beyond_the_base():
     never = recovery(2.0, curve((1, 0, 3.0), (1, 100, 2.5)))
     assert (never.won_back_percent, never.tokens_to_95_percent) == (pytest.approx(50.0), None)
     beyond = recovery(2.0, curve((1, 0, 3.0), (1, 100, 1.9)))
@@ -48,17 +48,17 @@ def stages() -> dict:
     }
 
 
-def test_recovery_is_read_from_the_stages_in_order_with_tokens_added_up():
+def test_recovery_counts_tokens_over_all_stages():
     found = recovery_of(stages())
     assert [(p["stage"], p["tokens"], p["loss"]) for p in found.curve] == [
         (1, 0, 3.0), (1, 100, 2.3), (2, 120, 2.3), (2, 170, 2.04),
     ]  # fmt: skip
     assert (found.base_loss, found.untrained_loss, found.tokens_to_95_percent) == (2.0, 3.0, 170)
     section = recovery_section({"recovery": found.to_json()})
-    assert "| won back | 96.0 % |" in section and "| tokens to 95 % | at most 170 |" in section
+    assert "| recovered | 96.0 % |" in section and "| tokens until 95 % was recovered | at most 170 |" in section
 
 
-def test_a_controls_curve_counts_where_it_began_as_the_base_on_the_same_documents():
+def test_control_curve_must_start_at_the_base_loss():
     history = [{"tokens": 0, "eval_loss": 3.0, "rope_eval_loss": 2.0}, {"tokens": 10, "eval_loss": 2.1}]
     found = recovery_of({"1": {"history": history}})
     control = {"1": {"history": [{"tokens": 0, "eval_loss": 2.00001}, {"tokens": 10, "eval_loss": 1.9}]}}
@@ -67,7 +67,7 @@ def test_a_controls_curve_counts_where_it_began_as_the_base_on_the_same_document
     assert control_curve(found, control) == control_curve(None, control) == control_curve(found, {}) == []
 
 
-def test_no_recovery_where_the_base_was_not_measured_or_the_start_is_missing():
+def test_no_recovery_without_base_loss_or_first_evaluation():
     without_base = stages()
     del without_base["1"]["history"][0]["rope_eval_loss"]
     late = stages()
@@ -100,7 +100,7 @@ def test_interval_equals_scipys_paired_percentile_bootstrap():
     assert ours == paired_difference(other, tokens, base, tokens)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_contain_the_true_difference_95_percent_of_the_time():
     held = 0
     for seed in range(200):
         tokens, base, other = documents(seed)
@@ -109,7 +109,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 0.88 <= held / 200 <= 0.99
 
 
-def test_one_document_says_nothing_of_others_and_blocks_of_resamples_change_nothing(monkeypatch):
+def test_one_document_has_no_interval_and_block_size_does_not_matter(monkeypatch):
     tokens, base, other = documents(1)
     one = paired_difference(other[:1], tokens[:1], base[:1], tokens[:1])
     assert one.value == pytest.approx((other[0] - base[0]) / tokens[0]) and one.interval is None
@@ -123,7 +123,7 @@ def score_of(nll: np.ndarray, tokens: np.ndarray, num_bytes: np.ndarray) -> Data
     return DatasetScore(**fields | {"document_nll": nll, "document_tokens": tokens, "document_bytes": num_bytes})
 
 
-def test_other_tokenizers_are_compared_per_byte():
+def test_models_with_different_tokenizers_are_compared_per_byte():
     tokens, base, _ = documents(3)
     twice = score_of(base, 2 * tokens, 4 * tokens)  # another tokenizer needs twice the tokens, and knows as much
     once = score_of(base, tokens, 4 * tokens)
@@ -132,7 +132,7 @@ def test_other_tokenizers_are_compared_per_byte():
     assert per_byte.value == 0.0 and per_byte.interval[0] <= 0.0 <= per_byte.interval[1]
 
 
-def test_a_score_comes_back_from_plain_json():
+def test_score_is_restored_from_json():
     import json
 
     tokens, base, _ = documents(4)
@@ -159,33 +159,33 @@ def model(label: str, role: str, perplexities: dict[int, float], tokenizer: str 
     }  # fmt: skip
 
 
-def test_contexts_in_plain_words():
+def test_verdict_on_context_lengths():
     base = model("base", "base", {1024: 11.0, 4096: 10.0, 16384: 410.0})
     mine = model("stage 2", "trained", {1024: 11.2, 4096: 10.03, 16384: 9.1})
     assert context_verdict([base, mine], "stage 2", 4096) == (
-        "By context length on pg19, 512 tokens of 2 documents: at 4,096 tokens within 0.3 % of base; "
-        "at 16,384 tokens perplexity 9.10 against 410.00 of base. "
+        "Context length on pg19 (512 tokens of 2 documents): at 4,096 tokens, within 0.3 % of base; "
+        "at 16,384 tokens, perplexity 9.10 (base: 410.00). "
         "Beyond the training length it is better than base."
     )
     control = model("control", "control", {1024: 9.0, 4096: 9.0, 16384: 9.2})
     assert context_verdict([base, mine, control], "stage 2", 4096).endswith(
-        "at 16,384 tokens perplexity 9.10 against 410.00 of base and 9.20 of control. "
+        "at 16,384 tokens, perplexity 9.10 (base: 410.00, control: 9.20). "
         "Beyond the training length it is better than base and about as good as control."
     )
     unfair = context_verdict([base, mine, control | {"training": {"stages": [1]}}], "stage 2", 4096)
     assert unfair == context_verdict([base, mine], "stage 2", 4096)
     alone = context_verdict([mine], "stage 2", None)
     assert alone == (
-        "By context length on pg19, 512 tokens of 2 documents: at 1,024 tokens perplexity 11.20; "
-        "at 16,384 tokens perplexity 9.10."
+        "Context length on pg19 (512 tokens of 2 documents): at 1,024 tokens, perplexity 11.20; "
+        "at 16,384 tokens, perplexity 9.10."
     )
     other = model("base", "base", {4096: 10.0, 16384: 410.0}, tokenizer="another")
-    assert "against" not in context_verdict([other, mine], "stage 2", 4096)
+    assert "base" not in context_verdict([other, mine], "stage 2", 4096)
     assert context_verdict([model("stage 2", "trained", {})], "stage 2", 4096) == ""
 
 
-def test_passkeys_in_plain_words():
+def test_verdict_on_passkeys():
     models = [model("base", "base", {}), model("stage 2", "trained", {})]
     assert passkey_verdict(models, "stage 2", 4096) == (
-        "Passkeys found: 100 % (base 100 %); beyond the training length 60 % (base 0 %)."
+        "Passkey accuracy: 100 % (base: 100 %); beyond the training length 60 % (base: 0 %)."
     )

@@ -38,9 +38,11 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(zygote: Zygote, base: Path, corpus: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, uninterrupted; its rows are recorded beside it."""
-    out = tmp_path_factory.mktemp("whole")
+def uninterrupted(
+    zygote: Zygote, base: Path, corpus: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same run, uninterrupted; its rows are recorded next to it."""
+    out = tmp_path_factory.mktemp("uninterrupted")
     ended = zygote.run(*run_flags(base, corpus, cache_dir, out), fault=("record_rows", str(out / "rows.jsonl")))
     assert ended.returncode == 0, ended.stderr
     return out / "run"

@@ -1,4 +1,4 @@
-"""What the rows of the fault matrix share: runs as processes, and the oracles that are asked after each.
+"""Shared by the rows of the fault matrix: runs as processes, and the oracles that are checked after each.
 
 The oracles of shared/FAULTS.md: (a) the final weights are the uninterrupted run's, bit for bit; (b) every row was
 consumed once; (c) no complete checkpoint was lost; (d) training_metrics.json says truly how the run ended; (e) no

@@ -1,6 +1,6 @@
 """Faults that a run injects into itself. Each is called once, before the script's main; none is the product's code.
 
-Python's audit hooks tell of every file that the run opens, renames or removes, so that a run can be killed at each
+Python's audit hooks report every file that the run opens, renames or removes, so that a run can be killed at each
 of these moments, wherever in the code it is.
 """
 
@@ -19,7 +19,7 @@ FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil
 def die_at(number: int, root: str) -> None:
     """SIGKILL this process before its ``number``-th file event below ``root``; never, when that is 0.
 
-    What lies in a temporary directory then loses the second half of its newest file: data that was not synced.
+    What is in a temporary directory then loses the second half of its newest file: data that was not synced.
     The events up to there are in ``root``.events, a line each.
     """
     Path(root).parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def slow_evaluation(seconds: float) -> None:
 
 
 def hang_in_step(step: int, rank: int = 0) -> None:
-    """This rank reads its rows for ever."""
+    """This rank never finishes reading its rows."""
     from flare.data.order import RowOrder
 
     rows_of = RowOrder.rows

@@ -3,9 +3,9 @@
     python -m tests.faults.soak --kills 200 [--seed 0]
 
 An experiment is both stages under one name. Each start of it may be killed: by SIGKILL at a random file that it
-touches or in a random step, or by a random signal at a random time; some starts have two processes. After each death
-the newest complete checkpoint must still be there and whole. At the end the final model must be, bit for bit, that of
-the run that nothing happened to, and every row read once; where starts had two processes, which round differently,
+touches or in a random step, or by a random signal at a random time; some starts have two processes. After each kill
+the newest complete checkpoint must still exist and be complete. At the end the final model must be, bit for bit, that
+of the uninterrupted run, and every row read once; where starts had two processes, which round differently,
 the losses must agree. Prints a summary, and writes it to docs/soak.json.
 """
 
@@ -28,7 +28,7 @@ from tests.processes import REPO, Running, Zygote
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FILE_EVENTS = 200
-"""A stage touches about so many files; a later moment kills nothing."""
+"""About the number of files that a stage touches. A later moment kills nothing."""
 LONGEST_DELAY_SEC = 1.5
 KILLS_PER_STAGE = 6
 TWO_PROCESSES = 0.15
@@ -53,14 +53,14 @@ class Soak:
         flags = run_flags(self.base, self.corpus, self.root / "cache", self.root / "out")
         flags[flags.index("--experiment_name") + 1] = name
         flags += ["--stage", str(number), "--global_batch_size", str(ROWS)]
-        if number == 2:  # goes on from stage 1's result
+        if number == 2:  # starts from stage 1's result
             del flags[flags.index("--model_name_or_path") : flags.index("--model_name_or_path") + 2]
         if processes > 1:
             flags += ["--nproc_per_node", str(processes), "--per_device_train_batch_size", str(ROWS // processes)]
         return flags
 
     def experiment(self, name: str, kills: int) -> None:
-        """Both stages, with about so many deaths each; judged at the end."""
+        """Both stages, with about this many kills each; checked at the end."""
         run, mixed = self.root / "out" / name, False
         for number in (1, 2):
             finished = False
@@ -111,21 +111,23 @@ class Soak:
         return self.root / f"{run.name}-{number}.rows"
 
     def judge(self, run: Path, mixed: bool) -> None:
-        """What killed runs came to, beside the run that nothing happened to."""
-        whole = self.root / "out" / "whole"
+        """Results of the killed runs, compared with the uninterrupted run."""
+        uninterrupted = self.root / "out" / "uninterrupted"
         if mixed:
             self.seen["experiments that changed the number of processes"] += 1
-            ours, theirs = (stage(r, 2)["history"][-1]["eval_loss"] for r in (run, whole))
+            ours, theirs = (stage(r, 2)["history"][-1]["eval_loss"] for r in (run, uninterrupted))
             assert abs(ours - theirs) < 1e-3 * theirs, (ours, theirs)
             return
         self.seen["experiments on one process, bit-equal"] += 1
-        assert digest(run / "final_model") == digest(whole / "final_model"), run
+        assert digest(run / "final_model") == digest(uninterrupted / "final_model"), run
         for number in (1, 2):
-            assert rows_by_step(self.rows_file(run, number)) == rows_by_step(self.rows_file(whole, number)), run
+            assert rows_by_step(self.rows_file(run, number)) == rows_by_step(self.rows_file(uninterrupted, number)), (
+                run
+            )
 
 
 def newest(run: Path, number: int) -> int:
-    """Step of the newest whole checkpoint of a stage; -1 for none."""
+    """Step of the newest complete checkpoint of a stage; -1 for none."""
     try:
         current = json.loads((run / "training_metrics.json").read_text())["current_stage"]
     except (OSError, ValueError, KeyError):
@@ -143,7 +145,7 @@ def main() -> int:
         zygote = Zygote(root)
         base, corpus = write_base(root / "base"), write_corpus(root / "corpus.jsonl")
         soak = Soak(zygote, base, corpus, root, random.Random(args.seed))
-        soak.experiment("whole", 0)
+        soak.experiment("uninterrupted", 0)
         soak.seen.clear()
         count = 0
         while sum(soak.deaths().values()) < args.kills:

@@ -86,22 +86,24 @@ def test_damage_is_found_and_named(run: Path, capsys: pytest.CaptureFixture, fil
     assert "complete, every hash is right" in table
 
 
-def resume_from_the_older(zygote: Zygote, flags: list[str], run: Path, whole: Path, file: str, damage: str) -> None:
+def resume_from_the_older(
+    zygote: Zygote, flags: list[str], run: Path, uninterrupted: Path, file: str, damage: str
+) -> None:
     DAMAGES[damage](run / "checkpoints" / "checkpoint-4" / file)
     ended = zygote.run(*flags)
     assert ended.returncode == 0, ended.stderr
     assert "resumes from checkpoint-2" in ended.stderr
-    if (file, damage) != ("manifest.json", "deleted"):  # without a manifest it is no checkpoint
+    if (file, damage) != ("manifest.json", "deleted"):  # without a manifest it is not a checkpoint
         assert f"skipped a damaged checkpoint: checkpoint-4: {file}" in ended.stderr
-    assert digest(run / "final_model") == digest(whole / "final_model")
+    assert digest(run / "final_model") == digest(uninterrupted / "final_model")
     assert complete_steps(run)[-1] == STEPS
 
 
 @pytest.mark.parametrize(("file", "damage"), MADE_AN_OLDER_ONE_BE_USED)
 def test_the_older_checkpoint_is_used(
-    zygote: Zygote, flags: list[str], run: Path, whole: Path, file: str, damage: str
+    zygote: Zygote, flags: list[str], run: Path, uninterrupted: Path, file: str, damage: str
 ) -> None:
-    resume_from_the_older(zygote, flags, run, whole, file, damage)
+    resume_from_the_older(zygote, flags, run, uninterrupted, file, damage)
 
 
 @pytest.mark.faults
@@ -110,12 +112,14 @@ def test_the_older_checkpoint_is_used(
     [case for case in CASES if case not in (*MADE_AN_OLDER_ONE_BE_USED, ("manifest.json", "a bit flipped"))],
 )
 def test_the_older_checkpoint_is_used_whatever_is_damaged(
-    zygote: Zygote, flags: list[str], run: Path, whole: Path, file: str, damage: str
+    zygote: Zygote, flags: list[str], run: Path, uninterrupted: Path, file: str, damage: str
 ) -> None:
-    resume_from_the_older(zygote, flags, run, whole, file, damage)
+    resume_from_the_older(zygote, flags, run, uninterrupted, file, damage)
 
 
-def test_no_whole_checkpoint_is_no_fresh_start(zygote: Zygote, flags: list[str], run: Path) -> None:
+def test_without_a_complete_checkpoint_there_is_no_silent_fresh_start(
+    zygote: Zygote, flags: list[str], run: Path
+) -> None:
     """Row 13: never a fresh Adam, or fresh weights, in silence."""
     for step in (2, 4):
         (run / "checkpoints" / f"checkpoint-{step}" / "optimizer.safetensors").unlink()
@@ -127,7 +131,7 @@ def test_no_whole_checkpoint_is_no_fresh_start(zygote: Zygote, flags: list[str],
 
 
 def test_what_only_looks_like_a_checkpoint_is_left_alone(
-    zygote: Zygote, flags: list[str], run: Path, whole: Path
+    zygote: Zygote, flags: list[str], run: Path, uninterrupted: Path
 ) -> None:
     """Rows 14 and 44: names, not dates, decide; nothing of the user's is deleted."""
     checkpoints = run / "checkpoints"
@@ -141,7 +145,7 @@ def test_what_only_looks_like_a_checkpoint_is_left_alone(
     assert {p.name for p in checkpoints.iterdir()} == {
         "checkpoint-999", "checkpoint-5", "checkpoint-2-KEEP", f"checkpoint-{STEPS}",
     }  # fmt: skip
-    assert digest(run / "final_model") == digest(whole / "final_model")
+    assert digest(run / "final_model") == digest(uninterrupted / "final_model")
 
 
 class Evil:
@@ -156,14 +160,14 @@ class Evil:
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", ".metadata"])
 def test_pickles_in_a_checkpoint_are_never_opened(
-    zygote: Zygote, flags: list[str], run: Path, whole: Path, tmp_path: Path, name: str
+    zygote: Zygote, flags: list[str], run: Path, uninterrupted: Path, tmp_path: Path, name: str
 ) -> None:
     """Row 15. They are what other trainers keep there; .metadata is that of torch's distributed checkpoints."""
     (run / "checkpoints" / "checkpoint-4" / name).write_bytes(pickle.dumps(Evil(tmp_path / "marker")))
     ended = zygote.run(*flags)
     assert ended.returncode == 0, ended.stderr
     assert not (tmp_path / "marker").exists()
-    assert digest(run / "final_model") == digest(whole / "final_model")
+    assert digest(run / "final_model") == digest(uninterrupted / "final_model")
 
 
 def test_a_poisoned_base_model_runs_nothing(zygote: Zygote, flags: list[str], base: Path, tmp_path: Path) -> None:
@@ -205,7 +209,7 @@ def assert_history_is_whole(run: Path) -> None:
 # -- the command -------------------------------------------------------------------------------------------------
 
 
-def test_list_and_verify_tell_what_is_there(run: Path, capsys: pytest.CaptureFixture) -> None:
+def test_list_and_verify_report_the_checkpoints(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert checkpoint_command.main(["list", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [["checkpoint-2", "128"], ["checkpoint-4", "256"]]

@@ -29,7 +29,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_up_costs_no_checkpoint(
-    zygote: Zygote, flags: list[str], small_disk: Path, whole: Path
+    zygote: Zygote, flags: list[str], small_disk: Path, uninterrupted: Path
 ) -> None:
     """Row 8."""
     run = small_disk / "run"
@@ -49,11 +49,11 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
     again = zygote.run(*flags)
     assert again.returncode == 0, again.stderr
     assert f"resumes from checkpoint-{kept[-1]}" in again.stderr
-    assert digest(run / "final_model") == digest(whole / "final_model")
+    assert digest(run / "final_model") == digest(uninterrupted / "final_model")
 
 
 def test_a_full_disk_for_logs_does_not_stop_the_training(
-    zygote: Zygote, flags: list[str], run: Path, whole: Path
+    zygote: Zygote, flags: list[str], run: Path, uninterrupted: Path
 ) -> None:
     """Row 9: warned of once."""
     for name in ("logs", "tensorboard"):
@@ -61,7 +61,7 @@ def test_a_full_disk_for_logs_does_not_stop_the_training(
     try:
         ended = zygote.run(*flags)
         assert ended.returncode == 0, ended.stderr
-        assert digest(run / "final_model") == digest(whole / "final_model")
+        assert digest(run / "final_model") == digest(uninterrupted / "final_model")
         assert 0 < ended.stderr.count("No space left on device") <= 5  # one for each file: three are TensorBoard's
         assert "Traceback" not in ended.stderr
     finally:

@@ -39,7 +39,7 @@ def test_a_slow_save_or_evaluation_is_no_hang(zygote: Zygote, flags: list[str], 
 # -- several processes -------------------------------------------------------------------------------------------
 
 
-def assert_told_with_stacks(ended: Ended, run: Path, pids: dict[int, int]) -> None:
+def assert_reported_with_stacks(ended: Ended, run: Path, pids: dict[int, int]) -> None:
     assert ended.returncode == 5
     assert stage(run)["error"] in ended.errors[0]
     for rank, pid in pids.items():
@@ -64,7 +64,7 @@ def test_a_stopped_rank_is_named_and_all_end(zygote: Zygote, flags: list[str], r
     assert re.search(
         rf"step \d+ did not end within 4 s: rank {rank} \(pid {pids[rank]} on .*\) does not answer", error
     )
-    assert_told_with_stacks(ended, run, pids)
+    assert_reported_with_stacks(ended, run, pids)
 
 
 @pytest.mark.faults
@@ -78,11 +78,11 @@ def test_a_rank_that_is_stopped_while_it_saves_is_named(zygote: Zygote, flags: l
     ended = running.wait()
     (error,) = ended.errors
     assert re.search(rf"no heartbeat for 9 s: rank 0 \(pid {pids[0]} on .*\) does not answer", error)
-    assert_told_with_stacks(ended, run, pids)
+    assert_reported_with_stacks(ended, run, pids)
 
 
 @pytest.mark.faults
-def test_a_rank_that_works_for_ever_is_named_beside_those_that_wait(
+def test_a_rank_that_never_ends_a_step_is_named_but_not_those_that_wait(
     zygote: Zygote, flags: list[str], run: Path
 ) -> None:
     fault = ("in_workers", "hang_in_step", 6, 1)

@@ -20,7 +20,7 @@ from tests.processes import REPO, Ended, Zygote, script_environment
 
 
 def refused(ended: Ended, code: int, *words: str) -> None:
-    """One line, with these words; oracle (e) was asked already."""
+    """One line, with these words; oracle (e) was checked already."""
     assert ended.returncode == code, ended.stderr
     (error,) = ended.errors
     for word in words:
@@ -75,7 +75,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_damaged_model_is_refused_by_name(
     zygote: Zygote, flags: list[str], run: Path, model: Path, damage: str
 ) -> None:
-    """Rows 16 and 17; stdin is closed, so nothing can be asked."""
+    """Rows 16 and 17; stdin is closed, so no question can be asked."""
     change, words = MODELS[damage]
     change(model)
     refused(zygote.run(*flags, "--model_name_or_path", model), 2, words, str(model))
@@ -146,7 +146,7 @@ def test_data_that_cannot_be_used_ends_in_one_line(
 @pytest.mark.faults
 @pytest.mark.parametrize("change", ["row added", "order", "touched"])
 def test_changed_data_is_not_resumed_with(
-    zygote: Zygote, flags: list[str], whole: Path, run: Path, tmp_path: Path, change: str
+    zygote: Zygote, flags: list[str], uninterrupted: Path, run: Path, tmp_path: Path, change: str
 ) -> None:
     """Row 23: what counts is the content."""
     data = write_corpus(tmp_path / "data.jsonl")
@@ -162,7 +162,7 @@ def test_changed_data_is_not_resumed_with(
     ended = zygote.run(*flags)
     if change == "touched":
         assert ended.returncode == 0, ended.stderr
-        assert digest(run / "final_model") == digest(whole / "final_model")
+        assert digest(run / "final_model") == digest(uninterrupted / "final_model")
     else:
         refused(ended, 2, "data")
 
@@ -171,10 +171,10 @@ def test_changed_data_is_not_resumed_with(
 
 
 def test_a_finished_experiment_started_again_changes_nothing(
-    zygote: Zygote, flags: list[str], whole: Path, tmp_path: Path
+    zygote: Zygote, flags: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
     """Row 26."""
-    run = Path(shutil.copytree(whole, tmp_path / "out" / "run"))
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "out" / "run"))
     before = {p: p.stat().st_mtime_ns for p in (run / "final_model").iterdir()}
     ended = zygote.run(*flags)
     assert ended.returncode == 0
@@ -182,9 +182,11 @@ def test_a_finished_experiment_started_again_changes_nothing(
     assert {p: p.stat().st_mtime_ns for p in (run / "final_model").iterdir()} == before
 
 
-def test_changed_settings_are_named_at_resume(zygote: Zygote, flags: list[str], whole: Path, tmp_path: Path) -> None:
+def test_changed_settings_are_named_at_resume(
+    zygote: Zygote, flags: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
     """Row 34: applied and named, or refused."""
-    run = Path(shutil.copytree(whole, tmp_path / "out" / "run"))
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "out" / "run"))
     changes = ("--learning_rate", "5e-4", "--lr_scheduler_type", "constant", "--save_steps", 3, "--max_steps", 10)
     ended = zygote.run(*flags, *changes)
     assert ended.returncode == 0, ended.stderr
@@ -196,10 +198,10 @@ def test_changed_settings_are_named_at_resume(zygote: Zygote, flags: list[str], 
 
 
 def test_adam_moments_never_cross_to_other_layers(
-    zygote: Zygote, flags: list[str], whole: Path, run: Path, tmp_path: Path
+    zygote: Zygote, flags: list[str], uninterrupted: Path, run: Path, tmp_path: Path
 ) -> None:
     """Row 35: layers of equal shape. The state goes by name, and another stage begins a new one."""
-    Path(shutil.copytree(whole, tmp_path / "out" / "run"))
+    Path(shutil.copytree(uninterrupted, tmp_path / "out" / "run"))
     ended = zygote.run(*flags, "--train_layers", 0, 2, "--max_steps", 10)
     refused(ended, 2, "train_layers")
     at = flags.index("--model_name_or_path")
@@ -212,7 +214,7 @@ def test_adam_moments_never_cross_to_other_layers(
     steps = [tensor for name, tensor in state.items() if name.endswith("step")]
     assert steps
     assert all(torch.equal(step, torch.full_like(step, 2)) for step in steps)
-    assert digest(run / "stage1" / "final_model") == digest(whole / "final_model")
+    assert digest(run / "stage1" / "final_model") == digest(uninterrupted / "final_model")
 
 
 # -- names, streams, secrets -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Wrong invocations: each in one line that names what was typed and the way out; nothing is written.
+"""Wrong invocations: each is one line that names what was typed and how to fix it. Nothing is written.
 
-The list is that of the project's fault page, with our flags. GPUs are in test_gpus.py and test_launch.py, models in
-test_inputs.py, running and finished experiments in test_runs.py.
+The list is that of the project's fault page, with our flags. GPUs are in tests/gpus and
+tests/launch/test_gpu_selection.py, models in test_inputs.py, running and finished experiments in test_runs.py.
 """
 
 import os
@@ -101,13 +101,13 @@ def test_a_wrong_invocation_ends_in_one_line(
 
 def test_more_processes_than_gpus_are_refused(zygote: Zygote, flags: list[str], tmp_path: Path) -> None:
     path = f"{install(tmp_path / 'bin', 'guide').directory}:{os.environ['PATH']}"
-    asked = ("--gpu_type", "A40", "--nproc_per_node", 5)
-    ended = zygote.run(*flags, *asked, PATH=path, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
+    flags_of_gpus = ("--gpu_type", "A40", "--nproc_per_node", 5)
+    ended = zygote.run(*flags, *flags_of_gpus, PATH=path, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7")
     assert ended.returncode == 2
     assert ended.errors == ["error: --nproc_per_node 5: 5 processes but 4 GPUs; lower --nproc_per_node"]
 
 
-def test_all_mistakes_are_told_at_once(zygote: Zygote, flags: list[str]) -> None:
+def test_all_mistakes_are_reported_at_once(zygote: Zygote, flags: list[str]) -> None:
     ended = zygote.run(*flags, "--learning_rate", 3, "--max_steps", 0, "--stage", 7)
     assert ended.returncode == 2
     assert "3 problems" in ended.stderr

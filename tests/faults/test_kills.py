@@ -16,7 +16,9 @@ SEED = 8
 
 
 @pytest.mark.parametrize("step", sorted(random.Random(SEED).sample(range(1, STEPS + 1), 3)))
-def test_killed_in_a_step(zygote: Zygote, flags: list[str], run: Path, whole: Path, tmp_path: Path, step: int) -> None:
+def test_killed_in_a_step(
+    zygote: Zygote, flags: list[str], run: Path, uninterrupted: Path, tmp_path: Path, step: int
+) -> None:
     """Row 1."""
     rows = ("record_rows", str(tmp_path / "rows.jsonl"))
     assert zygote.run(*flags, fault=(*rows, ["die_at_step", step])).returncode == KILLED
@@ -25,8 +27,8 @@ def test_killed_in_a_step(zygote: Zygote, flags: list[str], run: Path, whole: Pa
     again = zygote.run(*flags, fault=rows)
     assert again.returncode == 0, again.stderr
     assert (f"resumes from checkpoint-{newest}" in again.stderr) == (newest > 0)
-    assert digest(run / "final_model") == digest(whole / "final_model")
-    assert rows_by_step(tmp_path / "rows.jsonl") == rows_by_step(whole.parent / "rows.jsonl")
+    assert digest(run / "final_model") == digest(uninterrupted / "final_model")
+    assert rows_by_step(tmp_path / "rows.jsonl") == rows_by_step(uninterrupted.parent / "rows.jsonl")
     block = stage(run)
     assert (block["status"], block["totals"]["steps"]) == ("finished", STEPS)
     assert block["totals"]["tokens"] == STEPS * ROWS * 32
@@ -98,10 +100,10 @@ def test_killed_between_the_stages(
         shutil.copytree(short, tmp_path / name / "run")
         return tmp_path / name
 
-    whole = out_with_stage1("whole")
-    fault = ("die_at", 0, str(whole / "run"))
-    assert zygote.run(*stage2, "--base_output_dir", whole, fault=fault).returncode == 0
-    events = (whole / "run.events").read_text().splitlines()
+    uninterrupted = out_with_stage1("whole")
+    fault = ("die_at", 0, str(uninterrupted / "run"))
+    assert zygote.run(*stage2, "--base_output_dir", uninterrupted, fault=fault).returncode == 0
+    events = (uninterrupted / "run.events").read_text().splitlines()
     first_save = next(i for i, line in enumerate(events) if ".tmp-checkpoint-2" in line)
     for moment in range(1, first_save + 2):
         with subtests.test(events[moment - 1], moment=moment):
@@ -110,6 +112,6 @@ def test_killed_between_the_stages(
             assert zygote.run(*stage2, "--base_output_dir", out, fault=fault).returncode == KILLED
             again = zygote.run(*stage2, "--base_output_dir", out)
             assert again.returncode == 0, again.stderr
-            assert digest(out / "run" / "final_model") == digest(whole / "run" / "final_model")
+            assert digest(out / "run" / "final_model") == digest(uninterrupted / "run" / "final_model")
             assert digest(out / "run" / "stage1" / "final_model") == digest(short / "final_model")
             assert stage(out / "run", 1)["status"] == stage(out / "run", 2)["status"] == "finished"

@@ -9,7 +9,7 @@ from tests.faults.harness import complete_steps, digest, stage
 from tests.processes import Zygote
 
 ROOM_MIB = 12
-"""What may still be had: a thread's stack, and less than each of the phases below asks for."""
+"""Memory that may still be allocated: enough for the stack of a thread, but less than each phase below needs."""
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def nothing_but_ends(number: int) -> str:
 def test_a_step_without_targets_is_passed_over(
     zygote: Zygote, odd_flags: list[str], run: Path, tmp_path: Path
 ) -> None:
-    """Without an update, and alike when the run is killed and goes on."""
+    """Without an update, and with the same result when the run is killed and resumed."""
     with open(write_corpus(tmp_path / "odd.jsonl", documents=10), "a") as file:
         file.writelines(map(nothing_but_ends, range(60)))
     flags = [*odd_flags, "--max_steps", "90"]

@@ -1,7 +1,7 @@
 """Checkpoint directories in which files were removed, cut, changed, swapped or made up.
 
-Whatever is taken for a whole checkpoint is, bit for bit, what was written at that step; what is not whole is named in
-one line; nothing ends in another kind of error.
+Whatever counts as a complete checkpoint is, bit for bit, what was written at that step; what is not complete is named
+in one line; nothing ends in another kind of error.
 """
 
 import json
@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from flare.checkpoint import __main__ as checkpoint_command
 from flare.checkpoint.directory import (
     Checkpoint,
-    clean_leftovers,
     list_checkpoints,
-    newest_complete,
+    newest_valid,
     prune,
+    remove_temporary_directories,
     write_checkpoint,
 )
 from flare.checkpoint.tensor_files import TensorReader
@@ -179,7 +179,7 @@ def laid_out(root: Path, written: Written, harm: list[tuple[Callable, int, int]]
 
 @pytest.fixture(scope="module")
 def harmed(tmp_path_factory: pytest.TempPathFactory, written: Written) -> Callable[[list], Path]:
-    """Lays the written checkpoints out anew, harmed, and gives their directory."""
+    """Copies the written checkpoints, damages them, and returns their directory."""
     root = tmp_path_factory.getbasetemp() / "harmed"
     return lambda harm: laid_out(root, written, harm)
 
@@ -203,11 +203,11 @@ def test_what_loads_is_bit_for_bit_what_was_written(
     harmed: Callable[[list], Path], written: Written, harm: list
 ) -> None:
     directory = harmed(harm)
-    whole = [step for step in STEPS if is_as_written(directory / f"checkpoint-{step}", written[step])]
-    newest, skipped = newest_complete(directory)
+    complete = [step for step in STEPS if is_as_written(directory / f"checkpoint-{step}", written[step])]
+    newest, skipped = newest_valid(directory)
     assert all(len(reason.splitlines()) == 1 for reason in skipped)
     if newest is not None:
-        assert newest.step in whole
+        assert newest.step in complete
         for stem, names in (("model", {"w", "b"}), ("optimizer", {"w.exp_avg"})):
             reader = TensorReader.of_state(newest.path, stem)
             assert reader.names() == names
@@ -216,28 +216,28 @@ def test_what_loads_is_bit_for_bit_what_was_written(
             for name in names:
                 reader.copy_into(name, found := torch.empty_like(expected[name]))
                 assert torch.equal(found, expected[name])
-    loadable = [step for step in whole if not has_foreign_weights(directory / f"checkpoint-{step}", written[step])]
-    assert (newest and newest.step) == max(loadable, default=None)  # a whole one is never passed over
+    loadable = [step for step in complete if not has_foreign_weights(directory / f"checkpoint-{step}", written[step])]
+    assert (newest and newest.step) == max(loadable, default=None)  # a complete one is never skipped
 
 
 @given(HARM)
-def test_the_tools_say_what_is_whole_and_break_nothing(harmed: Callable[[list], Path], harm: list) -> None:
+def test_the_tools_report_what_is_complete_and_change_nothing(harmed: Callable[[list], Path], harm: list) -> None:
     directory = harmed(harm)
     root = directory.parent
     before = {path: path.is_file() and path.read_bytes() for path in directory.rglob("*")}
-    assert told("list", root) == (0, "")
+    assert run_command("list", root) == (0, "")
     good = [c.step for c in list_checkpoints(directory) if verified(c)]
-    code, error = told("verify", root)
+    code, error = run_command("verify", root)
     assert (code == 0) == (len(good) == len(list(directory.glob("checkpoint-*"))))
     assert len(error.splitlines()) == (code != 0)
     Experiment(root).saved_global_batch_size()
-    clean_leftovers(directory)
+    remove_temporary_directories(directory)
     assert {path: path.is_file() and path.read_bytes() for path in directory.rglob("*")} == before
     prune(directory, 1, set(good[-1:]))
     assert all(verified(Checkpoint(directory / f"checkpoint-{step}", step)) for step in good[-1:])
 
 
-def told(command: str, root: Path) -> tuple[int, str]:
+def run_command(command: str, root: Path) -> tuple[int, str]:
     """(exit code, error) of ``python -m flare.checkpoint``; its table goes nowhere."""
     with redirect_stdout(StringIO()):
         try:

@@ -16,6 +16,7 @@ from flare.config.options import FIELDS, SECTIONS
 from flare.config.parse import resolve
 from flare.config.validate import parse_layer_words, parse_lengths, parse_weights
 from flare.errors import ConfigError, EnvError, FlareError
+from flare.files import REPO
 from flare.gpus.nvidia_smi import Gpu, query_gpus
 from flare.gpus.selection import GpuRequest, parse_gpu_ids, select_gpus
 from flare.nope.layers import format_layers, parse_layers
@@ -52,10 +53,10 @@ def right_value(name: str) -> st.SearchStrategy:
     field = FIELDS[name]
     low, high = field.ge or field.gt or 0, field.le or field.lt or 1000
     numbers = st.floats(low, high, exclude_min=field.gt is not None, exclude_max=field.lt is not None)
-    whole = st.integers(low, max(high, low + 1000) if field.le is None else high)
+    integers = st.integers(low, max(high, low + 1000) if field.le is None else high)
     texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
     strategies: dict[object, st.SearchStrategy] = {
-        "int": whole, "float": numbers, "bool": st.booleans(), "str": texts,
+        "int": integers, "float": numbers, "bool": st.booleans(), "str": texts,
         parse_gpu_ids: st.just([0, 1]), parse_weights: st.just([0.5, 2.0]), parse_lengths: st.just([16, 32]),
         parse_layer_words: st.sampled_from((["1", "3-5"], ["every:4"], ["all"])),
     }  # fmt: skip
@@ -130,7 +131,7 @@ def is_plain(name: str) -> bool:
     return name in FIELDS and name not in REPLACING and not FIELDS[name].parse and not FIELDS[name].words
 
 
-SHIPPED = (Path(__file__).resolve().parents[2] / "training_config.json").read_bytes()
+SHIPPED = (REPO / "training_config.json").read_bytes()
 
 
 @given(CHANGES)

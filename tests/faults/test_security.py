@@ -52,10 +52,10 @@ def touching(marker: Path) -> str:
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_beside_a_model_is_not_run(
+def test_code_in_a_model_directory_is_not_run(
     zygote: Zygote, flags: list[str], model: Path, tmp_path: Path, file: str
 ) -> None:
-    """A model that brings code for its model or its tokenizer; nobody is asked, for stdin is closed."""
+    """A model that brings code for its model or its tokenizer; no question is asked, because stdin is closed."""
     (model / "evil.py").write_text(touching(tmp_path / "marker"))
     auto_map = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
     content = json.loads((model / file).read_text()) | {"auto_map": auto_map, "tokenizer_class": "Evil"}

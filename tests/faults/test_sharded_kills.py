@@ -1,4 +1,4 @@
-"""Sharded runs of two processes that are killed (row 37): saves are whole, and resume on the same or other ranks."""
+"""Sharded runs of two processes that are killed (row 37): saves are complete, and the runs resume on any ranks."""
 
 import shutil
 from pathlib import Path
@@ -28,13 +28,13 @@ def stage2(flags: list[str], model: Path) -> list[str]:
 
 
 @pytest.mark.faults
-def test_a_killed_sharded_run_goes_on_to_the_same_bits(
+def test_a_killed_sharded_run_resumes_to_the_same_bits(
     zygote: Zygote, stage2: list[str], run: Path, tmp_path: Path
 ) -> None:
     """Rank 1 dies in a step; the other rank in a save that has its tensors and no manifest."""
-    unbroken = zygote.run(*stage2, *SHARDED, "--experiment_name", "whole")
+    unbroken = zygote.run(*stage2, *SHARDED, "--experiment_name", "uninterrupted")
     assert unbroken.returncode == 0, unbroken.stderr
-    whole = run.with_name("whole")
+    uninterrupted = run.with_name("uninterrupted")
     for rank, fault, kept in ((1, ("die_at_step", 4), 2), (0, ("die_in_save", 6), 4)):
         ended = zygote.run(*stage2, *SHARDED, fault=("in_workers", "in_rank", rank, *fault))
         assert ended.returncode == 5
@@ -45,10 +45,10 @@ def test_a_killed_sharded_run_goes_on_to_the_same_bits(
     again = zygote.run(*stage2, *SHARDED)
     assert again.returncode == 0, again.stderr
     assert "resumes from checkpoint-4" in again.stderr
-    assert digest(run / "final_model") == digest(whole / "final_model")
+    assert digest(run / "final_model") == digest(uninterrupted / "final_model")
     assert not list(run.rglob(".tmp-*"))
     assert_same_logits(run / "final_model")
-    assert_goes_on_alone(zygote, [*stage2, "--base_output_dir", str(partial.parent)], partial, whole)
+    assert_resumes_on_one_process(zygote, [*stage2, "--base_output_dir", str(partial.parent)], partial, uninterrupted)
 
 
 def assert_same_logits(final: Path) -> None:
@@ -59,11 +59,11 @@ def assert_same_logits(final: Path) -> None:
         assert torch.equal(theirs(ids).logits, load_causal_lm(final)(ids).logits)
 
 
-def assert_goes_on_alone(zygote: Zygote, flags: list[str], run: Path, whole: Path) -> None:
-    """What two ranks saved in shards, one whole one continues: the losses of the unbroken run."""
+def assert_resumes_on_one_process(zygote: Zygote, flags: list[str], run: Path, uninterrupted: Path) -> None:
+    """One process resumes what two ranks saved in shards: the losses of the unbroken run."""
     ended = zygote.run(*flags, *WHOLE)
     assert ended.returncode == 0, ended.stderr
     assert "resumes from checkpoint-4" in ended.stderr
-    losses = [[record["loss"] for record in stage(r, 2)["history"] if "loss" in record] for r in (run, whole)]
+    losses = [[record["loss"] for record in stage(r, 2)["history"] if "loss" in record] for r in (run, uninterrupted)]
     assert len(losses[0]) == STEPS
     assert losses[0] == pytest.approx(losses[1], rel=2e-5)

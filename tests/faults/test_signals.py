@@ -34,7 +34,7 @@ def assert_gone(pids: dict[int, int]) -> None:
 
 @pytest.fixture
 def in_save(zygote: Zygote, flags: list[str], tmp_path: Path) -> Callable[..., Running]:
-    """Starts a run and gives it back while it writes the checkpoint of step PAUSED, for so many seconds."""
+    """Starts a run and returns it while it writes the checkpoint of step PAUSED, for this many seconds."""
 
     def start(seconds: float, processes: int = 1) -> Running:
         marker = tmp_path / "in-the-save"
@@ -49,7 +49,7 @@ def in_save(zygote: Zygote, flags: list[str], tmp_path: Path) -> Callable[..., R
 
 
 def test_signals_during_a_save_wait_for_it(
-    zygote: Zygote, in_save: Callable[..., Running], flags: list[str], run: Path, whole: Path
+    zygote: Zygote, in_save: Callable[..., Running], flags: list[str], run: Path, uninterrupted: Path
 ) -> None:
     """Row 6: a second SIGTERM, as schedulers send, changes nothing."""
     running = in_save(1)
@@ -61,7 +61,7 @@ def test_signals_during_a_save_wait_for_it(
     assert (stage(run)["status"], complete_steps(run)[-1]) == ("stopped", PAUSED + 1)
     assert not (run / "final_model").exists()
     assert zygote.run(*flags).returncode == 0
-    assert digest(run / "final_model") == digest(whole / "final_model")
+    assert digest(run / "final_model") == digest(uninterrupted / "final_model")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -70,7 +70,7 @@ def test_who_insists_ends_the_save_and_keeps_the_checkpoint_before(
     in_save: Callable[..., Running],
     flags: list[str],
     run: Path,
-    whole: Path,
+    uninterrupted: Path,
     number: signal.Signals,
 ) -> None:
     """Row 6: the second Ctrl-C, the third of other signals."""
@@ -89,7 +89,7 @@ def test_who_insists_ends_the_save_and_keeps_the_checkpoint_before(
     assert f"stopped at once by signal {2 if number == signal.SIGINT else 3} ({number.name})" in stage(run)["error"]
     assert complete_steps(run) == [PAUSED - 2]
     assert zygote.run(*flags).returncode == 0
-    assert digest(run / "final_model") == digest(whole / "final_model")
+    assert digest(run / "final_model") == digest(uninterrupted / "final_model")
     assert not list(run.rglob(".tmp-*"))
 
 

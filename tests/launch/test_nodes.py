@@ -92,7 +92,7 @@ def test_two_hosts_train_one_experiment(hosts: list[Host], train_flags: list[str
 
 
 @pytest.mark.slow
-def test_hosts_with_other_commands_are_refused(hosts: list[Host], train_flags: list[str], tmp_path: Path) -> None:
+def test_nodes_with_different_commands_are_refused(hosts: list[Host], train_flags: list[str], tmp_path: Path) -> None:
     first, second = ([*train_flags, "--seed", seed] for seed in ("1", "2"))
     variables = {"NNODES": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29517"}
     script = [sys.executable, str(REPO / "train_qwen_multi_gpu.py")]

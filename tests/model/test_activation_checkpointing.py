@@ -8,7 +8,7 @@ import torch
 
 from flare.model import activation_checkpointing
 from flare.model.activation_checkpointing import checkpoint_layers
-from tests.plan.test_plan import rows_of_tokens, tiny_training
+from tests.plan.models import rows_of_tokens, tiny_training
 from tests.processes import train
 from tests.train.test_runs import losses
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flare.data.training_rows import IGNORE_INDEX
-from flare.model.linear_cross_entropy import _chunk_gradient, linear_cross_entropy_sum, score_tokens
+from flare.model.linear_cross_entropy import gradient_of_chunk, linear_cross_entropy_sum, score_tokens
 
 
 @pytest.mark.parametrize("frozen_head", [False, True])
@@ -57,7 +57,7 @@ def test_the_gpu_gradient_of_a_chunk_equals_float64(dtype: torch.dtype, toleranc
     exact = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(exact, labels, reduction="sum")
     expected.backward()
-    nll, gradient = _chunk_gradient(logits, torch.eye(300, dtype=dtype), labels)
+    nll, gradient = gradient_of_chunk(logits, torch.eye(300, dtype=dtype), labels)
     assert nll.item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.allclose(gradient.double(), exact.grad, rtol=tolerance, atol=1e-7)
 

@@ -1,4 +1,4 @@
-"""The canary: numbers of the saved weights under both models, and verdicts that say what they cannot tell."""
+"""The canary: log-probabilities of the saved weights with and without NoPE layers."""
 
 import itertools
 import json
@@ -10,32 +10,19 @@ import torch
 import torch.nn.functional as F
 
 from flare.errors import CheckpointError
-from flare.evaluation.models import loaded
-from flare.evaluation.options import EvaluationSettings
-from flare.evaluation.scoring.batches import ALONE
-from flare.evaluation.session import Evaluation
-from flare.model.training_model import load_for_training, set_trainable
+from flare.model.training_model import set_trainable
 from flare.nope.canary import measure as canary_module
-from flare.nope.canary.file import CANARY_FILE, LOCAL, SERVER, judge, read_canary
+from flare.nope.canary.file import CANARY_FILE, read_canary
 from flare.nope.canary.measure import canary_sequences, check_canary, measure_canary, rope_everywhere, write_canary
 from flare.nope.export.export import export_native, restore_rope
 from flare.nope.export.verify import verify_directory
 from flare.nope.load import load_causal_lm
-from flare.nope.patch import patch_checkpoint, patch_qwen_rope
+from flare.nope.patch import patch_qwen_rope
 from flare.nope.probe import probe_nope_layers
 from flare.plan.trainable import Trainable
 from tests.conftest import write_base
+from tests.nope.canary_models import LAYERS, SHARP, make_patched
 from tests.processes import train
-
-LAYERS = [1, 3]
-SHARP = {"initializer_range": 0.1}
-"""Attention that looks somewhere: with transformers' default range, random models hardly notice positions."""
-
-
-def make_patched(directory: Path, family: str = "qwen2", **changes: object) -> Path:
-    base = write_base(directory / f"{family}-base", family, **(SHARP | changes))
-    patch_checkpoint(base, directory / family, LAYERS)
-    return directory / family
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
@@ -53,9 +40,6 @@ def plain_nll(model: torch.nn.Module, sequences: list[list[int]]) -> torch.Tenso
         logits = model(tokens).logits.float()
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     return nll.view(len(sequences), -1)
-
-
-# -- the numbers ---------------------------------------------------------------------------------------------------
 
 
 def test_numbers_are_those_of_the_model_and_of_the_plain_base(patched: Path) -> None:
@@ -171,9 +155,6 @@ def test_a_model_may_have_several_end_tokens(patched: Path) -> None:
     assert ordinary not in {token for tokens in canary_sequences(config) for token in tokens}
 
 
-# -- the verdict ---------------------------------------------------------------------------------------------------
-
-
 def test_verdicts_tell_the_cases_apart(patched: Path, tmp_path: Path) -> None:
     family, base = patched.name, patched.with_name(f"{patched.name}-base")
     assert check_canary(load_causal_lm(patched), patched).what == "true model"
@@ -226,47 +207,6 @@ def test_native_classes_are_checked_with_the_same_file(patched: Path) -> None:
     assert check_canary(native_model(source, []), patched).what == "RoPE everywhere"
     with pytest.raises(CheckpointError, match="NoPE layers 1 3 are not of our classes"):
         measure_canary(native)
-
-
-def test_indistinguishable_models_are_called_so(tmp_path: Path) -> None:
-    """Attention that is off: with and without RoPE the model answers the same."""
-    directory = make_patched(tmp_path)
-    model = load_causal_lm(directory)
-    with torch.no_grad():
-        for index in LAYERS:
-            model.model.layers[index].self_attn.o_proj.weight.zero_()
-    write_canary(model, directory)
-    content = json.loads((directory / CANARY_FILE).read_text())
-    assert content["separation_nats"] == 0
-    assert content["told_apart"] == {"in_fp32": False, "on_a_bf16_server": False}
-    assert check_canary(model, directory).what == "undecidable"
-
-
-@pytest.mark.parametrize(
-    ("offset", "separation", "limits", "what"),
-    [
-        (0.0, 1.0, SERVER, "true model"),
-        (0.24, 1.0, SERVER, "true model"),
-        (0.26, 1.0, SERVER, "neither"),  # beyond what a server's precision explains
-        (0.76, 1.0, SERVER, "RoPE everywhere"),
-        (0.5, 1.0, SERVER, "neither"),
-        (0.09, 0.3, SERVER, "true model"),
-        (0.15, 0.3, SERVER, "neither"),
-        (0.06, 0.15, SERVER, "undecidable"),  # both references within a bf16 server's noise
-        (0.0, 0.15, SERVER, "true model"),  # but an exact server can be told
-        (0.0, 0.0005, LOCAL, "undecidable"),
-        (0.005, 0.0005, LOCAL, "neither"),
-        (float("nan"), 1.0, SERVER, "neither"),
-    ],
-)
-def test_judge_by_hand(offset: float, separation: float, limits: object, what: str) -> None:
-    true = [-1.0, -2.0, -3.0]
-    verdict = judge([x + offset for x in true], true, [x + separation for x in true], limits)
-    assert verdict.what == what
-    assert verdict.separation == pytest.approx(separation)
-
-
-# -- the file ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -336,80 +276,3 @@ def test_training_leaves_a_canary_of_the_final_model(train_flags: list[str], tmp
         plain_nll(fresh, canary.sequences), torch.tensor(canary.true_model.nll), rtol=0, atol=1e-5
     )
     assert check_canary(load_causal_lm(final), final).what == "true model"
-
-
-# -- a config.json that lies -------------------------------------------------------------------------------------
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    """Set keys of config.json; None takes one out."""
-    config = json.loads((directory / "config.json").read_text()) | changes
-    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
-
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-LIES = {
-    "other layers": ({"nope_layers": [1, 2]}, "names NoPE layers 1-2, its nope_canary.json 1 3"),
-    "RoPE everywhere": (
-        {"model_type": "qwen2", "nope_layers": None, "auto_map": None},
-        "names NoPE layers none, its nope_canary.json",
-    ),
-    "another theta": (
-        {"rope_theta": 20.0, "rope_parameters": {"rope_type": "default", "rope_theta": 20.0}},
-        "is not the model of its nope_canary.json: neither",
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = make_patched(tmp_path_factory.mktemp("honest"))
-    write_canary(load_causal_lm(directory), directory)
-    return directory
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_training_does_not_start_from_a_model_that_lies(
-    honest: Path, train_flags: list[str], tmp_path: Path, lie: str
-) -> None:
-    shutil.copytree(honest, tmp_path / "model")
-    changes, words = LIES[lie]
-    edit_config(tmp_path / "model", **changes)
-    flags = [*train_flags[: train_flags.index("--no_rope_layers")], "--model_name_or_path", tmp_path / "model"]
-    result = train(*flags, "--stage", 2)
-    assert result.returncode == 2, result.stderr
-    (line,) = result.errors
-    assert words in line
-    assert "put the true config.json back, or remove nope_canary.json" in line
-    assert not list((tmp_path / "out" / "run").glob("checkpoints/checkpoint-*"))
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_evaluation_and_verify_refuse_a_model_that_lies(honest: Path, corpus: Path, tmp_path: Path, lie: str) -> None:
-    shutil.copytree(honest, tmp_path / "model")
-    changes, words = LIES[lie]
-    edit_config(tmp_path / "model", **changes)
-    settings = EvaluationSettings(str(tmp_path / "model"), (str(corpus),), tmp_path / "evaluation")
-    with pytest.raises(CheckpointError, match=words):
-        Evaluation(settings, ALONE, torch.device("cpu")).run()
-    with pytest.raises(CheckpointError, match=r"is not the model of its nope_canary\.json"):
-        verify_directory(tmp_path / "model")
-
-
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_true_model_passes_in_every_precision(
-    honest: Path, corpus: Path, tmp_path: Path, stored: str, precision: str
-) -> None:
-    """Rounding to the precision that one trains or evaluates in is no lie."""
-    shutil.copytree(honest, tmp_path / "model")
-    load_causal_lm(honest).to(getattr(torch, stored)).save_pretrained(tmp_path / "model")
-    edit_config(tmp_path / "model", auto_map=json.loads((honest / "config.json").read_text())["auto_map"])
-    write_canary(load_causal_lm(tmp_path / "model"), tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["dtype"] == stored
-    if precision != "fp16":
-        load_for_training(tmp_path / "model", config, Trainable.of(LAYERS), precision, "auto")
-    settings = EvaluationSettings(str(tmp_path / "model"), (str(corpus),), tmp_path / "out", precision=precision)
-    with loaded(tmp_path / "model", settings, torch.device("cpu")) as (model, *_):
-        assert {str(p.dtype) for p in model.parameters()} == {f"torch.{PRECISIONS[precision]}"}

@@ -1,77 +1,30 @@
-"""The modelling file gives the same numbers however it is run: caches, kernels, packing, padding, compilation.
+"""modeling_nope.py computes the same numbers with every cache, kernel, packing, padding and compilation.
 
 Tolerance of what may differ by rounding: 1e-4 on fp32 logits of size 7. Measured on the CPU: up to 2.4e-5.
 """
 
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from flare.nope.load import load_causal_lm
-from flare.nope.patch import patch_checkpoint
 from flare.nope.probe import probe_nope_layers
-from tests.conftest import write_base
-from tests.nope import fake_flash_attn
-
-DEPTH = 4
-SHAPES = {
-    "qwen2": ("qwen2", {"num_key_value_heads": 1}),
-    "qwen2-odd-heads": ("qwen2", {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3}),
-    "qwen3": ("qwen3", {"tie_word_embeddings": False}),  # head_dim 16 of hidden 32 and 4 heads
-}
-
-
-@dataclass
-class Patched:
-    directory: Path
-    nope_layers: list[int]
-
-    def load(self, attention: str = "sdpa", **kwargs: object) -> PreTrainedModel:
-        return load_causal_lm(self.directory, attn_implementation=attention, **kwargs)
-
-
-@pytest.fixture(scope="module", params=SHAPES)
-def patched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Patched:
-    """A random model that looks at positions, with a random set of NoPE layers."""
-    family, shape = SHAPES[request.param]
-    root = tmp_path_factory.mktemp("attention")
-    write_base(root / "base", family, initializer_range=0.1, **shape)
-    draw = random.Random(request.param)
-    layers = sorted(draw.sample(range(DEPTH), draw.randint(1, DEPTH - 1)))
-    patch_checkpoint(root / "base", root / "patched", layers)
-    return Patched(root / "patched", layers)
-
-
-@pytest.fixture
-def model(patched: Patched) -> PreTrainedModel:
-    return patched.load()
-
-
-def tokens(batch: int = 2, length: int = 40) -> torch.Tensor:
-    return torch.randint(0, 300, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def logits(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids, use_cache=False, **kwargs).logits
-
-
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-
-
-# -- generation ------------------------------------------------------------------------------------------------------
-
-
-CACHES = {
-    "dynamic": lambda config: DynamicCache(config=config),
-    "static": lambda config: StaticCache(config=config, max_cache_len=48),
-}
+from tests.nope.patched_models import (
+    CACHES,
+    LENGTHS,
+    POSITIONS,
+    Patched,
+    assert_same,
+    check_left_padding,
+    check_packing,
+    generate,
+    left_padded,
+    logits,
+    tokens,
+)
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -94,47 +47,6 @@ def test_generation_is_greedy_decoding_without_a_cache(model: PreTrainedModel, c
     assert generated.tolist() == expected.tolist()
 
 
-def generate(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
-    ends = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
-    return model.generate(input_ids, do_sample=False, **ends, **kwargs)
-
-
-# -- batches ---------------------------------------------------------------------------------------------------------
-
-
-LENGTHS = (9, 20, 14)
-
-
-def left_padded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows cut to ``LENGTHS``, padded on the left, and their mask."""
-    width = max(LENGTHS)
-    input_ids, mask = torch.zeros(len(LENGTHS), width, dtype=torch.long), torch.zeros(len(LENGTHS), width).long()
-    for index, length in enumerate(LENGTHS):
-        input_ids[index, width - length :], mask[index, width - length :] = rows[index, :length], 1
-    return input_ids, mask
-
-
-def check_left_padding(model: PreTrainedModel, reference: PreTrainedModel) -> None:
-    """Padded rows under the model are the unpadded ones under the reference."""
-    rows = tokens(batch=3)
-    input_ids, mask = left_padded(rows)
-    padded = logits(model, input_ids, attention_mask=mask)
-    for index, length in enumerate(LENGTHS):
-        assert_same(padded[index, -length:], logits(reference, rows[index : index + 1, :length])[0])
-
-
-DOCUMENTS = (17, 13, 10)
-POSITIONS = torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
-
-
-def check_packing(model: PreTrainedModel, reference: PreTrainedModel) -> None:
-    """A packed row under the model is its documents alone under the reference."""
-    row = tokens(batch=1)
-    apart = torch.cat([logits(reference, document) for document in row.split(DOCUMENTS, 1)], 1)
-    assert_same(logits(model, row, position_ids=POSITIONS), apart)
-    assert (logits(model, row) - apart).abs().max() > 0.1  # as one document it is another text
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_left_padded_rows_give_the_logits_of_unpadded_ones(patched: Patched, attention: str) -> None:
     model = patched.load(attention)
@@ -154,9 +66,6 @@ def test_left_padded_rows_generate_what_they_do_alone(model: PreTrainedModel) ->
 def test_packed_documents_give_the_logits_of_separate_ones(patched: Patched, attention: str) -> None:
     model = patched.load(attention)
     check_packing(model, model)
-
-
-# -- kernels ---------------------------------------------------------------------------------------------------------
 
 
 def test_eager_gives_the_logits_of_sdpa(patched: Patched) -> None:
@@ -201,80 +110,6 @@ def test_dropout_reaches_the_nope_layers(patched: Patched) -> None:
     assert not hidden[0].any()
 
 
-# -- flash-attention, up to the kernel: transformers' own code over a stand-in for flash-attn -------------------------
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> fake_flash_attn.FakeFlashAttn:
-    return fake_flash_attn.install(monkeypatch)
-
-
-def test_every_layer_gives_flash_attention_the_bounds_of_its_sequences(
-    patched: Patched, model: PreTrainedModel, kernels: fake_flash_attn.FakeFlashAttn
-) -> None:
-    flash = patched.load("flash_attention_2")
-    assert_same(logits(flash, tokens()), logits(model, tokens()))
-    assert kernels.bounds[-DEPTH:] == [None] * DEPTH
-    input_ids, mask = left_padded(tokens(batch=3))
-    logits(flash, input_ids, attention_mask=mask)
-    assert kernels.bounds[-DEPTH:] == [[0, 9, 29, 43]] * DEPTH
-    logits(flash, tokens(batch=1), position_ids=POSITIONS)
-    assert kernels.bounds[-DEPTH:] == [[0, 17, 30, 40]] * DEPTH
-    check_left_padding(flash, model)
-    check_packing(flash, model)
-
-
-def test_flash_attention_ignores_positions_in_nope_layers(
-    patched: Patched, kernels: fake_flash_attn.FakeFlashAttn
-) -> None:
-    assert probe_nope_layers(patched.load("flash_attention_2")) == patched.nope_layers
-    assert len(kernels.bounds) > 2 * DEPTH  # in loading, and here
-
-
-@pytest.mark.parametrize("cache", CACHES)
-def test_flash_attention_generates_what_sdpa_does(
-    patched: Patched, model: PreTrainedModel, kernels: fake_flash_attn.FakeFlashAttn, cache: str
-) -> None:
-    flash = patched.load("flash_attention_2")
-    kernels.bounds.clear()
-    input_ids, mask = left_padded(tokens(batch=3))
-    generated = generate(flash, input_ids, attention_mask=mask, cache_implementation=cache)
-    assert kernels.bounds == [[0, 9, 29, 43]] * DEPTH + [[0, 1, 2, 3]] * 11 * DEPTH  # the cache serves 11 of 12 tokens
-    assert generated.tolist() == generate(model, input_ids, attention_mask=mask).tolist()
-
-
-def test_cached_steps_of_flash_attention_give_the_logits_of_the_whole_sequence(
-    patched: Patched, model: PreTrainedModel, kernels: fake_flash_attn.FakeFlashAttn
-) -> None:
-    """Steps of one and of several tokens, without padding and with it."""
-    flash, rows = patched.load("flash_attention_2"), tokens(batch=3)
-    for input_ids, mask in ((rows, None), left_padded(rows)):
-        past = DynamicCache(config=flash.config)
-        cached, seen = [], 0
-        for step in input_ids.split([12, 1, 5, input_ids.shape[1] - 18], 1):
-            seen += step.shape[1]
-            extra = {} if mask is None else {"attention_mask": mask[:, :seen]}
-            with torch.no_grad():
-                cached.append(flash(step, past_key_values=past, **extra).logits)
-        expected = logits(model, input_ids, attention_mask=mask)
-        real = slice(None) if mask is None else mask.bool()
-        assert_same(torch.cat(cached, 1)[real], expected[real])
-
-
-def test_flash_attention_gets_half_precision_under_autocast(
-    patched: Patched, kernels: fake_flash_attn.FakeFlashAttn
-) -> None:
-    """It takes nothing else; Qwen3's norms and RoPE make fp32 of queries and keys, the values stay bf16."""
-    flash = patched.load("flash_attention_2")
-    kernels.dtypes.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits(flash, tokens())
-    assert kernels.dtypes == {torch.bfloat16}
-
-
-# -- training --------------------------------------------------------------------------------------------------------
-
-
 def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     model.train()
     model.zero_grad()
@@ -317,9 +152,6 @@ def test_compiled_training_gives_the_same_gradients(model: PreTrainedModel) -> N
     found = gradients(model)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
-
-
-# -- what is saved ---------------------------------------------------------------------------------------------------
 
 
 def test_save_pretrained_keeps_layers_and_logits(patched: Patched, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def run(optimizer: torch.optim.Optimizer, steps: int = 3) -> torch.optim.Optimiz
 
 
 def state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Weights and moments, whole. A collective."""
+    """Full weights and moments. A collective."""
     weights = {n: p.detach() for g in optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
     return {name: full_tensor(tensor).clone() for name, tensor in (weights | optimizer_tensors(optimizer)).items()}
 

@@ -14,16 +14,16 @@ from flare.data.order import portion
 from flare.errors import ConfigError
 from flare.plan.balance import (
     Balance,
-    by_hand,
-    by_rank,
-    by_speed,
-    equal,
-    fastest_without_slow,
-    from_record,
-    gain_over_equal,
+    allocate_rows,
+    balance_by_speed,
+    balance_by_weights,
+    balance_from_checkpoint,
+    balance_summary,
+    equal_balance,
+    fastest_subset,
+    format_rows,
     parse_weights,
-    plan_words,
-    shares,
+    speedup_over_equal,
     step_time,
 )
 from tests.processes import torchrun, train
@@ -39,16 +39,16 @@ A800, A40 = "NVIDIA A800-SXM4-80GB", "NVIDIA A40"
 def test_no_other_division_ends_a_step_earlier(speeds: list[float], extra: int) -> None:
     """Against every way to share the rows."""
     total = len(speeds) + extra
-    found = step_time(shares(total, speeds), speeds)
+    found = step_time(allocate_rows(total, speeds), speeds)
     cuts = combinations_with_replacement(range(extra + 1), len(speeds) - 1)
     every = (np.diff([0, *cut, extra]) + 1 for cut in cuts)
     assert found == min(step_time(rows, speeds) for rows in every)
 
 
 def test_shares_are_proportional_where_rows_allow_it() -> None:
-    assert shares(30, [9.0, 1.0]) == [27, 3]
-    assert shares(4, [2.0, 1.0]) == [3, 1]
-    assert shares(12, [312.0, 312.0, 149.7]) == [5, 5, 2]
+    assert allocate_rows(30, [9.0, 1.0]) == [27, 3]
+    assert allocate_rows(4, [2.0, 1.0]) == [3, 1]
+    assert allocate_rows(12, [312.0, 312.0, 149.7]) == [5, 5, 2]
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 50))
@@ -58,24 +58,24 @@ def test_portions_cover_all_rows_once(counts: list[int], num_rows: int) -> None:
 
 
 def test_measured_speeds_decide_and_like_ones_do_not() -> None:
-    assert by_speed(8, ["a", "b"], [0.1, 0.3]).rows == (6, 2)
-    alike = by_speed(8, ["a", "b"], [0.100, 0.104])
+    assert balance_by_speed(8, ["a", "b"], [0.1, 0.3]).rows == (6, 2)
+    alike = balance_by_speed(8, ["a", "b"], [0.100, 0.104])
     assert alike.rows == (4, 4)
     assert "alike" in alike.reason
-    assert equal(5, 2).rows == (3, 2)
-    assert by_hand(8, [3, 1]).rows == (6, 2)
+    assert equal_balance(5, 2).rows == (3, 2)
+    assert balance_by_weights(8, [3, 1]).rows == (6, 2)
 
 
 def test_a_record_is_taken_over_on_the_same_gpus_only() -> None:
-    record = json.loads(json.dumps(by_speed(8, ["a", "b"], [0.1, 0.3]).as_dict()))
-    again = from_record(record, 8, ["a", "b"])
+    record = json.loads(json.dumps(balance_by_speed(8, ["a", "b"], [0.1, 0.3]).as_dict()))
+    again = balance_from_checkpoint(record, 8, ["a", "b"])
     assert again is not None
     assert again.rows == (6, 2)
-    assert from_record(again.as_dict(), 8, ["a", "b"]) == again  # and so on, resume after resume
-    assert from_record(record, 8, ["b", "a"]) is None
-    assert from_record(record, 9, ["a", "b"]) is None
-    assert from_record(equal(8, 2).as_dict(), 8, ["a", "b"]) is None
-    assert from_record(None, 8, ["a", "b"]) is None
+    assert balance_from_checkpoint(again.as_dict(), 8, ["a", "b"]) == again  # and so on, resume after resume
+    assert balance_from_checkpoint(record, 8, ["b", "a"]) is None
+    assert balance_from_checkpoint(record, 9, ["a", "b"]) is None
+    assert balance_from_checkpoint(equal_balance(8, 2).as_dict(), 8, ["a", "b"]) is None
+    assert balance_from_checkpoint(None, 8, ["a", "b"]) is None
 
 
 @pytest.mark.parametrize("value", ["fast", "3,", "3,0", "3,-1", "nan,1", "3;1", ""])
@@ -96,32 +96,32 @@ def test_one_weight_for_each_process() -> None:
 
 def test_the_plan_states_the_gain() -> None:
     """312 and 149.7 TFLOP/s, 12 rows: 6 rows of an A40 against 8 of an A800, in time 6 / 149.7 and 8 / 312."""
-    assert gain_over_equal(12, [312.0, 149.7]) == pytest.approx((6 / 149.7) / (4 / 149.7), rel=1e-6)
-    words = plan_words("auto", 12, [A800, A40])
+    assert speedup_over_equal(12, [312.0, 149.7]) == pytest.approx((6 / 149.7) / (4 / 149.7), rel=1e-6)
+    words = balance_summary("auto", 12, [A800, A40])
     assert f"by peak rates 8 for {A800}, 4 for {A40}, about 1.50x equal shares" in words
     assert "leaving out" not in words
-    assert "by speed a step would be about 1.50x faster (--balance auto)" in plan_words("equal", 12, [A800, A40])
-    assert plan_words("2,1", 12, [A800, A40]) == f"rows by hand: 8 for {A800}, 4 for {A40}"
-    assert plan_words("auto", 12, [A40, A40]) == ""
+    assert "by speed a step would be about 1.50x faster (--balance auto)" in balance_summary("equal", 12, [A800, A40])
+    assert balance_summary("2,1", 12, [A800, A40]) == f"rows by hand: 8 for {A800}, 4 for {A40}"
+    assert balance_summary("auto", 12, [A40, A40]) == ""
 
 
 def test_the_plan_says_when_a_slow_gpu_is_better_left_out() -> None:
     """Two rows: an H200 does both in 2 / 989, and waits 1 / 71 for a 3090 that does one."""
     h200, rtx = "NVIDIA H200", "NVIDIA GeForce RTX 3090"
-    assert fastest_without_slow(2, [71.0, 989.0]) == (1, pytest.approx((1 / 71) / (2 / 989)))
-    assert fastest_without_slow(64, [71.0, 989.0]) == (2, 1.0)
-    assert f"leaving out {rtx} would be about 6.96x faster still" in plan_words("auto", 2, [h200, rtx])
+    assert fastest_subset(2, [71.0, 989.0]) == (1, pytest.approx((1 / 71) / (2 / 989)))
+    assert fastest_subset(64, [71.0, 989.0]) == (2, 1.0)
+    assert f"leaving out {rtx} would be about 6.96x faster still" in balance_summary("auto", 2, [h200, rtx])
 
 
 def test_an_unknown_gpu_gets_no_estimate() -> None:
-    words = plan_words("auto", 8, [A800, "NVIDIA Quadro K420"])
+    words = balance_summary("auto", 8, [A800, "NVIDIA Quadro K420"])
     assert (
         words == "rows by speed, measured at the start; no estimate, for the rate of NVIDIA Quadro K420 is not known"
     )
 
 
 def test_neighbours_that_are_alike_are_told_once() -> None:
-    assert by_rank(["a", "a", "b"], [3, 3, 1]) == "3 for each of 2 x a, 1 for b"
+    assert format_rows(["a", "a", "b"], [3, 3, 1]) == "3 for each of 2 x a, 1 for b"
 
 
 # -- real processes -------------------------------------------------------------------------------------------------
@@ -162,13 +162,13 @@ def test_a_slow_rank_gets_fewer_rows(tmp_path: Path) -> None:
 def test_shares_by_hand_and_resume_with_the_measured_ones(train_flags: list[str], tmp_path: Path) -> None:
     """``3,1`` trains as equal shares do; a run that measured goes on with what it measured."""
     flags = [*train_flags, "--nproc_per_node", "2", "--save_steps", "3"]
-    for name, balance in (("equal", "equal"), ("by_hand", "3,1"), ("measured", "measure")):
+    for name, balance in (("equal", "equal"), ("weights", "3,1"), ("measured", "measure")):
         result = train(*flags, "--experiment_name", name, "--balance", balance, "--max_steps", "3")
         assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
-    assert "rows of a step by rank: [3, 1] (--balance 3,1)" in (out / "by_hand" / "training.log").read_text()
-    assert losses(out / "by_hand") == pytest.approx(losses(out / "equal"), rel=1e-5)
-    assert_same_weights(out / "by_hand" / "final_model", out / "equal" / "final_model", relative=1e-3)
+    assert "rows of a step by rank: [3, 1] (--balance 3,1)" in (out / "weights" / "training.log").read_text()
+    assert losses(out / "weights") == pytest.approx(losses(out / "equal"), rel=1e-5)
+    assert_same_weights(out / "weights" / "final_model", out / "equal" / "final_model", relative=1e-3)
 
     state = json.loads((out / "measured" / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
     assert len(state["balance"]["seconds_per_row"]) == 2

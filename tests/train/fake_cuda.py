@@ -256,7 +256,7 @@ def step_peaks(model: str, layers: int, stage: int, checkpointing: bool) -> list
         gradient_checkpointing=checkpointing, gpus=(("GPU", 81559),), attn_implementation="varlen",
     )  # fmt: skip
     need = memory(inputs)
-    resident = need.weights + ADAM_STATE_BYTES * inputs.what_trains.params(shape)
+    resident = need.weights + ADAM_STATE_BYTES * inputs.resolved_trainable.params(shape)
     return [living.peak, need.peak_bytes - resident]
 
 

@@ -22,7 +22,7 @@ from flare.model.patches import apply_patches
 from flare.model.training_model import load_for_training, load_in_place
 from flare.nope.config_json import with_nope
 from flare.nope.load import load_tokenizer
-from flare.plan.balance import equal
+from flare.plan.balance import equal_balance
 from flare.plan.trainable import Trainable
 from flare.train.train_state import TrainState
 from flare.train.trainer import Trainer
@@ -48,7 +48,7 @@ def make_trainer(
     )
     rows = PackedRows(cache, split_documents(cache.hashes, 10)[0], 32, "document")
     size = changes.pop("global_batch_size")
-    rows_by_rank = changes.pop("rows_by_rank", None) or equal(size, world.size).rows
+    rows_by_rank = changes.pop("rows_by_rank", None) or equal_balance(size, world.size).rows
     options = Options(**({"learning_rate": 1e-3, "max_seq_length": 32, "max_grad_norm": 0.0} | changes))
     return bare_trainer(model, rows, options, world, rows_by_rank, scratch, train_state)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flare.checkpoint.directory import list_checkpoints, set_aside_newer
+from flare.checkpoint.directory import list_checkpoints, supersede_newer
 from flare.data.token_cache.cache import TokenCache
 from flare.nope.load import load_causal_lm
 from flare.run.experiment import Experiment
@@ -160,7 +160,7 @@ def test_resuming_an_older_checkpoint_sets_newer_ones_aside(train_flags: list[st
     assert "superseded-checkpoint-6" in result.stderr
     assert trained(run)["step"] == 4
     assert (run / "checkpoints" / "superseded-checkpoint-6").is_dir()
-    assert set_aside_newer(run / "checkpoints", 4) == []
+    assert supersede_newer(run / "checkpoints", 4) == []
     result = train(*flags, "--max_steps", 3, "--resume", elsewhere)
     assert result.returncode == 0, result.stderr
     assert (run / "checkpoints" / "superseded-checkpoint-4").is_dir()

@@ -114,10 +114,10 @@ def test_a_start_records_its_resolved_config_and_can_be_repeated_by_it(
         ("no_rope_layers", ["1", "3"], "command line"),
         ("learning_rate", 1e-3, "command line"),
         ("weight_decay", 0.0, "default"),
-        ("precision", "fp32", "default, settled"),
-        ("train_layers", ["1", "3"], "default, settled"),
-        ("global_batch_size", 2, "default, settled"),
-        ("rope_theta", 10000.0, "default, settled"),
+        ("precision", "fp32", "default, resolved"),
+        ("train_layers", ["1", "3"], "default, resolved"),
+        ("global_batch_size", 2, "default, resolved"),
+        ("rope_theta", 10000.0, "default, resolved"),
     ):
         assert (name, options[name], content["sources"][name]) == (name, value, source)
     assert content["run"] == {"init_from": str(base), "processes": 1, "hosts": 1, "gpus_of_this_host": []}

@@ -1,1 +1,1 @@
-"""What an evaluation says: comparison, verdict, Markdown report, plots, TensorBoard."""
+"""The output of an evaluation: comparison, verdict, Markdown report, plots and TensorBoard events."""

@@ -1,4 +1,4 @@
-"""How sure a difference between two models is, given the documents that it was measured on."""
+"""Confidence interval of the difference between two models: paired bootstrap over documents."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,12 @@ import numpy as np
 
 RESAMPLES = 2000
 BLOCK_WEIGHTS = 1_000_000
-"""Weights (resamples x documents) that exist at a time: 8 MB."""
+"""Weights (resamples x documents) in memory at a time: 8 MB."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two ratios of sums, with its 95 % interval; None where there is one document, which does not
-    say how much another would differ."""
+    """A difference of two ratios of sums with its 95 % interval (None for a single document)."""
 
     value: float
     interval: tuple[float, float] | None
@@ -23,12 +22,12 @@ def paired_difference(
 ) -> Difference:
     """``sum(nll)/sum(sizes) - sum(other_nll)/sum(other_sizes)`` with a 95 % bootstrap interval over documents.
 
-    A resample draws as many documents as there are, with replacement, the same for both models: what makes a
-    document hard for both is not in the interval. Percentile interval, ``RESAMPLES`` resamples.
+    Each resample draws all documents with replacement, the same ones for both models (paired), so that the difficulty
+    of a document does not widen the interval. Percentile interval with ``RESAMPLES`` resamples.
 
     Args:
-        nll, other_nll: (documents,) float64 sums per document. sizes: what they are divided by (tokens; or bytes
-            times ln 2 for bits per byte).
+        nll, other_nll: (documents,) float64, NLL summed over each document.
+        sizes, other_sizes: (documents,) tokens; for bits per byte: bytes times ln 2.
     Source: Efron and Tibshirani 1993, chapter 13.
     """
     columns = np.stack([nll, sizes, other_nll, other_sizes]).astype(np.float64)

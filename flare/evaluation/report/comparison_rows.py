@@ -1,4 +1,4 @@
-"""One model on one data set, as the comparison's tables and the verdict see it, and which control is a fair one."""
+"""One model on one data set: a row of the comparison tables. Also selects the control for a comparison."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,7 +8,7 @@ from flare.evaluation.report.fair_control import Training, same_training
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One model on one data set, a line of the report's comparison table."""
+    """One model on one data set: a row of the comparison table in the report."""
 
     label: str
     role: Literal["base", "patched", "trained", "control"]
@@ -17,8 +17,10 @@ class ComparisonRow:
     perplexity: float | None
     bits_per_byte: float
     tokenizer_sha256: str
-    interval: tuple[float, float] | None = None  # 95 %, of the loss minus the first row's; nats, or bits per byte
-    training: Training | None = field(default_factory=dict)  # of the model; None: not recorded
+    interval: tuple[float, float] | None = (
+        None  # 95 %, loss difference to the first row; nats per token, or bits per byte
+    )
+    training: Training | None = field(default_factory=dict)  # None: not recorded
 
 
 def comparison_row(
@@ -39,13 +41,13 @@ def comparison_row(
 
 
 def control_of(rows: list[ComparisonRow], result: ComparisonRow) -> ComparisonRow | None:
-    """The control to hold a trained model against: the last one that had the same training, else the last one, from
-    which nothing can be concluded."""
+    """The last control that had the same training as ``result``; otherwise the last control, which allows no
+    conclusion; None without controls."""
     controls = [row for row in rows if row.role == "control"]
     return fair_control(rows, result) or (controls[-1] if controls else None)
 
 
 def fair_control(rows: list[ComparisonRow], result: ComparisonRow) -> ComparisonRow | None:
-    """The last control that had the same training as a trained model."""
-    alike = (r for r in reversed(rows) if r.role == "control" and same_training(r.training, result.training))
-    return next(alike, None)
+    """The last control that had the same training as ``result``, or None."""
+    matching = (r for r in reversed(rows) if r.role == "control" and same_training(r.training, result.training))
+    return next(matching, None)

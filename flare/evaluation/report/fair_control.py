@@ -1,6 +1,6 @@
-"""Whether a control had the same training as a model: what their experiments recorded, side by side.
+"""Whether a control had the same training as the evaluated model, according to training_metrics.json.
 
-A control tells what removing RoPE cost only if nothing else differs. Pure functions of training_metrics.json's stages.
+A control measures the cost of removing RoPE only if nothing else differs. Pure functions of the recorded stages.
 """
 
 import math
@@ -10,17 +10,17 @@ SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_grad_norm",
 )  # fmt: skip
-"""Options that change what is learned. How the work was shared (GPUs, micro-batch, kernels) does not."""
+"""Options that change what is learned. GPUs, micro-batch size and kernels do not."""
 IDENTITY = ("max_seq_length", "packing", "train_layers")
 TOLERANCE = 0.01
-"""Relative, of steps and tokens: early stopping and odd last batches are no other training."""
+"""Relative tolerance for steps and tokens, because of early stopping and incomplete last batches."""
 
 Training = Mapping[str, object]
-"""``stages`` and, by what they are called, the facts of each. Empty for a model that was not trained here."""
+"""``stages`` (their numbers) and ``"NAME of stage N"`` -> value. Empty for a model that was not trained by Flare."""
 
 
 def training_of(recorded: Mapping[str, dict], last: int) -> Training:
-    """The facts of the stages up to ``last``. What an experiment did not record is left out."""
+    """Settings, data and length of the stages up to ``last``, as far as the experiment recorded them."""
     blocks = {stage: block for stage, block in sorted(recorded.items()) if int(stage) <= last}
     facts: dict[str, object] = {"stages": [int(stage) for stage in blocks]}
     for stage, block in blocks.items():
@@ -33,12 +33,12 @@ def training_of(recorded: Mapping[str, dict], last: int) -> Training:
 
 
 def same_training(one: Training | None, other: Training | None) -> bool:
-    """Whether two trainings were alike in all that both recorded; not when one is not known."""
+    """Whether two trainings agree in everything that both recorded. False if one of them is unknown."""
     return bool(one and other) and not differences(one, other)
 
 
 def differences(control: Training, model: Training) -> list[str]:
-    """What a control's training has other than a model's, in words; the control's value first."""
+    """Differences between the training of a control and of a model, as text; the value of the control comes first."""
     if control["stages"] != model["stages"]:
         return [f"{stages_in_words(control)} instead of {stages_in_words(model)}"]
     unlike = [name for name in control if name in model and not _alike(control[name], model[name])]
@@ -59,7 +59,7 @@ def _alike(one: object, other: object) -> bool:
 
 
 def _in_words(name: str, one: object, other: object) -> str:
-    if name.startswith("data "):  # known by a fingerprint, which tells people nothing
-        return f"other {name}"
+    if name.startswith("data "):  # its value is a hash, which is of no use to a reader
+        return f"different {name}"
     one, other = (f"{value:,}" if isinstance(value, int) else value for value in (one, other))
     return f"{name} {one} instead of {other}"

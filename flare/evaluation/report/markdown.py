@@ -9,7 +9,7 @@ def table(header: tuple, rows: list[tuple]) -> str:
 
 
 def cell(value: object) -> str:
-    """Text that stays in its cell and is shown as it is: no bar, no line break, no HTML tag."""
+    """Escape text for a table cell: vertical bars, line breaks and HTML tags."""
     return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 

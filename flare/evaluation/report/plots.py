@@ -1,4 +1,4 @@
-"""The report's pictures: matplotlib figures drawn off screen, written as PNG.
+"""Plots of the report, drawn with matplotlib and written as PNG files.
 
 Labels stand at the lines where there is room; colours are told apart by the colour-blind too.
 """
@@ -23,13 +23,13 @@ SIZE_INCHES = (8.0, 4.5)
 DPI = 130
 TRAINING_AXIS = "tokens trained (dots: held-out documents, thin: training batches)"
 LABEL_GAP = 0.055
-"""Least distance of two labels at the right edge, as a share of the axis."""
+"""Smallest distance between two labels at the right edge, as a share of the axis."""
 
 
 def plot_loss_by_position(
     series: dict[str, list[dict]], path: Path | str, training_length: int | None = None, name: str = ""
 ) -> Path:
-    """Mean NLL against how much the model has read.
+    """Mean NLL against the position in the window.
 
     Args:
         series: label -> buckets ``{"from", "to", "loss", "num_tokens"}`` of ``DatasetScore``.
@@ -60,19 +60,19 @@ def plot_training_curve(
     references: dict[str, float] | None = None,
     control: Sequence[tuple[float, float]] = (),
 ) -> Path:
-    """Loss against trained tokens, the stages one after the other on one axis.
+    """Loss against tokens of training, with all stages on one axis.
 
     Args:
         history: stage name -> ``{"train": [(tokens, loss)], "eval": [(tokens, loss)]}``, tokens counted
             from that stage's own start, stages in order of training.
-        references: label -> loss, drawn as horizontal lines (the base, the patched model untrained): the
-            eval points are to be read against them, so they must come from the same documents.
-        control: (tokens over all stages, loss) of the same training with RoPE kept, on those documents, too.
+        references: label -> loss, drawn as horizontal lines (the base, the untrained patched model). They must be
+            measured on the documents of the eval points.
+        control: (tokens over all stages, loss) of the control, on the same documents.
     """
     spans = stage_spans(history)
     references = references or {}
     with style():
-        title = "What removing RoPE cost and what training won back" if references else "Loss while training"
+        title = "Loss increase after removing RoPE, and its recovery" if references else "Loss during training"
         figure, axes = new_axes(title, TRAINING_AXIS, title_pad=24)
         shown = list(references.values())
         named = [(loss, f"{label} {loss:.3f}", REFERENCE_COLOR) for label, loss in references.items()]
@@ -95,7 +95,7 @@ def plot_training_curve(
 
 
 def stage_spans(history: dict[str, dict[str, list]]) -> list[tuple[str, float, float]]:
-    """(stage, first token, last token) on the shared axis: a stage begins where the one before it ended."""
+    """(stage, first token, last token) on the shared axis; each stage starts at the end of the previous one."""
     spans, start = [], 0.0
     for stage, curves in history.items():
         end = start + max((tokens for curve in curves.values() for tokens, _ in curve), default=0.0)
@@ -128,7 +128,7 @@ def _draw_control(axes: Axes, control: Sequence[tuple[float, float]]) -> None:
 
 
 def _name_span(axes: Axes, stage: str, start: float, end: float, color: str) -> None:
-    """The stage's name over its part of the axis, and a line where it begins."""
+    """Write the name of the stage above its part of the axis, and draw a line at its start."""
     if start:
         axes.axvline(start, color="#999999", linewidth=0.8, linestyle=":")
     axes.text(
@@ -138,7 +138,7 @@ def _name_span(axes: Axes, stage: str, start: float, end: float, color: str) -> 
 
 
 def _zoom(axes: Axes, losses: list[float]) -> None:
-    """Fit the axis to smoothed and measured losses: single noisy steps may leave it."""
+    """Fit the y axis to smoothed training losses and evaluations; single noisy steps may be cut off."""
     finite = [loss for loss in losses if math.isfinite(loss)]  # a run that diverged is still drawn
     if finite:
         low, high = min(finite), max(finite)
@@ -178,13 +178,13 @@ def count_label(value: float) -> str:
 
 
 def mark_training_length(axes: Axes, length: int | None) -> None:
-    """A line where training ended, when that lies inside the picture."""
+    """Draw a vertical line at the training length if it is inside the plot."""
     low, high = axes.get_xlim()
     if length is None or not low < length < high:
         return
     axes.axvline(length, color=REFERENCE_COLOR, linewidth=1.2, linestyle=":", zorder=1)
     axes.text(
-        length, 1.0, f" trained to {length:,}", transform=axes.get_xaxis_transform(), color=REFERENCE_COLOR,
+        length, 1.0, f" training length {length:,}", transform=axes.get_xaxis_transform(), color=REFERENCE_COLOR,
         ha="left", va="top", fontsize=9,
     )  # fmt: skip
 
@@ -192,7 +192,7 @@ def mark_training_length(axes: Axes, length: int | None) -> None:
 def new_axes(
     title: str, xlabel: str, ylabel: str = "loss (nats per token)", title_pad: int = 10
 ) -> tuple[Figure, Axes]:
-    """An empty picture."""
+    """A figure with empty axes."""
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=12, pad=title_pad)
@@ -204,7 +204,7 @@ def new_axes(
 
 
 def label_right(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
-    """Write (value, label, colour) at the right edge at its height, moved where two would overlap."""
+    """Write each label at the right edge at the height of its value, moved if two would overlap."""
     heights = []
     for value, label, color in ends:
         pixel = axes.transData.transform((axes.get_xlim()[1], value))[1]
@@ -217,7 +217,7 @@ def label_right(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
 
 
 def cut_middle(label: str, limit: int = 32) -> str:
-    """A label that leaves room for the lines: a long name's middle is left out, for ends tell more."""
+    """Shorten a long label in the middle, because its ends identify the model."""
     half = (limit - 1) // 2
     return label if len(label) <= limit else f"{label[:half]}…{label[-half:]}"
 
@@ -239,14 +239,14 @@ def spread(items: list[tuple[float, tuple]], gap: float) -> list[tuple[float, tu
 
 
 def series_colors(labels: Iterable[str]) -> list[str]:
-    """A colour a line; base, control and stages have the same one in every picture."""
+    """One color for each label; base, control and stages have the same color in every plot."""
     known = {"base": REFERENCE_COLOR, "stage 1": COLORS[0], "stage 2": COLORS[1]}
     others = itertools.cycle(COLORS[2:])
     return [CONTROL_COLOR if name.startswith("control") else known.get(name) or next(others) for name in labels]
 
 
 def style():
-    """The report's look. Fonts for Chinese names where the machine has one; a '$' in a name is no formula."""
+    """Style of the plots: fonts for Chinese names if installed, and no math mode for '$' in a name."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     families = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
     return rc_context(

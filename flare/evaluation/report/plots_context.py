@@ -1,4 +1,4 @@
-"""Pictures of what happens beyond the training length: perplexity by context length, the passkey's heat map."""
+"""Plots of behavior beyond the training length: perplexity by context length, and passkey heat maps."""
 
 import math
 import textwrap
@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from flare.evaluation.report.plots import DPI, label_right, mark_training_length, new_axes, save, series_colors, style
 
 PASSKEY_COLORS = "cividis"  # ordered in lightness for every kind of colour vision (Nunez et al. 2018)
-KINDS = {"accuracy": "first choice", "generated_accuracy": "in what it writes"}
+KINDS = {"accuracy": "first choice", "generated_accuracy": "written"}
 
 
 def plot_context_lengths(
@@ -27,7 +27,7 @@ def plot_context_lengths(
         ends = []
         for color, (label, rows) in zip(series_colors(series), series.items(), strict=True):
             lengths = [row["context_length"] for row in rows]
-            # 1e12: what no picture can show is drawn at its edge.
+            # Larger perplexities are drawn at 1e12, so that the axis stays readable.
             values = [math.exp(min(row["loss"], math.log(1e12))) for row in rows]
             axes.plot(lengths, values, color=color, marker="o", markersize=5, linewidth=2, markeredgecolor="white")
             ends.append((values[-1], f"{label} {short(values[-1])}", color))
@@ -44,7 +44,7 @@ def plot_context_lengths(
 
 
 def _few_ticks(axes: Axes) -> None:
-    """Numbers on a logarithmic axis that spans less than a decade, too."""
+    """Readable ticks on a logarithmic axis, also if it spans less than a decade."""
     low, high = axes.get_ylim()
     if high / low < 1.2:
         low, high = low / 1.1, high * 1.1
@@ -62,14 +62,14 @@ def _few_ticks(axes: Axes) -> None:
 
 
 def short(value: float) -> str:
-    """A perplexity as a label: three digits, thousands with commas, beyond that a power."""
+    """A perplexity as a label: three digits, commas from 1,000, scientific notation from a million."""
     if value >= 1e6:
         return f"{value:.1e}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def plot_passkey(models: dict[str, list[dict]], path: Path | str, training_length: int | None) -> Path:
-    """Heat maps, a column a model: how often it finds the number, by length (across) and depth (down).
+    """Heat maps of passkey accuracy by length (x) and depth (y), with one column for each model.
 
     Args:
         models: label -> rows ``{"context_length", "depth_percent", "accuracy", "generated_accuracy"}``.
@@ -93,7 +93,7 @@ def plot_passkey(models: dict[str, list[dict]], path: Path | str, training_lengt
                     axes.set_ylabel(f"{KINDS[kind]}\ndepth (%)", fontsize=9)
                 else:
                     axes.set_yticklabels([])
-        figure.suptitle("Passkey: % found", fontsize=12, x=0.01, ha="left")
+        figure.suptitle("Passkey accuracy (%)", fontsize=12, x=0.01, ha="left")
         return save(figure, path)
 
 
@@ -114,10 +114,10 @@ def _heat_map(axes: Axes, rows: list[dict], kind: str, training_length: int | No
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     inside = sum(length <= training_length for length in lengths) if training_length else 0
-    if 0 < inside < len(lengths):  # a line between the lengths that training saw and those it did not
+    if 0 < inside < len(lengths):  # a line between lengths up to and beyond the training length
         axes.axvline(inside - 0.5, color="white", linewidth=3)
         axes.axvline(inside - 0.5, color="#D55E00", linewidth=1.5)
         axes.text(
-            inside - 0.5, 1.02, f"trained to {training_length:,}", transform=axes.get_xaxis_transform(),
+            inside - 0.5, 1.02, f"training length {training_length:,}", transform=axes.get_xaxis_transform(),
             color="#D55E00", ha="center", va="bottom", fontsize=7.5,
         )  # fmt: skip

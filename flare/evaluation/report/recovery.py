@@ -1,7 +1,7 @@
-"""Recovery: how much of what removing RoPE cost was won back, and after how many tokens. Pure functions.
+"""Recovery: the share of the loss increase that training recovered, and after how many tokens. Pure functions.
 
-The source is training_metrics.json: before its first step, the first stage measures the model as it is to be
-trained, and the same weights with RoPE everywhere (the base), on the rows that it evaluates on ever after.
+The source is training_metrics.json. Before its first step, stage 1 measures the patched model and the same weights
+with RoPE in every layer (the base) on the held-out rows of all later evaluations.
 """
 
 import math
@@ -20,8 +20,8 @@ class Recovery:
     jump: float
     final_loss: float
     remaining: float  # final minus base; below 0: better than the base
-    won_back_percent: float | None  # None: removing RoPE did not hurt
-    tokens_to_95_percent: int | None  # of the first evaluation that had it; None: not reached, or no jump
+    won_back_percent: float | None  # None: removing RoPE did not increase the loss
+    tokens_to_95_percent: int | None  # at the first evaluation that reached it; None: not reached, or no loss increase
     total_tokens: int
     curve: list[dict]  # {"stage", "tokens", "loss"}
 
@@ -31,10 +31,7 @@ class Recovery:
 
 
 def recovery_of(stages: dict[str, dict]) -> Recovery | None:
-    """The recovery that the ``stages`` of a training_metrics.json tell; None when they do not say what the base had.
-
-    Raises: nothing; a stage without evaluations adds no point.
-    """
+    """The recovery from the ``stages`` of a training_metrics.json; None if the loss of the base was not recorded."""
     records = (record for stage in sorted(stages) for record in stages[stage].get("history", []))
     base = base_loss(records)
     curve = held_out_curve(stages)
@@ -55,8 +52,11 @@ def held_out_curve(stages: dict[str, dict]) -> list[dict]:
 
 
 def control_curve(found: Recovery | None, stages: dict[str, dict]) -> list[dict]:
-    """The held-out curve of a control's ``stages``, if it began with this recovery's base on its documents: its first
-    loss must be the base's (relative 1e-4, the rounding of other kernels). [] else."""
+    """The held-out curve of the ``stages`` of a control.
+
+    Its first loss must equal the loss of the base (relative 1e-4, because kernels round differently): then it has the
+    same weights and documents. Otherwise [].
+    """
     curve = held_out_curve(stages)
     if found is None or not curve or not math.isclose(curve[0]["loss"], found.base_loss, rel_tol=1e-4):
         return []
@@ -64,10 +64,10 @@ def control_curve(found: Recovery | None, stages: dict[str, dict]) -> list[dict]
 
 
 def recovery(base: float, curve: list[dict]) -> Recovery:
-    """The recovery of a curve whose first point is the untrained model's."""
+    """The recovery for a curve whose first point is the untrained model."""
     untrained, final = curve[0]["loss"], curve[-1]["loss"]
     jump = untrained - base
-    hurt = jump >= NO_JUMP_NATS
+    increased = jump >= NO_JUMP_NATS
     goal = base + (1 - RECOVERED) * jump
     return Recovery(
         base_loss=base,
@@ -75,8 +75,8 @@ def recovery(base: float, curve: list[dict]) -> Recovery:
         jump=jump,
         final_loss=final,
         remaining=final - base,
-        won_back_percent=100.0 * (untrained - final) / jump if hurt else None,
-        tokens_to_95_percent=next((p["tokens"] for p in curve if p["loss"] <= goal), None) if hurt else None,
+        won_back_percent=100.0 * (untrained - final) / jump if increased else None,
+        tokens_to_95_percent=next((p["tokens"] for p in curve if p["loss"] <= goal), None) if increased else None,
         total_tokens=curve[-1]["tokens"],
         curve=curve,
     )

@@ -48,8 +48,9 @@ def write_report(
     Args:
         results: of evaluation_results.json.
         path: the Markdown file; the plots' paths in it are relative to its directory.
-        comparison_rows: models or milestones to hold against each other, per data set, in order.
-        label: of the evaluated model among them. training_length: longest row that it was trained on, in tokens.
+        comparison_rows: the compared models on each data set, in order.
+        label: label of the evaluated model in these rows.
+        training_length: longest training sequence of the evaluated model, in tokens.
     """
     path = Path(path)
     rows = comparison_rows or []
@@ -73,10 +74,9 @@ def write_report(
 def report_verdict(
     results: dict, rows: list[ComparisonRow], label: str = "the model", training_length: int | None = None
 ) -> str:
-    """The verdict in plain words: of the comparison on the first compared data set, else of the model alone; then
-    what longer contexts did.
+    """The verdict: comparison on the first compared data set (or the model alone), context lengths, passkeys.
 
-    A model that is not what its configuration says comes before any number.
+    A failed NoPE probe is reported first.
     """
     first = [row for row in rows if row.dataset == rows[0].dataset]
     models = models_of(results, label)
@@ -90,7 +90,7 @@ def report_verdict(
 
 
 def nope_pattern(layers: list[int]) -> str:
-    """'none', 'one', 'band' (neighbours only), 'interleaved' (equal steps over 1) or 'mixed'."""
+    """'none', 'one', 'band' (adjacent layers), 'interleaved' (equal steps greater than 1) or 'mixed'."""
     if len(layers) < 2:
         return "one" if layers else "none"
     steps = {after - before for before, after in itertools.pairwise(layers)}
@@ -100,19 +100,19 @@ def nope_pattern(layers: list[int]) -> str:
 
 
 def _head(results: dict, rows: list[ComparisonRow], label: str, verdict: str) -> str:
-    """Three lines: what, verdict, the number. A backslash is Markdown's line break."""
+    """Three lines: title, verdict, main result. A backslash is a line break in Markdown."""
     model, ok = results["model"], scored_datasets(results)
     kind = f"{model['model_type']}, NoPE layers: {format_layers(model['nope_layers'])}"
     what = f"# Evaluation of {_name(model['path'])} ({kind}) on {', '.join(ok) or 'nothing'}"
     line = f"**Verdict:** {verdict}\\"
     if not ok:
-        return f"{what}\n{line}\n**The number:** none."
+        return f"{what}\n{line}\n**Main result:** none."
     name = rows[0].dataset if rows and rows[0].dataset in ok else next(iter(ok))
-    return f"{what}\n{line}\n**The number:** {_headline(name, ok[name], rows, label)}"
+    return f"{what}\n{line}\n**Main result:** {_headline(name, ok[name], rows, label)}"
 
 
 def _headline(name: str, entry: dict, rows: list[ComparisonRow], label: str) -> str:
-    """Perplexity, or bits per byte where another tokenizer is compared; against base and fair control if any."""
+    """Perplexity (bits per byte if tokenizers differ), with the difference to the base and to a fair control."""
     if len({row.tokenizer_sha256 for row in rows}) > 1:
         text = f"{entry['bits_per_byte']:.4f} bits per byte on {name}"
     else:
@@ -122,43 +122,43 @@ def _headline(name: str, entry: dict, rows: list[ComparisonRow], label: str) -> 
     base = next((row for row in group if row.role == "base"), None)
     for other in (base, fair_control(group, mine) if mine else None):
         if mine and other and other is not mine:
-            text += f", {difference_percent(mine, other):+.1f} % against {other.label}"
+            text += f", {difference_percent(mine, other):+.1f} % vs. {other.label}"
     return text + "."
 
 
 def _comparison(rows: list[ComparisonRow]) -> str:
-    """A table per data set; the first row of each is what the others are held against."""
+    """A table per data set; the other rows are compared with its first row."""
     if not rows:
         return ""
-    parts = ["## Compared", _who(rows)]
+    parts = ["## Comparison", _roles(rows)]
     for dataset in dict.fromkeys(row.dataset for row in rows):
         group = [row for row in rows if row.dataset == dataset]
         parts.append(f"On {cell(dataset)}:\n\n" + _comparison_table(group))
     if len({row.tokenizer_sha256 for row in rows}) > 1:
         parts.append(
-            "\\* Another tokenizer than the first row's: its loss and perplexity count other tokens and "
-            "may not be compared. Bits per byte may, and the difference in that row is in bits per byte."
+            "\\* This model has a different tokenizer from the first row. Loss and perplexity per token are not "
+            "comparable between tokenizers. Bits per byte are, so the differences in this row are in bits per byte."
         )
     else:
-        parts.append("All rows share one tokenizer, so losses and perplexities per token may be compared.")
+        parts.append("All models have the same tokenizer, so loss and perplexity per token are comparable.")
     if any(row.interval for row in rows):
         parts.append(
-            "The last column is the 95 % bootstrap interval, over documents, of the loss minus that of the first row: "
-            "where it holds zero, these documents do not tell the two apart."
+            "The last column is the 95 % confidence interval of the loss difference to the first row (bootstrap over "
+            "documents). If the interval contains zero, these documents show no clear difference."
         )
     return "\n\n".join(parts)
 
 
 ROLES = {
-    "base": "the model before anything was changed",
-    "patched": "RoPE removed, nothing trained since: the damage",
-    "trained": "RoPE removed, then trained (stage 1: the NoPE layers only; stage 2: everything)",
-    "control": "training with RoPE kept: what the training alone does to a model",
+    "base": "the original model",
+    "patched": "RoPE removed, no training",
+    "trained": "RoPE removed, then trained (by default, stage 1 trains the NoPE layers and stage 2 trains all layers)",
+    "control": "training with RoPE kept, which shows the effect of training alone",
 }
 
 
-def _who(rows: list[ComparisonRow]) -> str:
-    """A line for each role, with the models that have it."""
+def _roles(rows: list[ComparisonRow]) -> str:
+    """One line for each role, with the labels of its models."""
     lines = []
     for role, words in ROLES.items():
         labels = dict.fromkeys(row.label for row in rows if row.role == role)
@@ -177,14 +177,14 @@ def _comparison_table(group: list[ComparisonRow]) -> str:
         interval = "–" if row.interval is None else f"{row.interval[0]:+.4f} to {row.interval[1]:+.4f}{mark}"
         lines.append((row.label, *numbers, difference, interval))
     header = (
-        "model", "loss (nats/token)", "perplexity", "bits/byte", f"perplexity against {base.label}",
-        "loss difference, 95 %",
+        "model", "loss (nats/token)", "perplexity", "bits/byte", f"perplexity vs. {base.label}",
+        "loss difference (95 % CI)",
     )  # fmt: skip
     return table(header, lines)
 
 
 def milestones_table(results: dict, dataset: str) -> str:
-    """The milestones of a results file on one data set, as a plain aligned table for a terminal."""
+    """The compared models on one data set, as an aligned plain-text table for a terminal."""
     rows = [("model", "perplexity", "loss", "bits/byte")]
     for entry in results["milestones"]:
         scored = entry["datasets"][dataset]
@@ -226,7 +226,7 @@ def _datasets(results: dict) -> str:
         items = (f"- {cell(name)}: {cell(error)}" for name, error in results["not_compared"].items())
         parts.append("Not compared, because another model could not be scored:\n\n" + "\n".join(items))
     if any(entry["word_perplexity"] is None for entry in scored_datasets(results).values()):
-        parts.append("A dash: the text has so little white space that the number per word exceeds a float.")
+        parts.append("A dash means overflow: the text has too little white space to count words.")
     return "\n\n".join(parts)
 
 
@@ -241,14 +241,14 @@ def _plots(plots: list[Plot], directory: Path) -> str:
 
 
 def _notes(results: dict, rows: list[ComparisonRow]) -> str:
-    """What is known about such models and bears on these numbers."""
+    """Notes from the literature that help to interpret the numbers."""
     notes = [
         *_nope_notes(results["model"]["nope_layers"], bool(results.get("context_lengths"))),
         *_comparison_notes(rows),
     ]
     names = " ".join(results["datasets"]).lower()
     if "wikitext-2" in names.replace("wikitext2", "wikitext-2") and "wikitext-103" in names:
-        notes.append("WikiText-2 and WikiText-103 share their test set: these are not two results.")
+        notes.append("WikiText-2 and WikiText-103 share their test set, so these are not two independent results.")
     return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else ""
 
 
@@ -256,28 +256,28 @@ def _nope_notes(layers: list[int], measured: bool) -> list[str]:
     if not layers:
         return []
     ablation = (
-        f"needle accuracy at 4x and 8x the training length in {SWAN_GPT}'s ablation: interleaved .998 and "
-        ".957, grouped last .564 and .183, grouped first .113 and .044"
+        f"needle retrieval accuracy at 4x and 8x the training length in the ablation of {SWAN_GPT}: interleaved "
+        "0.998 and 0.957, grouped last 0.564 and 0.183, grouped first 0.113 and 0.044"
     )
     notes = [
-        "Perplexity cannot tell whether these layers really ignore positions: a checkpoint opened with RoPE "
-        "put back can score about the same (1.331 against 1.322 nats on a toy model). The NoPE probe in the "
-        "settings can."
+        "Perplexity does not show whether the NoPE layers really ignore positions. A checkpoint that is loaded with "
+        "RoPE in every layer can score about the same (1.331 vs. 1.322 nats on a toy model). The NoPE probe in the "
+        "settings tests this directly."
     ]
     if nope_pattern(layers) == "band":
         notes.append(
-            "The NoPE layers are one block. A late block alone hardly extrapolates beyond the training "
-            f"length ({ablation}). Good perplexity at that length says nothing about longer contexts; the interleaved "
-            "layout, `--no_rope_layers every:4`, is the one that extrapolates."
+            "The NoPE layers form one block. Models with one late block hardly extrapolate beyond the training length "
+            f"({ablation}). Good perplexity at the training length does not imply good perplexity at longer contexts. "
+            "The interleaved layout (`--no_rope_layers every:4`) extrapolates best."
         )
     if nope_pattern(layers) == "interleaved":
         notes.append(
-            f"The NoPE layers are interleaved, the layout that extrapolates ({ablation}). "
+            f"The NoPE layers are interleaved, the layout that extrapolates best ({ablation}). "
             + (
-                "Whether this model does, the table of context lengths says."
+                "The table of context lengths shows whether this model extrapolates."
                 if measured
-                else "The perplexity here was measured up to `max_length` only and does not show it "
-                "(`--context_lengths` would)."
+                else "Perplexity was measured up to `max_length` only, so this report does not show whether this "
+                "model extrapolates. Use `--context_lengths` to measure it."
             )
         )
     return notes
@@ -288,8 +288,8 @@ def _comparison_notes(rows: list[ComparisonRow]) -> list[str]:
     if not trained or all(row.role != "base" for row in rows) or fair_control(rows, trained[-1]):
         return []
     return [
-        "Training on more text changes the loss by itself. The control that separates this from the removal "
-        "of RoPE is the same training with RoPE kept: `--no_rope_layers none` and the same `--train_layers`."
+        "Further training changes the loss by itself. To separate this effect from the removal of RoPE, train a "
+        "control: the same training with RoPE kept (`--no_rope_layers none` and the same `--train_layers`)."
     ]
 
 

@@ -1,16 +1,19 @@
-"""The report's sections on what goes beyond perplexity: context lengths, passkey, recovery, lm-eval, samples.
+"""Sections of the report beyond perplexity: context lengths, passkey, recovery, lm-eval and samples.
 
-Each takes the results and gives Markdown, or '' where there is nothing to show.
+Each function takes the results and returns Markdown, or '' if there is nothing to show.
 """
 
 from flare.evaluation.report.markdown import cell, quoted, table
 from flare.evaluation.report.verdict import number
 
-CHANCE_NOTE = "A seven-digit number is not guessed: anything well above 0 % is retrieval."
+CHANCE_NOTE = (
+    "Guessing a seven-digit number has an accuracy of practically 0 %, so a clearly higher value shows retrieval.\n\n"
+    "First choice: every token of the number has the highest probability. Written: the generated text contains it."
+)
 
 
 def context_section(results: dict, models: list[dict]) -> str:
-    """Perplexity by context length, a column a model."""
+    """Perplexity by context length, with one column for each model."""
     parts = []
     for name, rows in (results.get("context_lengths") or {}).items():
         columns = {m["label"]: _by_length(m["context_lengths"].get(name)) for m in models}
@@ -20,9 +23,9 @@ def context_section(results: dict, models: list[dict]) -> str:
             for row in rows
         ]
         tokens, documents = rows[0]["num_tokens"], rows[0]["num_documents"]
-        which = f"the last {tokens // documents:,} of each of {documents:,} that hold the longest context"
+        which = f"the last {tokens // documents:,} of each of {documents:,} documents, which hold the longest context"
         parts.append(
-            f"On {cell(name)}, perplexity of the same {tokens:,} tokens in every row (documents: {which}):\n\n"
+            f"Perplexity on {cell(name)}. Every row scores the same {tokens:,} tokens ({which}):\n\n"
             + table(("context (tokens)", *columns), lines)
         )
     return "\n\n".join(["## Context length", *parts]) if parts else ""
@@ -33,7 +36,7 @@ def _by_length(rows: list[dict] | None) -> dict[int, float | None]:
 
 
 def passkey_section(models: list[dict]) -> str:
-    """Retrieval by length, mean over the depths, a line a model and length."""
+    """Passkey accuracy, mean over the depths, with one row for each model and length."""
     lines = []
     for model in models:
         rows = model["passkey"]
@@ -58,7 +61,7 @@ def passkey_section(models: list[dict]) -> str:
 
 
 def mean(values) -> float:
-    """Mean of some numbers."""
+    """Arithmetic mean."""
     values = list(values)
     return sum(values) / len(values)
 
@@ -68,29 +71,29 @@ def _percent(values: list[float | None]) -> str:
 
 
 def recovery_section(results: dict) -> str:
-    """What removing RoPE cost on the held-out rows of training, and what came back when."""
+    """Loss increase after removing RoPE on the held-out rows of training, and its recovery."""
     found = results.get("recovery")
     if not found:
         return ""
     rows = [
-        ("base (the same weights with RoPE everywhere)", f"{found['base_loss']:.4f}"),
+        ("base (the same weights with RoPE in every layer)", f"{found['base_loss']:.4f}"),
         ("RoPE removed, untrained", f"{found['untrained_loss']:.4f}"),
-        ("jump", f"{found['jump']:+.4f}"),
-        (f"after {found['total_tokens']:,} trained tokens", f"{found['final_loss']:.4f}"),
-        ("remains (below 0: better than the base)", f"{found['remaining']:+.4f}"),
+        ("loss increase", f"{found['jump']:+.4f}"),
+        (f"after {found['total_tokens']:,} tokens of training", f"{found['final_loss']:.4f}"),
+        ("difference to the base (negative: better)", f"{found['remaining']:+.4f}"),
     ]
     if found["won_back_percent"] is not None:
-        rows.append(("won back", f"{found['won_back_percent']:.1f} %"))
+        rows.append(("recovered", f"{found['won_back_percent']:.1f} %"))
         tokens = found["tokens_to_95_percent"]
-        rows.append(("tokens to 95 %", "not reached" if tokens is None else f"at most {tokens:,}"))
+        rows.append(("tokens until 95 % was recovered", "not reached" if tokens is None else f"at most {tokens:,}"))
     return (
-        "## Recovery\n\nLoss in nats per token on the documents that training held out, packed as in training; the "
-        f"curve is the first plot.\n\n{table(('measure', 'value'), rows)}"
+        "## Recovery\n\nLoss (nats per token) on the held-out documents of training, packed as in training. The first "
+        f"plot shows the curve.\n\n{table(('measure', 'value'), rows)}"
     )
 
 
 def lm_eval_section(results: dict) -> str:
-    """Metrics of lm-eval's tasks, as it names them."""
+    """Metrics of the lm-eval tasks, with the names of lm-eval."""
     found = results.get("lm_eval")
     if not found:
         return ""
@@ -115,15 +118,16 @@ def lm_eval_section(results: dict) -> str:
 
 
 def samples_section(results: dict) -> str:
-    """What the model writes, folded away."""
+    """Generated text, collapsed."""
     rows = results.get("samples")
     if not rows:
         return ""
     rates = [(s["prompt"], f"{s['greedy_repetition']:.2f}", f"{s['sampled_repetition']:.2f}") for s in rows]
     parts = [
         "## Samples",
-        "Repetition: share of 4-grams of tokens that have stood before in the same text; near 1 the model loops. "
-        "Greedy text of a base model loops easily; sampled text (temperature 0.8, top-p 0.95) should not.",
+        "Repetition rate: share of token 4-grams that occurred earlier in the same text. A rate near 1 means that the "
+        "model repeats itself. This is common for greedy text of base models, but not for sampled text (temperature "
+        "0.8, top-p 0.95).",
         table(("prompt", "greedy", "sampled"), rates),
     ]
     for s in rows:

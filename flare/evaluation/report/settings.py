@@ -1,13 +1,13 @@
-"""The report's last table: how the numbers were made."""
+"""The settings table of the report: model, protocol and environment."""
 
 from flare.evaluation.report.markdown import table
 from flare.nope.layers import format_layers
 
 
 def settings_section(results: dict) -> str:
-    """Model, protocol and machine, a line each, and the protocol in words."""
+    """A table of model, settings and environment, and a description of the protocol."""
     model, probe = results["model"], results["model"]["nope_probe"]
-    verdicts = {True: "as configured", False: "NOT as configured", None: "this architecture is not probed"}
+    verdicts = {True: "as configured", False: "NOT as configured", None: "not available for this architecture"}
     rows = [
         ("model", model["path"]),
         ("model type", model["model_type"]),
@@ -32,27 +32,27 @@ def settings_section(results: dict) -> str:
 
 
 def _protocol(settings: dict) -> str:
-    """The protocol in words."""
+    """A description of the protocol."""
     what = {
-        "document": "Protocol `document`: each document alone, behind the prefix token",
-        "concat": "Protocol `concat`: all documents in one sequence behind the prefix token, joined by the "
-        "end-of-text token, which is context and not scored",
+        "document": "Protocol `document`: each document is scored separately after the prefix token",
+        "concat": "Protocol `concat`: all documents are joined to one sequence after the prefix token, separated by the "
+        "end-of-text token, which is not scored",
     }
     if settings.get("stride"):
         how = "in windows of `max_length` tokens that move by `stride`"
     else:
         how = (
-            "in disjoint windows of `max_length` predicted tokens with one token of context, the last window filled "
-            "to the left"
+            "in disjoint windows of `max_length` scored tokens with one token of context; the last window is extended "
+            "to the left to full length"
         )
     same = ""
     if settings.get("protocol", "document") == "document" and not settings.get("stride"):
-        same = ", as by lm-eval's rolling log-likelihood"
+        same = ", as in the rolling log-likelihood of lm-eval"
     return f"{what[settings.get('protocol', 'document')]}, {how}. Every token is scored exactly once{same}."
 
 
 def _value(value: object) -> object:
-    """A setting as a table shows it."""
+    """A setting as text for the table."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if value is None or isinstance(value, bool):

@@ -1,6 +1,6 @@
-"""The results in TensorBoard: tables as text, curves by position and context length, the plots as images.
+"""Results in TensorBoard: tables as text, curves by position and context length, plots as images.
 
-One run for the evaluated model and one for each that it is compared with, so that their curves lie over each other.
+The evaluated model and each compared model have a run of their own, so that TensorBoard overlays their curves.
 """
 
 from pathlib import Path
@@ -17,22 +17,22 @@ SCALARS = (
     "lambada_accuracy", "lambada_perplexity",
 )  # fmt: skip
 EVENTS_SUFFIX = ".evaluation"
-"""Of the event files' names: training's curves may lie in the same directory, and are not ours to replace."""
+"""Suffix of the event files. Event files of training in the same directory are kept."""
 IMAGE_WIDTH = 850
-"""Pixels; TensorBoard cuts what is wider than its panel, here in a window of 1,250."""
+"""Pixels; TensorBoard crops images that are wider than its panel (in a window of 1,250 pixels)."""
 
 
 def write_tensorboard(results: dict, log_dir: Path | str, plots: list[Plot], label: str, report: str) -> None:
-    """Write event files in place of those of an evaluation before.
+    """Write event files; those of an earlier evaluation are deleted.
 
     Args:
-        results: of ``evaluation_results.json``. Tags are ``results/<data set>/<metric>``;
+        results: the content of evaluation_results.json. Tags are ``results/<data set>/<metric>``;
             ``by_position/<data set>`` has the position as its step, ``by_context/<data set>`` the context length.
-        plots: for the image tab. label: of the evaluated model.
-        report: the report's Markdown; what stands before its plots goes to the text tab.
+        plots: for the image tab. label: label of the evaluated model.
+        report: the report's Markdown; the part before its plots goes to the text tab.
     """
     for old in Path(log_dir).rglob(f"events.out.tfevents.*{EVENTS_SUFFIX}"):
-        old.unlink(missing_ok=True)  # another evaluation may be at it
+        old.unlink(missing_ok=True)  # another evaluation may delete it at the same time
     with _writer(Path(log_dir)) as writer:
         _write_scores(writer, scored_datasets(results), results.get("context_lengths") or {})
         for name, entry in scored_datasets(results).items():

@@ -46,12 +46,12 @@ def verify_endpoint(
     model = served_model_name or server.only_model()
     nll = [server.prompt_nll(model, tokens) for tokens in canary.sequences]
     if all(row is not None for row in nll):
-        return canary.judge_nll(nll, SERVER)
+        return canary.classify_nll(nll, SERVER)
     top = [
         [{"logprobs": server.next_logprobs(model, tokens[: position + 1])} for position in canary.top_positions]
         for tokens in canary.sequences
     ]
-    return canary.judge_top(top, SERVER)
+    return canary.classify_top(top, SERVER)
 
 
 class Server:

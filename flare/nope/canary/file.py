@@ -23,7 +23,7 @@ ROPE_EVERYWHERE = "RoPE everywhere"
 NEITHER = "neither"
 UNDECIDABLE = "undecidable"
 
-WAY_OUT = f"put the true config.json back, or remove {CANARY_FILE} if the model was changed on purpose"
+HOW_TO_FIX = f"put the true config.json back, or remove {CANARY_FILE} if the model was changed on purpose"
 
 FP32_NOISE_NATS = 1e-3
 """References that lie nearer to each other than this are the same to every measurement. A guess on the safe side for
@@ -76,7 +76,7 @@ class Verdict:
         )
 
 
-def judge(measured: list[float], true: list[float], rope: list[float], limits: Limits) -> Verdict:
+def classify(measured: list[float], true: list[float], rope: list[float], limits: Limits) -> Verdict:
     """Which of two references a measurement is, all three aligned lists of log-probabilities in nats.
 
     A reference is taken when the measurement lies within a third of the references' separation from it: by the
@@ -139,15 +139,15 @@ class Canary:
     def separation_nats(self) -> float:
         return _distance(self.true_model.flat_nll(), self.rope_everywhere.flat_nll())
 
-    def judge_nll(self, nll: list[list[float]], limits: Limits) -> Verdict:
+    def classify_nll(self, nll: list[list[float]], limits: Limits) -> Verdict:
         """The verdict on per-token NLLs (S x (T - 1), nats)."""
         flat = [value for row in nll for value in row]
-        return judge(flat, self.true_model.flat_nll(), self.rope_everywhere.flat_nll(), limits)
+        return classify(flat, self.true_model.flat_nll(), self.rope_everywhere.flat_nll(), limits)
 
-    def judge_top(self, top: list[list[dict]], limits: Limits) -> Verdict:
+    def classify_top(self, top: list[list[dict]], limits: Limits) -> Verdict:
         """The verdict on top log-probabilities alone, compared by rank."""
         measured = Scores([], top)
-        return judge(measured.flat_top(), self.true_model.flat_top(), self.rope_everywhere.flat_top(), limits)
+        return classify(measured.flat_top(), self.true_model.flat_top(), self.rope_everywhere.flat_top(), limits)
 
     def as_dict(self) -> dict:
         """The file's content. Numbers are rounded to 1e-6 nats already."""
@@ -209,7 +209,7 @@ def check_recorded_layers(directory: Path, nope_layers: list[int]) -> None:
     if recorded != sorted(nope_layers):
         raise CheckpointError(
             f"config.json of {directory} names NoPE layers {format_layers(nope_layers)}, its {CANARY_FILE} "
-            f"{format_layers(recorded)}; {WAY_OUT}"
+            f"{format_layers(recorded)}; {HOW_TO_FIX}"
         )
 
 

@@ -20,11 +20,11 @@ from flare.errors import CheckpointError
 from flare.files import write_json
 from flare.nope.canary.file import (
     CANARY_FILE,
+    HOW_TO_FIX,
     LOCAL,
     NEITHER,
     ROPE_EVERYWHERE,
     TOP_K,
-    WAY_OUT,
     Canary,
     Scores,
     Verdict,
@@ -111,10 +111,10 @@ def check_canary(model: PreTrainedModel, directory: Path) -> Verdict:
     canary = read_canary(directory)
     if max(map(max, canary.sequences)) >= model.get_input_embeddings().num_embeddings:
         return Verdict(NEITHER, math.inf, math.inf, canary.separation_nats, 0)
-    return canary.judge_nll(score(model, canary.sequences, canary.top_positions).nll, LOCAL)
+    return canary.classify_nll(score(model, canary.sequences, canary.top_positions).nll, LOCAL)
 
 
-def hold_to_canary(model: PreTrainedModel, directory: Path) -> Verdict | None:
+def check_against_canary(model: PreTrainedModel, directory: Path) -> Verdict | None:
     """Refuse a model that is not the one of its directory's canary: layers, theta or weights that were edited.
 
     Args:
@@ -127,7 +127,7 @@ def hold_to_canary(model: PreTrainedModel, directory: Path) -> Verdict | None:
         return None
     verdict = check_canary(model, directory)
     if verdict.what in (ROPE_EVERYWHERE, NEITHER):
-        raise CheckpointError(f"{directory} is not the model of its {CANARY_FILE}: {verdict}; {WAY_OUT}")
+        raise CheckpointError(f"{directory} is not the model of its {CANARY_FILE}: {verdict}; {HOW_TO_FIX}")
     return verdict
 
 

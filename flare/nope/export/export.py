@@ -9,7 +9,7 @@ from flare.nope.config_json import family_of, is_export, nope_layers_of, with_no
 from flare.nope.export.bit_equality import Comparison, compare_with_export
 from flare.nope.export.model_card import export_card
 from flare.nope.export.native import from_native, to_native
-from flare.nope.staging import copy_companions, new_directory
+from flare.nope.staging import copy_other_files, new_directory
 from flare.nope.tensor_names import o_proj_biases, query_tensors, tensor_names
 from flare.nope.weight_files import Change, check_weights, transfer_weights
 
@@ -32,7 +32,7 @@ def export_native(source: Path, target: Path) -> tuple[dict, Comparison]:
     with new_directory(target, source) as part:
         # Servers want safetensors; a .bin file is rewritten even where no tensor changes.
         transfer_weights(source, part, Change(zeros=tuple(zeros)), to_safetensors=True)
-        copy_companions(source, part)
+        copy_other_files(source, part)
         copy_canary(source, part)  # the same weights, the same numbers
         write_config(native, part)
         compared = compare_with_export(source, part, nope_layers_of(native))
@@ -63,6 +63,6 @@ def restore_rope(source: Path, target: Path) -> dict:
     )
     with new_directory(target, source) as part:
         transfer_weights(source, part, change)
-        copy_companions(source, part)
+        copy_other_files(source, part)
         write_config(plain, part)
     return plain

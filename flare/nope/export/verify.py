@@ -40,11 +40,11 @@ def verify_directory(directory: Path) -> list[str]:
     Raises: CheckpointError for weights that do not fit, layers that are not what config.json says, or a model that is
         not the one of its canary.
     """
-    from flare.nope.canary.measure import hold_to_canary  # here, not above: --inspect needs no torch
+    from flare.nope.canary.measure import check_against_canary  # here, not above: --inspect needs no torch
     from flare.nope.load import load_causal_lm
 
     layers = model_facts(directory)["NoPE layers"]
     model = load_causal_lm(directory)  # runs the probe
     lines = [f"NoPE layers found: {layers}, as config.json says (structural probe)"]
-    verdict = hold_to_canary(model, directory)
+    verdict = check_against_canary(model, directory)
     return [*lines, f"{CANARY_FILE}: {verdict}"] if verdict else lines
