@@ -17,10 +17,10 @@ from flare.data.streaming import pieces as pieces_module
 from flare.data.streaming.blocks import Block
 from flare.data.streaming.held_out import survey
 from flare.data.streaming.lanes import Lane
-from flare.data.streaming.messages import Job, Order
+from flare.data.streaming.messages import ProducerConfig, WorkerConfig
 from flare.data.streaming.pieces import streamed_pieces
 from flare.data.streaming.position import MAX_LANES, Cursor, Place, lane_pieces
-from flare.data.streaming.producer import Merge
+from flare.data.streaming.producer import LaneMerger
 from flare.data.streaming.worker import OpenPiece
 from flare.data.token_cache import encode
 from flare.data.token_cache.cache import TokenSettings
@@ -66,35 +66,35 @@ def corpus(num_pieces: int, seed: int, bad: float = 0.0) -> list[Piece]:
     return found
 
 
-def order_of(pieces: list[Piece], directory: Path, place: Place | None = None, **changes: object) -> Order:
+def config_of(pieces: list[Piece], directory: Path, place: Place | None = None, **changes: object) -> ProducerConfig:
     directory.mkdir(parents=True, exist_ok=True)
     facts = {
-        "job": Job({}, pieces, [None] * len(pieces), 0), "place": place or Place.start(len(pieces)),
+        "worker_config": WorkerConfig({}, pieces, [None] * len(pieces), 0), "place": place or Place.start(len(pieces)),
         "directory": directory, "dtype": ENCODER.dtype, "seed": 5, "seq_len": SEQ_LEN, "block_rows": 6,
         "step_rows": 1, "max_bad_rows": 0.5, "total_rows": None, "num_workers": 1,
     }  # fmt: skip
-    return Order(**facts | changes)
+    return ProducerConfig(**facts | changes)
 
 
-class Producing:
-    """What the producer does, in one process: lanes are answered in a random order."""
+class InProcessProducer:
+    """What the producer does, in one process: lanes are served in a random order."""
 
-    def __init__(self, order: Order, seed: int) -> None:
-        self.order, self.rng = order, random.Random(seed)
-        pieces = len(order.job.pieces)
-        self.lanes = [Lane(n, order.seed, pieces, order.place) for n in range(len(order.place.cursors))]
-        self.merge = Merge(order, self.lanes)
+    def __init__(self, config: ProducerConfig, seed: int) -> None:
+        self.config, self.rng = config, random.Random(seed)
+        pieces = len(config.worker_config.pieces)
+        self.lanes = [Lane(n, config.seed, pieces, config.place) for n in range(len(config.place.cursors))]
+        self.merger = LaneMerger(config, self.lanes)
 
     def make(self, last_block: int) -> list[Block]:
         """All blocks up to this number."""
-        while self.merge.place.block <= last_block:
-            if self.merge.step(may_begin=True):
+        while self.merger.place.block <= last_block:
+            if self.merger.advance(may_start_block=True):
                 continue
-            lane = self.rng.choice([lane for lane in self.lanes if lane.wants_more])
-            _, number, row = lane.question()
-            lane.answered(OpenPiece(self.order.job, ENCODER, number, row).segment())
-        numbers = range(self.order.place.block, last_block + 1)
-        return [Block(self.order.directory / f"{number:08d}", END) for number in numbers]
+            lane = self.rng.choice([lane for lane in self.lanes if lane.needs_request])
+            _, number, row = lane.next_request()
+            lane.receive_segment(OpenPiece(self.config.worker_config, ENCODER, number, row).segment())
+        numbers = range(self.config.place.block, last_block + 1)
+        return [Block(self.config.directory / f"{number:08d}", END) for number in numbers]
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def by_epoch(blocks: list[Block]) -> dict[int, list[Block]]:
 def test_every_document_once_an_epoch_and_epochs_differ(tmp_path: Path, num_pieces: int) -> None:
     pieces = corpus(num_pieces, seed=num_pieces)
     expected = [(*map(int, text.split()), END) for piece in pieces for text in piece.values]
-    blocks = Producing(order_of(pieces, tmp_path), 0).make(80)
+    blocks = InProcessProducer(config_of(pieces, tmp_path), 0).make(80)
     epochs = by_epoch(blocks)
     whole = [epochs[n] for n in range(2)] if len(epochs) > 2 else [epochs[0]]
     for made in whole:
@@ -142,7 +142,7 @@ def test_every_document_once_an_epoch_and_epochs_differ(tmp_path: Path, num_piec
 def test_documents_of_the_tail_are_the_only_ones_missing(tmp_path: Path) -> None:
     """By hand: one piece of three documents, 13 tokens; one row of 7 and its last label; 5 tokens fill no row."""
     pieces = [Texts(["1 2 3 4", "5 6 7", "8 9 10"])]
-    first, second = Producing(order_of(pieces, tmp_path), 0).make(1)
+    first, second = InProcessProducer(config_of(pieces, tmp_path), 0).make(1)
     assert first.tokens.tolist() == [1, 2, 3, 4, END, 5, 6, 7]
     assert first.offsets.tolist() == [0, 5, 8]
     assert (first.num_rows, first.place.epoch, first.end.epoch, first.end.first_row) == (1, 0, 1, 1)
@@ -156,7 +156,7 @@ def test_order_does_not_depend_on_which_worker_is_faster(
 ) -> None:
     pieces = [*corpus(num_pieces, seed, bad), Texts(["1 2 3 4 5 6 7 8"] * 2)]
     runs = [
-        Producing(order_of(pieces, tmp_path_factory.mktemp("run") / str(n), max_bad_rows=1.0), n).make(12)
+        InProcessProducer(config_of(pieces, tmp_path_factory.mktemp("run") / str(n), max_bad_rows=1.0), n).make(12)
         for n in range(2)
     ]
     assert [contents(block) for block in runs[0]] == [contents(block) for block in runs[1]]
@@ -169,13 +169,13 @@ def test_any_block_can_be_gone_on_from(
 ) -> None:
     """From the record of its place, written as JSON and read again, to the same bytes and counts."""
     pieces = [*corpus(num_pieces, seed, bad), Texts(["1 2 3 4 5 6 7 8"] * 2)]
-    whole = Producing(order_of(pieces, tmp_path_factory.mktemp("whole"), max_bad_rows=1.0), 0).make(12)
+    whole = InProcessProducer(config_of(pieces, tmp_path_factory.mktemp("whole"), max_bad_rows=1.0), 0).make(12)
     for start in range(1, 12, 3):
         for recorded in (whole[start].place, whole[start - 1].end):  # between them, an epoch's tail may be left out
             place = Place.from_json(json.loads(json.dumps(recorded.to_json())))
             assert place == recorded
             directory = tmp_path_factory.mktemp("again")
-            again = Producing(order_of(pieces, directory, place, max_bad_rows=1.0), 7).make(12)
+            again = InProcessProducer(config_of(pieces, directory, place, max_bad_rows=1.0), 7).make(12)
             assert [contents(block) for block in again] == [contents(block) for block in whole[start:]]
 
 
@@ -195,9 +195,10 @@ def test_held_out_documents_are_left_out_and_limits_kept(tmp_path: Path) -> None
 
     texts = [f"{n} {n} {n}" for n in range(100, 200)]
     below = sorted(map(text_hash, texts))[40]
-    order = order_of([Texts(texts)], tmp_path, block_rows=1000)
-    job = Job({}, order.job.pieces, [50], below)
-    (block,) = Producing(order_of([], tmp_path, Place.start(1), job=job, block_rows=1000), 0).make(0)
+    config = config_of([Texts(texts)], tmp_path, block_rows=1000)
+    worker_config = WorkerConfig({}, config.worker_config.pieces, [50], below)
+    config = config_of([], tmp_path, Place.start(1), worker_config=worker_config, block_rows=1000)
+    (block,) = InProcessProducer(config, 0).make(0)
     found = {document[0] for document in documents_of([block])}
     expected = {int(text.split()[0]) for text in texts[:50] if text_hash(text) >= below}
     assert found <= expected
@@ -212,14 +213,14 @@ def test_too_many_bad_rows_are_an_error_at_the_end_of_the_epoch(tmp_path: Path) 
     with pytest.raises(
         DataError, match=r"16 of 32 rows hold no usable text \(row 1 is null; row 2 is null\); limit is 40"
     ):
-        Producing(order_of(pieces, tmp_path, max_bad_rows=0.4), 0).make(9)
+        InProcessProducer(config_of(pieces, tmp_path, max_bad_rows=0.4), 0).make(9)
     assert len(list(tmp_path.glob("0*"))) >= 1  # rows were given before that was certain
 
 
 def test_too_many_bad_rows_are_an_error_at_once_when_the_size_is_known(tmp_path: Path) -> None:
     pieces = [Texts([None] * 3 + ["1 2 3 4 5"] * 97)]
     with pytest.raises(DataError, match="3 of 100 rows"):
-        Producing(order_of(pieces, tmp_path, max_bad_rows=0.02, total_rows=100), 0).make(9)
+        InProcessProducer(config_of(pieces, tmp_path, max_bad_rows=0.02, total_rows=100), 0).make(9)
     assert list(tmp_path.glob("0*")) == []
 
 
@@ -227,12 +228,12 @@ def test_more_bad_rows_than_ten_thousand_may_hold_are_an_error_at_once(tmp_path:
     """Whatever comes behind them: an epoch of this data has no end that a test could wait for."""
     pieces = [Texts([None] * 11 + ["1 2 3 4 5"] * 50_000)]
     with pytest.raises(DataError, match=r"11 of \d\d rows hold no usable text"):
-        Producing(order_of(pieces, tmp_path, max_bad_rows=0.001), 0).make(0)
+        InProcessProducer(config_of(pieces, tmp_path, max_bad_rows=0.001), 0).make(0)
 
 
 def test_bad_rows_at_the_beginning_say_little_of_the_rest(tmp_path: Path) -> None:
     pieces = [Texts([None] * 10 + ["1 2 3 4 5"] * 10_000)]
-    assert len(Producing(order_of(pieces, tmp_path, max_bad_rows=0.001), 0).make(40)) == 41
+    assert len(InProcessProducer(config_of(pieces, tmp_path, max_bad_rows=0.001), 0).make(40)) == 41
 
 
 def test_a_survey_ends_at_too_many_bad_rows(tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def test_a_survey_ends_at_too_many_bad_rows(tmp_path: Path) -> None:
 
 def test_an_epoch_of_fewer_rows_than_a_step_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the data gives 24 training tokens in an epoch, one step needs 29"):
-        Producing(order_of([Texts(["1 2 3 4 5"] * 4)], tmp_path, step_rows=4), 0).make(0)
+        InProcessProducer(config_of([Texts(["1 2 3 4 5"] * 4)], tmp_path, step_rows=4), 0).make(0)
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------

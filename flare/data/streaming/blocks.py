@@ -1,9 +1,9 @@
-"""A block: consecutive rows of a stream, in a directory of its own that is whole or absent.
+"""A block: consecutive rows of a stream, in a directory of its own that is created atomically.
 
     tokens.bin    rows * T + 1 tokens        starts.npy   where documents begin in them, int64, the first one at 0
-    meta.json     first row, number of rows, and the place before and behind it, written last
+    meta.json     first row, number of rows, the place where the block begins and where the next one does
 
-Its last token is also the next block's first one, since it is the last row's last label.
+The last token of a block is also the first token of the next one, because it is the label of the last position.
 """
 
 import json
@@ -19,7 +19,7 @@ from flare.data.streaming.position import Place
 
 @dataclass
 class Block:
-    """A finished block, memory-mapped. Rows are read from it as from a token cache: see ``PackedRows``."""
+    """A finished block, memory-mapped. ``PackedRows`` reads rows from it as from a token cache."""
 
     directory: Path
     end_of_text_id: int
@@ -41,40 +41,40 @@ class BlockWriter:
     """Writes one block as tokens come in.
 
     Args:
-        directory: of all blocks. most_rows: it is full with them.
+        directory: of all blocks. max_rows: rows of a full block.
     """
 
-    def __init__(self, directory: Path, place: Place, dtype: np.dtype, seq_len: int, most_rows: int) -> None:
+    def __init__(self, directory: Path, place: Place, dtype: np.dtype, seq_len: int, max_rows: int) -> None:
         self.directory = directory / f"{place.block:08d}"
         self.temporary = directory / f".{place.block:08d}.tmp"
         self.place, self.dtype, self.seq_len = place, dtype, seq_len
-        self.most_tokens = most_rows * seq_len + 1
+        self.max_tokens = max_rows * seq_len + 1
         self.num_tokens = 0
         self.starts = array("q", [0])
         self.temporary.mkdir()
         self.file = open(self.temporary / "tokens.bin", "wb")  # noqa: SIM115 (open as long as the block is)
 
     @property
-    def room(self) -> int:
-        return self.most_tokens - self.num_tokens
+    def free_tokens(self) -> int:
+        return self.max_tokens - self.num_tokens
 
     @property
     def num_rows(self) -> int:
         return max(self.num_tokens - 1, 0) // self.seq_len
 
     def append(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """Tokens of the stream, and where documents start in them."""
-        assert len(tokens) <= self.room
+        """Append tokens. ``starts``: the indices in them at which documents start."""
+        assert len(tokens) <= self.free_tokens
         self.file.write(tokens.tobytes())
         begin = self.num_tokens
         self.starts.extend((starts + begin)[starts + begin > 0].tolist())
         self.num_tokens += len(tokens)
 
     def finish(self, end: Place, num_pieces: int) -> None:
-        """Make the block, of the full rows, whole and visible; there must be one.
+        """Publish the block with its full rows, at least one. A rename makes it visible atomically.
 
         Args:
-            end: the place behind it, from which the next block is made.
+            end: the place where the next block begins.
         """
         kept = self.num_rows * self.seq_len + 1
         self.file.flush()
@@ -93,6 +93,6 @@ class BlockWriter:
         self.temporary.rename(self.directory)
 
     def discard(self) -> None:
-        """Leave nothing of an unfinished block."""
+        """Delete an unfinished block."""
         self.file.close()
         shutil.rmtree(self.temporary)

@@ -1,7 +1,7 @@
-"""What must be known of a streamed corpus before its first row: the held-out documents, and where it is to end.
+"""The survey of a streamed corpus, before its first row: the held-out documents, and the end of ``--dataset_size``.
 
-One reading of its first rows, in the order of the data, that tokenises nothing but what is held out. The result
-is kept in ``--cache_dir``; a second start, or another rank of the host, finds it there.
+It reads the first rows in the order of the data and tokenizes only held-out documents. The result is kept in
+``--cache_dir``, where a later start and the other ranks of the host find it.
 """
 
 import fcntl
@@ -25,16 +25,16 @@ from flare.files import write_json
 from flare.logs import log
 
 FORMAT_VERSION = 2
-HELD_OUT_DOCUMENTS = 128
-"""Documents to evaluate on; of those that are held out, the first ones. At 0.1 % that is reading some 130,000."""
-SURVEYED_ROWS = 1_000_000
-"""Rows read at most to find them, where ``--dataset_size`` does not ask for more."""
+MAX_HELD_OUT_DOCUMENTS = 128
+"""The first held-out documents are evaluated on. At 0.1 % the survey reads about 130,000 documents to find them."""
+MAX_SURVEYED_ROWS = 1_000_000
+"""Maximum number of rows read to find them, unless ``--dataset_size`` is larger."""
 
 
 class StreamedCorpus:
     """A corpus that is streamed: its pieces, and what the survey found.
 
-    It has what a ``Corpus`` has as far as a run's log and identity ask for it. ``held_out`` is a token cache.
+    It has the attributes of a ``Corpus`` that the log and the identity of a run read. ``held_out`` is a token cache.
     """
 
     def __init__(self, source: Source, tokenizer: object, held_out: TokenCache, settings: TokenSettings) -> None:
@@ -66,7 +66,7 @@ class StreamedCorpus:
 def open_streamed(
     source: Source, tokenizer: object, cache_dir: Path, settings: TokenSettings, percentage: float
 ) -> StreamedCorpus:
-    """Survey a corpus, unless that was done before. One process reads while others wait on the lock.
+    """Survey a corpus, unless the result exists. One process reads while the others wait for its lock.
 
     Raises: ConfigError for a tokenizer in Python or a --cache_dir that cannot be made; DataError for too many bad
     rows or too few documents.
@@ -93,8 +93,8 @@ def open_streamed(
 
 
 @dataclass
-class Found:
-    """What a survey found.
+class SurveyResult:
+    """The result of a survey.
 
     ``below``: documents whose hash is lower are held out. ``texts``: the first of them.
     ``limits``: rows to take of each piece when ``--dataset_size`` cuts the corpus, else None.
@@ -107,44 +107,44 @@ class Found:
     bad: BadRows = field(default_factory=BadRows)
     limits: list[int] | None = None
     lowest: tuple[int, str] | None = None
-    second_lowest: int | None = None
-    is_whole: bool = False
+    second_lowest_hash: int | None = None
+    is_complete: bool = False
 
     def add(self, text: str) -> None:
         """A document."""
         number = text_hash(text)
         self.documents += 1
-        if number < self.below and len(self.texts) < HELD_OUT_DOCUMENTS:
+        if number < self.below and len(self.texts) < MAX_HELD_OUT_DOCUMENTS:
             self.texts.append(text)
         if self.lowest is None or number < self.lowest[0]:
-            self.second_lowest = self.lowest and self.lowest[0]
+            self.second_lowest_hash = self.lowest and self.lowest[0]
             self.lowest = number, text
-        elif number > self.lowest[0] and (self.second_lowest is None or number < self.second_lowest):
-            self.second_lowest = number
+        elif number > self.lowest[0] and (self.second_lowest_hash is None or number < self.second_lowest_hash):
+            self.second_lowest_hash = number
 
 
-def survey(pieces: list[Piece], settings: TokenSettings, percentage: float) -> Found:
+def survey(pieces: list[Piece], settings: TokenSettings, percentage: float) -> SurveyResult:
     """Read the first rows of a corpus: all of ``--dataset_size``, or until enough documents are held out.
 
     Raises: DataError for too many bad rows among them, or fewer than two different documents.
     """
-    found = Found(below=int(min(percentage / 100 * 2**64, 2**64 - 1)))
+    found = SurveyResult(below=int(min(percentage / 100 * 2**64, 2**64 - 1)))
     size, limits = settings.dataset_size, []
     for piece in pieces:
         before = found.rows
         for text in usable_texts(_counted(piece, found, settings), found.bad):
             found.add(text)
-            if size is None and (len(found.texts) == HELD_OUT_DOCUMENTS or found.rows >= SURVEYED_ROWS):
-                return _settled(found, settings)
+            if size is None and (len(found.texts) == MAX_HELD_OUT_DOCUMENTS or found.rows >= MAX_SURVEYED_ROWS):
+                return _finish_survey(found, settings)
         limits.append(found.rows - before)
         if size is not None and found.rows >= size:
             break
-    found.is_whole = True
+    found.is_complete = True
     found.limits = limits if size is not None else None
-    return _settled(found, settings)
+    return _finish_survey(found, settings)
 
 
-def _counted(piece: Piece, found: Found, settings: TokenSettings) -> Iterator:
+def _counted(piece: Piece, found: SurveyResult, settings: TokenSettings) -> Iterator:
     """The piece's rows up to ``--dataset_size``. Raises: DataError when too many of those before are bad."""
     size = settings.dataset_size
     for row in islice(read_rows(piece), None if size is None else size - found.rows):
@@ -154,21 +154,21 @@ def _counted(piece: Piece, found: Found, settings: TokenSettings) -> Iterator:
         yield row
 
 
-def _settled(found: Found, settings: TokenSettings) -> Found:
+def _finish_survey(found: SurveyResult, settings: TokenSettings) -> SurveyResult:
     """At least one document on each side, as ``split_documents`` has it."""
-    if found.is_whole:
+    if found.is_complete:
         check_bad_rows(found.bad, found.documents, settings.max_bad_rows)
     if not found.documents:
         raise DataError(f"the data holds no usable document ({found.bad.count} rows without text)")
     number, text = found.lowest
-    if found.second_lowest is None:
+    if found.second_lowest_hash is None:
         raise DataError(SINGLE_DOCUMENT)
     if not found.texts or len(found.texts) == found.documents:
         found.below, found.texts = number + 1, [text]
     return found
 
 
-def write_held_out(found: Found, encoder: Encoder, tokenizer: object, directory: Path, key: dict) -> None:
+def write_held_out(found: SurveyResult, encoder: Encoder, tokenizer: object, directory: Path, key: dict) -> None:
     """Tokenise the held-out documents and put them into a token cache of their own."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

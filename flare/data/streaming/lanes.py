@@ -1,4 +1,4 @@
-"""The lanes of a stream as the producer sees them: what is asked of workers next, and what they have answered."""
+"""The lanes of a stream in the producer: which segment to request next, and the queue of received segments."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from flare.data.sources.documents import BadRows
 from flare.data.streaming.messages import Segment
 from flare.data.streaming.position import Cursor, Place, lane_pieces
 
-QUEUED_SEGMENTS = 2
-"""Segments that a lane has ready at most, some 2 MB each."""
+MAX_QUEUED_SEGMENTS = 2
+"""Maximum number of segments in the queue of a lane, about 2 MB each."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """What a lane gives next: a segment, or (``tokens`` None) the news that it is through in this epoch.
+class LaneItem:
+    """An entry of a lane's queue: a segment, or the end of the lane in this epoch (``tokens`` is None).
 
-    ``end``: where the lane's next item begins. ``rows``, ``bad``: rows of the data since the item before.
+    ``end``: where the next item of the lane begins. ``rows``, ``bad``: rows of the data since the previous item.
     """
 
     tokens: np.ndarray | None
@@ -28,45 +28,45 @@ class Item:
 
 
 class Lane:
-    """One lane: it runs ahead over pieces and epochs as far as its queue has room."""
+    """One lane. It continues over pieces and epochs until its queue is full."""
 
     def __init__(self, number: int, seed: int, num_pieces: int, place: Place) -> None:
         self.number, self.seed, self.num_pieces = number, seed, num_pieces
         self.used = place.cursors[number]
-        self.queue: deque[Item] = deque()
-        self.is_asked = False
+        self.queue: deque[LaneItem] = deque()
+        self.is_waiting = False
         self.epoch = place.epoch + (self.used is None)
         self.next = self.used or Cursor()
         self.pieces = lane_pieces(seed, self.epoch, num_pieces, number)
-        self._forget()
+        self._reset_counts()
 
-    def _forget(self) -> None:
+    def _reset_counts(self) -> None:
         self.rows, self.bad = 0, BadRows()
 
     @property
-    def wants_more(self) -> bool:
-        return not self.is_asked and len(self.queue) < QUEUED_SEGMENTS
+    def needs_request(self) -> bool:
+        return not self.is_waiting and len(self.queue) < MAX_QUEUED_SEGMENTS
 
-    def question(self) -> tuple[int, int, int]:
+    def next_request(self) -> tuple[int, int, int]:
         """(lane, piece, row) of the next segment."""
-        self.is_asked = True
+        self.is_waiting = True
         return self.number, self.pieces[self.next.index], self.next.row
 
-    def answered(self, segment: Segment) -> None:
-        """Queue a segment; at the end of a piece go on to the next one, and at the last one's to the next epoch."""
-        self.is_asked = False
+    def receive_segment(self, segment: Segment) -> None:
+        """Enqueue a segment. After the last segment of a piece the next piece follows, then the next epoch."""
+        self.is_waiting = False
         self.rows += segment.rows
         self.bad.extend(segment.bad)
         if not segment.ended:
             self.next = Cursor(self.next.index, segment.next_row)
-            self._put(segment.tokens, segment.starts, self.next)
+            self._enqueue(segment.tokens, segment.starts, self.next)
         elif self.next.index + 1 < len(self.pieces):
             self.next = Cursor(self.next.index + 1, 0)
         else:
-            self._put(None, segment.starts, None)
+            self._enqueue(None, segment.starts, None)
             self.epoch, self.next = self.epoch + 1, Cursor()
             self.pieces = lane_pieces(self.seed, self.epoch, self.num_pieces, self.number)
 
-    def _put(self, tokens: np.ndarray | None, starts: np.ndarray, end: Cursor | None) -> None:
-        self.queue.append(Item(tokens, starts, end, self.rows, self.bad))
-        self._forget()
+    def _enqueue(self, tokens: np.ndarray | None, starts: np.ndarray, end: Cursor | None) -> None:
+        self.queue.append(LaneItem(tokens, starts, end, self.rows, self.bad))
+        self._reset_counts()

@@ -1,5 +1,7 @@
-"""What the processes of a stream tell each other. A module of its own: what is defined in the module that a process
-runs cannot be unpickled by another one."""
+"""Messages between the processes of a stream.
+
+They have a module of their own because another process cannot unpickle a class of the module ``__main__``.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,9 @@ from flare.data.sources.base import Piece
 from flare.data.sources.documents import BadRows
 from flare.data.streaming.position import Place
 
-WINDOW_BLOCKS = 3
-"""Full blocks on disk at most, one that is being made among them: a step's rows may lie in three (the end of one, a
-short one at the end of an epoch, the beginning of a third)."""
+MAX_FULL_BLOCKS = 3
+"""Maximum number of full blocks on disk, including the one that is being written. The rows of a step can be in three
+blocks: the end of one, a short one at the end of an epoch, the beginning of the third."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Segment:
 
     Args:
         tokens: of all documents, each with its end-of-text token. starts: where each document begins in them.
-        next_row: the first row of the piece behind it. ended: the piece holds no text behind it; tokens is empty.
-        rows, bad: rows that it covers, and those without text.
+        next_row: the row of the piece that follows. ended: the piece has no more text; tokens is empty.
+        rows, bad: number of rows read, and those without text.
     """
 
     tokens: np.ndarray
@@ -34,11 +36,11 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all workers of a stream are told at first.
+class WorkerConfig:
+    """The first message to each worker.
 
     Args:
-        encoder: ``Encoder.to_message``. limits: of each piece, its most rows, None for all.
+        encoder: ``Encoder.to_message``. limits: maximum number of rows of each piece, None for all.
         held_out_below: documents whose hash is lower are for evaluation, and not tokenised here.
     """
 
@@ -49,16 +51,16 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the first rank of a host asks for.
+class ProducerConfig:
+    """The first message to a producer, from the first rank of its host.
 
     Args:
         directory: of the blocks. dtype: of their tokens.
-        block_rows: rows of a full block. step_rows: an epoch must have so many.
-        total_rows: of the data in an epoch, where ``--dataset_size`` says how many.
+        block_rows: rows of a full block. step_rows: rows of an optimizer step; an epoch must have at least as many.
+        total_rows: rows of the data in an epoch if ``--dataset_size`` is given, else None.
     """
 
-    job: Job
+    worker_config: WorkerConfig
     place: Place
     directory: Path
     dtype: np.dtype

@@ -1,7 +1,7 @@
-"""Several data sets streamed at once: each is a stream of its own, and weights say whose turn a position is.
+"""Several data sets streamed at once: each is a stream of its own. The weights decide which set a position belongs to.
 
-How many rows of a set lie before a position is known without walking there (``flare.data.mixture``), so each stream is
-read by positions of its own, and a checkpoint records the place of every one.
+``flare.data.mixture`` computes the number of rows of a set before a position. So each stream is read by its own
+positions, and a checkpoint records the place of every stream.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ class MixedStreams(TrainRows):
 
     def __init__(self, mixture: StreamedMixture, settings: StreamSettings) -> None:
         self.names, self.turns = mixture.names, Turns(mixture.counts)
-        self.begun: list[dict | None] = []
+        self.recorded_sets: list[dict | None] = []
         self.share = self.turns.counts / self.turns.block
         self.streams = [
             StreamedRows(corpus, self._settings_of(k, settings)) for k, corpus in enumerate(mixture.corpora)
@@ -115,18 +115,19 @@ class MixedStreams(TrainRows):
         )
 
     def start(self, world: World, recorded: dict | None, step_rows: int) -> None:
-        """Begin to tokenise all sets. A collective. Arguments: as ``StreamedRows.start``."""
-        self.begun = recorded["sets"] if recorded else [None] * len(self.streams)
-        for stream, begun, most in zip(self.streams, self.begun, most_rows(self.turns, step_rows), strict=True):
-            stream.start(world, begun and begun["place"], most)
+        """Start the producers of all sets. A collective. Arguments: as ``StreamedRows.start``."""
+        self.recorded_sets = recorded["sets"] if recorded else [None] * len(self.streams)
+        per_step = most_rows(self.turns, step_rows)
+        for stream, own, most in zip(self.streams, self.recorded_sets, per_step, strict=True):
+            stream.start(world, own and own["place"], most)
 
     def close(self) -> None:
-        """End all tokenising processes."""
+        """Stop all producers."""
         for stream in self.streams:
             stream.close()
 
     def order(self, _seed: int) -> "MixedStreams":
-        """Who says which rows lie at which positions: the rows themselves."""
+        """These rows know their own order."""
         return self
 
     def rows(self, first: int, last: int) -> np.ndarray:
@@ -174,9 +175,9 @@ class MixedStreams(TrainRows):
         return {"sets": [self._place_of(k, int(own)) for k, own in enumerate(self.turns.taken(position))]}
 
     def _place_of(self, k: int, own: int) -> dict:
-        begun, stream = self.begun[k], self.streams[k]
-        if begun and begun["rows"] == own:  # no row of the set was used since the start; the one before is not there
-            return begun
+        recorded, stream = self.recorded_sets[k], self.streams[k]
+        if recorded and recorded["rows"] == own:  # no row of the set was read since the start
+            return recorded
         return {"rows": own, "place": stream.place_at(own), "epochs": stream.epochs(own)}
 
     def epochs(self, position: int) -> float:

@@ -12,11 +12,11 @@ from flare.data.sources.file_formats import LineRange, WholeFile, holds_lines, k
 from flare.data.sources.files import MAX_LISTED_FILES, FileSource, row_groups
 from flare.data.sources.hub import HubSource
 
-ENOUGH_PIECES = 128
-"""A small corpus is cut into so many pieces, so that the lanes have something to take turns with."""
-LEAST_PIECE_BYTES = 16 * 2**10
+TARGET_PIECES = 128
+"""A small corpus is cut into about this number of pieces, so that each lane has several."""
+MIN_PIECE_BYTES = 16 * 2**10
 END_BYTES = 64 * 2**10
-"""Of a file, at its beginning and at its end, that its identity is taken from."""
+"""Bytes at the beginning and at the end of a file that determine its identity."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class LineSplit(Piece):
     def rows(self) -> Iterator[Row]:
         with open(self.file, "rb") as stream:
             first, last = self._line_from(stream, self.begin), self._line_from(stream, self.end)
-        # Line numbers would cost reading all that comes before; behind the first piece they count from its first line.
+        # Line numbers of the file would need all bytes before. So other pieces count from their own first line.
         for row in LineRange(self.file, self.column, first, last, 1 if first == 0 else 0).rows():
             yield row if first == 0 else Row(row.value, f"{row.where} (counted from 0 at byte {first})")
 
     @staticmethod
     def _line_from(stream: BinaryIO, byte: int) -> int:
-        """Where the first line begins that begins at ``byte`` or behind it."""
+        """The byte at which the first line begins that does not begin before ``byte``."""
         if byte == 0:
             return 0
         stream.seek(byte - 1)
@@ -47,11 +47,11 @@ class LineSplit(Piece):
 
 @reading_data()
 def streamed_pieces(source: Source) -> list[Piece]:
-    """The pieces of a source, without reading its files where that is possible."""
+    """The pieces of a source, if possible without reading its files."""
     if not isinstance(source, FileSource):
         return source.pieces()
     total = sum(file.stat().st_size for file in source.files)
-    piece_bytes = min(max(total // ENOUGH_PIECES, LEAST_PIECE_BYTES), PIECE_BYTES)
+    piece_bytes = min(max(total // TARGET_PIECES, MIN_PIECE_BYTES), PIECE_BYTES)
     parts = [part for file in source.files for part in _file_parts(file, source.text_column, piece_bytes)]
     return gather(parts, piece_bytes)
 
@@ -69,7 +69,7 @@ def _file_parts(file: Path, column: str, piece_bytes: int) -> list[tuple[Piece, 
 
 @reading_data()
 def streamed_facts(source: Source) -> dict[str, str]:
-    """What a source is made of, part by part, without reading its files: of local ones, kind, size and both ends.
+    """The facts that identify a source, without reading it completely. For a local file: kind, size and both ends.
 
     A change in the middle of a file that keeps its size is not seen.
     """
@@ -83,12 +83,12 @@ def streamed_facts(source: Source) -> dict[str, str]:
 
 
 def streamed_identity(facts: dict[str, str]) -> str:
-    """Identity of a source with these facts. Names of files are none of it, as elsewhere."""
+    """Identity of a source with these facts. As elsewhere, the names of files do not count."""
     return hashlib.sha256("\0".join(facts.values()).encode()).hexdigest()
 
 
 def shortened(facts: dict[str, str]) -> dict[str, str]:
-    """The facts as a checkpoint notes them: very many files are one."""
+    """The facts as a checkpoint records them: very many files become one fact."""
     if len(facts) <= MAX_LISTED_FILES:
         return facts
     return {"files": f"{len(facts):,} files, sha256 of what is noted of them {streamed_identity(facts)[:32]}"}

@@ -1,8 +1,8 @@
-"""Where a stream is: the few numbers from which it goes on, and in what order it takes pieces. Pure.
+"""The place of a stream: the few numbers from which it resumes, and the order of pieces. Pure functions and values.
 
-The pieces of an epoch are permuted and dealt out to lanes, every ``num_lanes``-th one to a lane. Each lane is read
-from its first piece to its last, segment by segment (what a worker tokenises at once), and the stream takes the
-lanes' segments in turn. So lanes can be tokenised in parallel, and nothing in the order depends on who was faster.
+The pieces of an epoch are permuted and dealt to lanes: lane k has every ``num_lanes``-th piece, from piece k on. A
+lane is read from its first piece to its last, segment by segment. The stream takes one segment of each lane in turn.
+So lanes can be tokenised in parallel, and the order does not depend on which worker is faster.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -11,12 +11,12 @@ from flare.data.order import permutation
 from flare.data.sources.documents import BadRows
 
 MAX_LANES = 16
-"""Pieces that are read in turn, so that neighbouring rows come from many places; also the most workers that help."""
+"""Pieces that are read in turn, so that neighbouring rows come from many pieces. More workers do not help."""
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a lane: the lane's ``index``-th piece of this epoch, from row ``row`` of it."""
+    """A place in a lane: row ``row`` of the ``index``-th piece of the lane in this epoch."""
 
     index: int = 0
     row: int = 0
@@ -24,13 +24,13 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Place:
-    """The beginning of a block: all that a stream must know to make this block and all later ones.
+    """The beginning of a block: what a stream needs to make this block and all later ones.
 
     Args:
         block: its number in the run. first_row: its first row's index in the run.
-        epoch: the pass over the data that it belongs to. epoch_rows, epoch_tokens: given before it in this pass.
-        cursors: of each lane, where its next unused segment begins; None when it is through in this pass.
-        turn: the lane that is next, of whose segment ``skip`` tokens are used already.
+        epoch: the pass over the data that the block belongs to. epoch_rows, epoch_tokens: made before it in this pass.
+        cursors: where the next unused segment of each lane begins; None if the lane has ended in this pass.
+        turn: the next lane. The first ``skip`` tokens of its segment are already used.
         rows_read, bad: rows of the data used before it in this pass, and those without text.
     """
 
@@ -58,7 +58,7 @@ class Place:
         return cls(**content | {"cursors": cursors, "first_bad_rows": tuple(content["first_bad_rows"])})
 
     def to_json(self) -> dict:
-        """As plain values; a few hundred bytes."""
+        """Plain values for JSON, a few hundred bytes."""
         cursors = [cursor and [cursor.index, cursor.row] for cursor in self.cursors]
         return asdict(self) | {"cursors": cursors, "first_bad_rows": list(self.first_bad_rows)}
 

@@ -1,7 +1,7 @@
 """The process that makes blocks ahead of the training: ``python -m flare.data.streaming.producer FD PARENT``.
 
-One a host, started by its first rank. It owns the tokenising workers and the window: it makes the next block as long
-as the rows on disk leave room, and deletes the blocks that the training has left behind. It imports no torch.
+Each host has one producer, which its first rank starts. The producer starts the workers and writes blocks while there
+is space for them. It deletes blocks that all ranks of the host have read. It does not import torch.
 """
 
 import contextlib
@@ -15,67 +15,68 @@ from flare.child_process import Child, ignore_stop_signals
 from flare.data.sources.base import OTHER_CACHE_DIR
 from flare.data.sources.documents import BadRows
 from flare.data.streaming.blocks import BlockWriter
-from flare.data.streaming.lanes import Item, Lane
-from flare.data.streaming.messages import WINDOW_BLOCKS, Order, Segment
+from flare.data.streaming.lanes import Lane, LaneItem
+from flare.data.streaming.messages import MAX_FULL_BLOCKS, ProducerConfig, Segment
 from flare.data.streaming.position import Cursor, Place
 from flare.data.token_cache.build import check_bad_rows, too_many_bad
 from flare.errors import DataError, EnvError, FlareError
 
-MOST_BLOCKS = 8
-"""Blocks on disk at most when they are short: a small corpus is not tokenised far ahead for nothing. The rows of the
-steps that are kept may lie in seven."""
+MAX_BLOCKS = 8
+"""Maximum number of blocks on disk. It matters for a small corpus, whose blocks are short: without it the producer
+would tokenize many epochs ahead. The rows of the steps that are kept may be in seven blocks."""
 PARENT_CHECK_SEC = 5.0
 
 
-class Merge:
-    """The lanes' segments in turn, cut into blocks."""
+class LaneMerger:
+    """Takes segments from the lanes in turn and writes them into blocks."""
 
-    def __init__(self, order: Order, lanes: list[Lane]) -> None:
-        self.order, self.lanes = order, lanes
-        self.place = order.place
-        self._count_from(order.place)
+    def __init__(self, config: ProducerConfig, lanes: list[Lane]) -> None:
+        self.config, self.lanes = config, lanes
+        self.place = config.place
+        self._count_from(config.place)
         self.seen_rows, self.seen_bad = 0, BadRows()  # since this process started, for the log
-        self.turn, self.offset = order.place.turn, order.place.skip
+        self.turn, self.offset = config.place.turn, config.place.skip
         self.writer: BlockWriter | None = None
-        self.num_pieces = len(order.job.pieces)
+        self.num_pieces = len(config.worker_config.pieces)
 
     def _count_from(self, place: Place) -> None:
         self.rows, self.tokens = place.epoch_rows, place.epoch_tokens
         self.rows_read, self.bad = place.rows_read, place.bad
 
-    def step(self, may_begin: bool) -> bool:
-        """Use tokens of the lane whose turn it is, up to the end of its segment or of the block.
+    def advance(self, may_start_block: bool) -> bool:
+        """Write tokens of the current lane, up to the end of its segment or of the block.
 
         Args:
-            may_begin: whether the window has room for another block.
-        Returns whether anything could be done.
+            may_start_block: whether there is space on disk for another block.
+
+        Returns: whether anything was written or finished.
         Raises: DataError for an epoch that is too short or has too many bad rows.
         """
         lane = self.lanes[self.turn]
-        if not lane.queue or (self.writer is None and not may_begin):
+        if not lane.queue or (self.writer is None and not may_start_block):
             return False
         if self.writer is None:
-            order = self.order
-            self.writer = BlockWriter(order.directory, self.place, order.dtype, order.seq_len, order.block_rows)
+            config = self.config
+            self.writer = BlockWriter(config.directory, self.place, config.dtype, config.seq_len, config.block_rows)
         item = lane.queue[0]
         if item.tokens is not None:
             self._append(item)
-            if self.writer.room == 0:
-                self._finish_block(self.place_here())
+            if self.writer.free_tokens == 0:
+                self._finish_block(self.current_place())
                 return True
             if self.offset < len(item.tokens):
                 return True
-        self._use_up(lane, item)
+        self._finish_item(lane, item)
         return True
 
-    def _append(self, item: Item) -> None:
-        end = min(len(item.tokens), self.offset + self.writer.room)
+    def _append(self, item: LaneItem) -> None:
+        end = min(len(item.tokens), self.offset + self.writer.free_tokens)
         inside = item.starts[(item.starts >= self.offset) & (item.starts < end)]
         self.writer.append(item.tokens[self.offset : end], inside - self.offset)
         self.offset = end
 
-    def _use_up(self, lane: Lane, item: Item) -> None:
-        """The item is behind us: count its rows, and on to the next lane or epoch."""
+    def _finish_item(self, lane: Lane, item: LaneItem) -> None:
+        """Remove a used item, count its rows, and continue with the next lane or epoch."""
         lane.queue.popleft()
         lane.used = item.end
         self.offset = 0
@@ -83,15 +84,15 @@ class Merge:
         self.bad.extend(item.bad)
         self.seen_rows += item.rows
         self.seen_bad.extend(item.bad)
-        self._judge(is_whole=False)
-        waiting = [n for n in range(len(self.lanes)) if self.lanes[n].used is not None]
-        if not waiting:
+        self._check_bad_rows(epoch_ended=False)
+        unfinished = [n for n in range(len(self.lanes)) if self.lanes[n].used is not None]
+        if not unfinished:
             self._finish_epoch()
         else:
-            self.turn = next((n for n in waiting if n > self.turn), waiting[0])
+            self.turn = next((n for n in unfinished if n > self.turn), unfinished[0])
 
-    def place_here(self) -> Place:
-        """The place of the next block's first token: the last one that went into this block."""
+    def current_place(self) -> Place:
+        """The place of the next block. Its first token is the last token of this block."""
         return Place(
             cursors=tuple(lane.used for lane in self.lanes),
             block=self.place.block + 1,
@@ -113,13 +114,13 @@ class Merge:
         self.turn, self.offset = end.turn, end.skip
 
     def _finish_epoch(self) -> None:
-        """Cut the block here; tokens that fill no row are left out, as at the end of a token cache."""
-        self._judge(is_whole=True)
+        """End the block here. Tokens that do not fill a row are dropped, as at the end of a token cache."""
+        self._check_bad_rows(epoch_ended=True)
         rows, tokens = self.rows + self.writer.num_rows, self.tokens + self.writer.num_tokens
-        if rows < self.order.step_rows:
+        if rows < self.config.step_rows:
             raise DataError(
                 f"the data gives {tokens:,} training tokens in an epoch, one step needs "
-                f"{self.order.step_rows * self.order.seq_len + 1:,}; lower --max_seq_length or the batch size"
+                f"{self.config.step_rows * self.config.seq_len + 1:,}; lower --max_seq_length or the batch size"
             )
         made = self.writer.num_rows
         for lane in self.lanes:
@@ -134,29 +135,35 @@ class Merge:
             self._count_from(end)
             self.turn, self.offset = 0, 0
 
-    def _judge(self, is_whole: bool) -> None:
-        """Raises: DataError when the bad rows are too many: of the whole epoch, of what ``--dataset_size`` says
-        that it will be, or of the rows so far."""
-        share, total = self.order.max_bad_rows, self.order.total_rows
-        rows = self.rows_read if is_whole or total is None else total
-        if is_whole or too_many_bad(self.bad.count, rows, share, total):
+    def _check_bad_rows(self, epoch_ended: bool) -> None:
+        """Check the bad rows against the rows of the epoch. Before its end, the number of rows is that of
+        ``--dataset_size`` if given, else the rows so far.
+
+        Raises: DataError for too many bad rows.
+        """
+        share, total = self.config.max_bad_rows, self.config.total_rows
+        rows = self.rows_read if epoch_ended or total is None else total
+        if epoch_ended or too_many_bad(self.bad.count, rows, share, total):
             check_bad_rows(self.bad, rows - self.bad.count, share, quiet=True)
 
 
 class Worker(Child):
-    """A tokenising process and whether it was asked for something."""
+    """A worker process, and whether a request to it is unanswered."""
 
     def __init__(self) -> None:
         super().__init__("flare.data.streaming.worker")
         self.is_busy = False
 
-    def ask(self, question: tuple[int, int, int]) -> None:
-        """Send a question; it answers one at a time."""
-        self.send(question)
+    def request(self, lane_piece_row: tuple[int, int, int]) -> None:
+        """Request a segment. A worker answers one request at a time."""
+        self.send(lane_piece_row)
         self.is_busy = True
 
-    def answer(self) -> tuple[int, Segment]:
-        """(lane, segment). Raises: what the reader raised; EnvError when the process died."""
+    def receive(self) -> tuple[int, Segment]:
+        """(lane, segment).
+
+        Raises: the error of the reader; EnvError if the worker died.
+        """
         try:
             lane, answer = self.pipe.recv()
         except (EOFError, OSError):
@@ -170,72 +177,78 @@ class Worker(Child):
         return lane, answer
 
     def end(self) -> None:
-        """Whatever it does."""
+        """Kill the process, even if it is busy."""
         self.process.kill()
         self.process.wait()
 
 
 class Producer:
-    """Workers, lanes and blocks of one host, until the rank that asked for them closes its pipe."""
+    """Workers, lanes and blocks of one host. It runs until the first rank closes the pipe."""
 
-    def __init__(self, pipe: Connection, order: Order, parent: int) -> None:
-        self.pipe, self.order, self.parent = pipe, order, parent
-        pieces = len(order.job.pieces)
-        self.lanes = [Lane(n, order.seed, pieces, order.place) for n in range(len(order.place.cursors))]
-        self.merge = Merge(order, self.lanes)
+    def __init__(self, pipe: Connection, config: ProducerConfig, parent: int) -> None:
+        self.pipe, self.config, self.parent = pipe, config, parent
+        pieces = len(config.worker_config.pieces)
+        self.lanes = [Lane(n, config.seed, pieces, config.place) for n in range(len(config.place.cursors))]
+        self.merger = LaneMerger(config, self.lanes)
         self.workers: list[Worker] = []
-        self.oldest = order.place.block
+        self.oldest = config.place.block
         self.sizes: dict[int, int] = {}
 
     def run(self) -> None:
-        """Make blocks until there is no one left to read them. Raises: what readers raise; EnvError, DataError."""
-        count = max(1, min(self.order.num_workers, len(self.lanes)))
+        """Make blocks until the training ends.
+
+        Raises: the errors of readers; EnvError if a worker died; DataError for too many bad rows or a short epoch.
+        """
+        count = max(1, min(self.config.num_workers, len(self.lanes)))
         self.workers = [Worker() for _ in range(count)]
         for worker in self.workers:
-            worker.send(self.order.job)
+            worker.send(self.config.worker_config)
         while True:
             self._make_blocks()
-            self._ask()
+            self._send_requests()
             self._check_parent()
             busy = {worker.pipe: worker for worker in self.workers if worker.is_busy}
             for pipe in wait([self.pipe, *busy], PARENT_CHECK_SEC):
                 if pipe is self.pipe:
                     self._discard_below(self.pipe.recv())
                 else:
-                    lane, segment = busy[pipe].answer()
-                    self.lanes[lane].answered(segment)
+                    lane, segment = busy[pipe].receive()
+                    self.lanes[lane].receive_segment(segment)
 
     def _check_parent(self) -> None:
-        """A pipe stays open when a fork of its owner outlives it. Raises: EOFError when the owner is gone."""
+        """Check that the training process lives. The pipe alone is not enough: a fork of that process keeps it open.
+
+        Raises: EOFError if the training process has ended.
+        """
         if os.getppid() != self.parent:
             raise EOFError
 
     def _make_blocks(self) -> None:
-        before = self.merge.place
-        while self.merge.step(self._has_room()):
-            if self.merge.place.block > before.block:
-                self.sizes[before.block] = self.merge.place.first_row - before.first_row
-                self.pipe.send(("block", before.block, self.merge.seen_rows, self.merge.seen_bad))
-            before = self.merge.place
+        before = self.merger.place
+        while self.merger.advance(self._has_space()):
+            if self.merger.place.block > before.block:
+                self.sizes[before.block] = self.merger.place.first_row - before.first_row
+                self.pipe.send(("block", before.block, self.merger.seen_rows, self.merger.seen_bad))
+            before = self.merger.place
 
-    def _has_room(self) -> bool:
+    def _has_space(self) -> bool:
         kept = sum(self.sizes.values())
-        return kept <= (WINDOW_BLOCKS - 1) * self.order.block_rows and len(self.sizes) < MOST_BLOCKS
+        return kept <= (MAX_FULL_BLOCKS - 1) * self.config.block_rows and len(self.sizes) < MAX_BLOCKS
 
-    def _ask(self) -> None:
-        """A question for each idle worker, about a lane of its own: it has that lane's piece open."""
+    def _send_requests(self) -> None:
+        """Send a request to each idle worker. A lane always has the same worker, which has its piece open."""
         for number, worker in enumerate(self.workers):
-            mine = self.lanes[number :: len(self.workers)]
-            if not worker.is_busy and (wanting := [lane for lane in mine if lane.wants_more]):
-                behind = len(self.lanes)
-                soonest = min(wanting, key=lambda ln: (len(ln.queue), (ln.number - self.merge.turn) % behind))
-                worker.ask(soonest.question())
+            own_lanes = self.lanes[number :: len(self.workers)]
+            if not worker.is_busy and (candidates := [lane for lane in own_lanes if lane.needs_request]):
+                count, turn = len(self.lanes), self.merger.turn
+                most_urgent = min(candidates, key=lambda lane: (len(lane.queue), (lane.number - turn) % count))
+                worker.request(most_urgent.next_request())
 
     def _discard_below(self, block: int | None) -> None:
         if block is None:  # the training has ended
             raise EOFError
         for number in range(self.oldest, block):
-            shutil.rmtree(self.order.directory / f"{number:08d}", ignore_errors=True)
+            shutil.rmtree(self.config.directory / f"{number:08d}", ignore_errors=True)
             self.sizes.pop(number, None)
         self.oldest = max(self.oldest, block)
 
@@ -244,9 +257,9 @@ class Producer:
         for worker in self.workers:
             worker.end()
 
-    def clear(self) -> None:
-        """Take the window off the disk. Not after an error: what was announced before it may still be read."""
-        shutil.rmtree(self.order.directory, ignore_errors=True)
+    def remove_blocks(self) -> None:
+        """Delete all blocks. Not called after an error, because ranks may still read finished blocks."""
+        shutil.rmtree(self.config.directory, ignore_errors=True)
 
 
 def main() -> int:
@@ -256,10 +269,11 @@ def main() -> int:
     try:
         producer.run()
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the training has ended
-        producer.clear()
+        producer.remove_blocks()
         return 0
     except OSError as error:
-        failure = EnvError(f"cannot write to {producer.order.directory}: {error.strerror or error}; {OTHER_CACHE_DIR}")
+        directory = producer.config.directory
+        failure = EnvError(f"cannot write to {directory}: {error.strerror or error}; {OTHER_CACHE_DIR}")
     except FlareError as error:
         failure = error
     finally:

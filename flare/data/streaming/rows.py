@@ -1,8 +1,7 @@
 """Training rows of a stream, as a trainer reads them: by position in the run, on every rank.
 
 Rows are shuffled inside a block: position p of the run is a row of the block that holds p, by a permutation of
-(seed, block). So a position and the seed say which row it is, once the block's place is known; that is what a
-checkpoint records.
+(seed, block). So the position, the seed and the place of the block determine the row. A checkpoint records that place.
 """
 
 from collections.abc import Iterator
@@ -13,25 +12,25 @@ import numpy as np
 
 from flare.data.order import permutation
 from flare.data.packing import PackedRows
-from flare.data.streaming.block_store import Making, Waiting, Window
+from flare.data.streaming.block_store import BlockDirectory, BlockWaiter, ProducerClient
 from flare.data.streaming.blocks import Block
 from flare.data.streaming.held_out import StreamedCorpus
-from flare.data.streaming.messages import WINDOW_BLOCKS, Job, Order
+from flare.data.streaming.messages import MAX_FULL_BLOCKS, ProducerConfig, WorkerConfig
 from flare.data.streaming.position import Place
 from flare.data.training_rows import Batch, TrainRows
 from flare.distributed import process_group
 from flare.distributed.process_group import World
 
 KEPT_STEPS = 4
-"""Steps behind the one that is read whose rows stay: a rank reads one step ahead, and a GPU's host may be two steps
-ahead of another rank's. So a block must have the rows of five steps, or the window could fill up with what is kept."""
+"""Steps before the current one whose rows are kept: a rank prefetches one step, and the CPU of one rank can be two
+steps ahead of another rank's. So a block must have the rows of five steps, or kept rows could use all the space."""
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How rows are made of a stream.
+    """How a stream becomes rows.
 
-    ``block_rows``: rows that are shuffled together. ``num_workers``: cores that tokenise.
+    ``block_rows``: rows that are shuffled together. ``num_workers``: worker processes at most.
     """
 
     seq_len: int
@@ -54,41 +53,41 @@ class OpenBlock:
 
 
 class StreamedRows(TrainRows):
-    """Rows of the run by index, without end. ``start`` comes before everything else.
+    """Rows of the run by index, over any number of epochs. Call ``start`` first.
 
-    Rows that later steps do not need are deleted: positions may only grow. One thread reads; ``place_at`` and
-    ``epochs`` may be asked by another one.
+    Rows that later steps do not need are deleted, so positions must not decrease. One thread reads. Another one may
+    call ``place_at`` and ``epochs``.
     """
 
     def __init__(self, corpus: StreamedCorpus, settings: StreamSettings) -> None:
         self.corpus, self.settings = corpus, settings
         self.blocks: list[OpenBlock] = []
         self.next_block = self.step_rows = 0
-        self.source: Making | Waiting | None = None
+        self.source: ProducerClient | BlockWaiter | None = None
 
     def start(self, world: World, recorded: dict | None, step_rows: int) -> None:
-        """Begin to tokenise. A collective: all ranks call it.
+        """Start the producer. A collective: all ranks must call it.
 
         Args:
-            recorded: what ``place_at`` gave for the position to go on from; None at the beginning.
+            recorded: what ``place_at`` returned for the position to resume from; None for a new run.
             step_rows: rows of an optimizer step.
         """
         place = Place.from_json(recorded) if recorded else Place.start(len(self.corpus.pieces))
         self.next_block, self.step_rows = place.block, step_rows
-        window = Window(self.settings.cache_dir) if world.local_rank == 0 else None
-        if window:
-            self.source = Making(self._order(place, window, step_rows), window)
-        windows = process_group.gather_objects(window and str(window.directory))
-        if not window:
-            self.source = Waiting(Path(windows[world.rank - world.local_rank]))
+        blocks = BlockDirectory(self.settings.cache_dir) if world.local_rank == 0 else None
+        if blocks:
+            self.source = ProducerClient(self._producer_config(place, blocks.directory, step_rows), blocks)
+        directories = process_group.gather_objects(blocks and str(blocks.directory))
+        if not blocks:
+            self.source = BlockWaiter(Path(directories[world.rank - world.local_rank]))
 
-    def _order(self, place: Place, window: Window, step_rows: int) -> Order:
+    def _producer_config(self, place: Place, directory: Path, step_rows: int) -> ProducerConfig:
         corpus, settings = self.corpus, self.settings
-        limits = corpus.limits
-        return Order(
-            job=Job(corpus.encoder.to_message(), corpus.pieces, limits, corpus.meta["held_out_below"]),
+        limits, held_out_below = corpus.limits, corpus.meta["held_out_below"]
+        return ProducerConfig(
+            worker_config=WorkerConfig(corpus.encoder.to_message(), corpus.pieces, limits, held_out_below),
             place=place,
-            directory=window.directory,
+            directory=directory,
             dtype=corpus.encoder.dtype,
             seed=settings.seed,
             seq_len=settings.seq_len,
@@ -100,20 +99,23 @@ class StreamedRows(TrainRows):
         )
 
     def close(self) -> None:
-        """End the tokenising processes; the window is deleted."""
+        """Stop the producer and its workers. The blocks are deleted."""
         if self.source:
             self.source.close()
 
     # -- order ---------------------------------------------------------------------------------------
 
     def order(self, _seed: int) -> "StreamedRows":
-        """Who says which rows lie at which positions: the rows themselves, since their blocks come one by one."""
+        """These rows know their own order, because blocks become known one by one."""
         return self
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Row indices at positions [first, last), at most a block's. Those ``KEPT_STEPS`` before them may be gone."""
-        assert last - first <= self.settings.block_rows  # more may not fit into the window
-        self._forget_below(first - KEPT_STEPS * self.step_rows)
+        """Row indices at positions [first, last), at most a block's rows.
+
+        Rows more than ``KEPT_STEPS`` steps before ``first`` are deleted.
+        """
+        assert last - first <= self.settings.block_rows  # more might not fit on disk
+        self._drop_blocks_below(first - KEPT_STEPS * self.step_rows)
         while not self.blocks or self.blocks[-1].block.last_row < last:
             self._open_next()
         found = []
@@ -129,7 +131,7 @@ class StreamedRows(TrainRows):
         self.blocks.append(OpenBlock(block, self.settings))
         self.next_block += 1
 
-    def _forget_below(self, position: int) -> None:
+    def _drop_blocks_below(self, position: int) -> None:
         kept = [opened for opened in self.blocks if opened.block.last_row > position]
         if len(kept) < len(self.blocks):
             self.blocks = kept
@@ -142,7 +144,7 @@ class StreamedRows(TrainRows):
         return sum(opened.rows.num_targets(inside) for opened, inside in self._by_block(rows))
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """Inputs, labels and position ids of rows that ``rows`` gave, in its order."""
+        """Inputs, labels and position ids of rows that ``rows`` returned, in its order."""
         parts = [opened.rows.batch(inside) for opened, inside in self._by_block(rows)]
         return Batch(
             np.concatenate([part.input_ids for part in parts]),
@@ -155,7 +157,7 @@ class StreamedRows(TrainRows):
         return self.blocks[-1].block.first_row
 
     def _by_block(self, rows: np.ndarray) -> Iterator[tuple[OpenBlock, np.ndarray]]:
-        """Each block with the indices in it; positions, and so rows, come block by block."""
+        """Each block, with the indices in it of those rows that it has. ``rows`` must be in the order of blocks."""
         for opened in self.blocks:
             block = opened.block
             inside = rows[(rows >= block.first_row) & (rows < block.last_row)]
@@ -168,7 +170,7 @@ class StreamedRows(TrainRows):
     # -- progress --------------------------------------------------------------------------------------
 
     def place_at(self, position: int) -> dict:
-        """What a checkpoint records of a position whose predecessor was read: from there ``start`` goes on."""
+        """What a checkpoint records, for ``start`` to resume from. The row before the position must have been read."""
         if position == 0:
             return Place.start(len(self.corpus.pieces)).to_json()
         block = self._block_of(position - 1)
@@ -185,7 +187,7 @@ class StreamedRows(TrainRows):
     def describe(self) -> str:
         """For the log."""
         settings = self.settings
-        size = WINDOW_BLOCKS * settings.block_rows * settings.seq_len * self.corpus.encoder.dtype.itemsize
+        size = MAX_FULL_BLOCKS * settings.block_rows * settings.seq_len * self.corpus.encoder.dtype.itemsize
         return (
             f"streamed from {len(self.corpus.pieces):,} pieces, {settings.block_rows:,} rows shuffled at a time, at "
             f"most {size / 2**20:,.0f} MiB of tokens on disk"

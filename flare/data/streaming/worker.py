@@ -1,7 +1,8 @@
 """A process that tokenises segments of pieces: ``python -m flare.data.streaming.worker FD PARENT``.
 
-It is asked for one segment after the other and keeps the pieces open between. Told of a row that is not the next one
-of an open piece, it opens the piece anew and reads up to there: what it answers depends on the question alone.
+It answers requests for segments, one at a time, and keeps the pieces open between requests. If the requested row is
+not the next row of the open piece, it opens the piece again and skips to that row. So an answer depends only on its
+request.
 """
 
 import os
@@ -16,22 +17,22 @@ import numpy as np
 from flare.child_process import end_with_parent, ignore_stop_signals
 from flare.data.sources.base import Row, read_rows
 from flare.data.sources.documents import BadRows, text_hash, usable_texts
-from flare.data.streaming.messages import Job, Segment
+from flare.data.streaming.messages import Segment, WorkerConfig
 from flare.data.token_cache.encode import Encoder, batches
 from flare.errors import FlareError
 
 NICENESS = 10
-"""Training's own processes go first where there are fewer cores than work."""
+"""The training processes have priority if there are too few cores."""
 
 
 class OpenPiece:
-    """A piece that is read by segments."""
+    """A piece that is read segment by segment."""
 
-    def __init__(self, job: Job, encoder: Encoder, number: int, row: int) -> None:
-        self.encoder, self.held_out_below = encoder, job.held_out_below
+    def __init__(self, config: WorkerConfig, encoder: Encoder, number: int, row: int) -> None:
+        self.encoder, self.held_out_below = encoder, config.held_out_below
         self.next_row = row
         self.bad = BadRows()
-        rows = islice(read_rows(job.pieces[number]), row, job.limits[number])
+        rows = islice(read_rows(config.pieces[number]), row, config.limits[number])
         self.batches = batches(usable_texts(self._counted(rows), self.bad))
 
     def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -40,7 +41,7 @@ class OpenPiece:
             yield row
 
     def segment(self) -> Segment:
-        """The next one: a batch of documents, cut by the number of their characters."""
+        """The next segment: the next documents of about 2 million characters, tokenized."""
         first, before = self.next_row, self.bad.count
         batch = next(self.batches, None)
         texts = [text for text in batch or () if text_hash(text) >= self.held_out_below]
@@ -57,29 +58,31 @@ def main() -> int:
     os.nice(NICENESS)
     pipe = Connection(int(sys.argv[1]))
     try:
-        job: Job = pipe.recv()
-        encoder = Encoder.from_message(job.encoder)
+        config: WorkerConfig = pipe.recv()
+        encoder = Encoder.from_message(config.encoder)
         open_pieces: dict[int, tuple[int, OpenPiece]] = {}
         while True:
-            answer(pipe, job, encoder, open_pieces)
+            answer(pipe, config, encoder, open_pieces)
     except (EOFError, BrokenPipeError):  # no more work
         return 0
 
 
-def answer(pipe: Connection, job: Job, encoder: Encoder, open_pieces: dict[int, tuple[int, OpenPiece]]) -> None:
-    """Answer one question (lane, piece, row) with (lane, Segment) or (None, error)."""
+def answer(
+    pipe: Connection, config: WorkerConfig, encoder: Encoder, open_pieces: dict[int, tuple[int, OpenPiece]]
+) -> None:
+    """Answer one request (lane, piece, row) with (lane, Segment) or (None, error)."""
     lane, number, row = pipe.recv()
     try:
         opened, piece = open_pieces.get(lane, (-1, None))
         if opened != number or piece.next_row != row:
-            piece = OpenPiece(job, encoder, number, row)
+            piece = OpenPiece(config, encoder, number, row)
             open_pieces[lane] = number, piece
         pipe.send((lane, piece.segment()))
     except BrokenPipeError:
         raise
     except FlareError as error:
         pipe.send((None, error))
-    except Exception as error:  # whatever a reader raises must be shown by the run, not lost here
+    except Exception as error:  # the run must show every error of a reader
         pipe.send((None, FlareError(f"tokenising failed: {type(error).__name__}: {error}")))
 
 
