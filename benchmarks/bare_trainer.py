@@ -7,7 +7,8 @@ from flare.config.options import Options
 from flare.data.training_rows import TrainRows
 from flare.distributed.process_group import World
 from flare.model.training_model import TrainingModel
-from flare.optim.optimizer import build_optimizer, build_schedule
+from flare.optim.lr_schedule import build_schedule
+from flare.optim.optimizer import build_optimizer
 from flare.train.components import Callbacks, Components
 from flare.train.train_state import TrainState
 from flare.train.trainer import Trainer

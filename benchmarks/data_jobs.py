@@ -102,11 +102,12 @@ def flare(corpus: Path, tokenizer: Path, work: Path) -> dict:
 
 def open_rows(corpus: Path, tokenizer: Path, work: Path) -> tuple:
     """(token cache, seconds until its rows can be read)."""
-    from flare.data.packing import PackedRows, split_documents
+    from flare.data.packing import PackedRows
     from flare.data.sources.base import SourceSpec
     from flare.data.sources.open import open_source
     from flare.data.token_cache.build import build_token_cache
     from flare.data.token_cache.cache import TokenSettings
+    from flare.data.validation_split import split_documents
 
     loaded = fast_tokenizer(tokenizer)
     t0 = time.perf_counter()
@@ -189,7 +190,8 @@ def cached_start(corpus: Path, tokenizer: Path, work: Path) -> dict:
 def read_rows(corpus: Path, tokenizer: Path, work: Path) -> dict:
     """Rows/s of one process that reads packed rows in training order, rows as long as the demo's."""
     from flare.data.order import RowOrder
-    from flare.data.packing import PackedRows, split_documents
+    from flare.data.packing import PackedRows
+    from flare.data.validation_split import split_documents
 
     cache, _ = open_rows(corpus, tokenizer, work)
     seq_len, batch = 256, 8

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from flare.data.mixture import MixedRows, block_counts, check_weights
-from flare.data.packing import PackedRows, split_documents
+from flare.data.packing import PackedRows
 from flare.data.sources.base import Source, SourceSpec
 from flare.data.sources.open import open_source, path_of
 from flare.data.token_cache.build import build_token_cache
 from flare.data.token_cache.cache import TokenCache, TokenSettings
+from flare.data.validation_split import split_documents
 from flare.errors import ConfigError, DataError
 
 SHOWN_CHANGES = 5

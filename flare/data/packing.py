@@ -1,4 +1,4 @@
-"""Pack documents into rows of ``seq_len`` tokens without padding, and split them into training and held-out documents.
+"""Pack the documents of a split into rows of ``seq_len`` tokens without padding.
 
 The documents of each split form one stream of tokens. Row r has tokens [r*T, r*T + T) of the stream as inputs, and the
 same tokens shifted by one as labels, so every token is a target once. With ``document`` packing, attention and
@@ -10,29 +10,6 @@ import numpy as np
 from flare.data.order import RowOrder
 from flare.data.token_cache.cache import TokenCache
 from flare.data.training_rows import IGNORE_INDEX, Batch, TrainRows
-from flare.errors import DataError
-
-SINGLE_DOCUMENT = (
-    "the data holds a single document (or copies of one); two are needed to hold one out (a .txt is one document, "
-    "whatever its lines; a .jsonl has one a line)"
-)
-
-
-def split_documents(hashes: np.ndarray, percentage: float) -> tuple[np.ndarray, np.ndarray]:
-    """(train, validation) document indices, by document hash: stable when the data grows.
-
-    Each split gets at least one document (validation gets the one with the lowest hash).
-
-    Raises: DataError if there are fewer than two different documents.
-    """
-    held_out = hashes < np.uint64(min(percentage / 100 * 2**64, 2**64 - 1))
-    if not held_out.any():
-        held_out = hashes == hashes.min()
-    if held_out.all():
-        held_out = hashes == hashes.min()
-    if held_out.all():
-        raise DataError(SINGLE_DOCUMENT)
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 class PackedRows(TrainRows):

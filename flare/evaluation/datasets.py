@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from flare.data.cache_dir import default_cache_dir
-from flare.data.packing import split_documents
 from flare.data.sources.base import COLUMN_HINT, Row, Source, SourceSpec
 from flare.data.sources.documents import BadRows, text_hash, usable_texts
 from flare.data.sources.file_formats import kind_of
 from flare.data.sources.files import is_glob
 from flare.data.sources.hub import HubSource
 from flare.data.sources.open import open_source, path_of
+from flare.data.validation_split import split_documents
 from flare.errors import ConfigError, DataError
 from flare.evaluation.scoring.lambada import split_last_word
 from flare.logs import log

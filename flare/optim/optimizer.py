@@ -1,10 +1,9 @@
 """Optimizer and learning-rate schedule. The schedule is a function of the step and has no state in checkpoints."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
-from transformers import get_scheduler
 
 from flare.checkpoint.tensor_files import TensorReader
 from flare.config.options import Options
@@ -47,16 +46,6 @@ def build_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], options: Op
 def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer reads ``found_inf``, a flag on the device that skips the update. Fused kernels do."""
     return bool(optimizer.defaults.get("fused"))
-
-
-def build_schedule(options: Options, max_steps: int) -> Callable[[int], float]:
-    """A function from a step (0-based) to the factor on the learning rate: transformers' schedule of that name."""
-    warmup = options.warmup_steps or int(options.warmup_ratio * max_steps)
-    placeholder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.learning_rate)
-    scheduler = get_scheduler(
-        options.lr_scheduler_type, placeholder, num_warmup_steps=warmup, num_training_steps=max_steps
-    )
-    return scheduler.lr_lambdas[0]
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -27,7 +27,7 @@ from flare.model.training_model import TrainingModel
 from flare.nope.config_json import nope_layers_of
 from flare.nope.layers import format_layers
 from flare.nope.load import load_tokenizer
-from flare.optim.optimizer import build_schedule
+from flare.optim.lr_schedule import build_schedule
 from flare.plan.balance import Balance
 from flare.plan.table import plan_lines
 from flare.run.metrics_file import record_status

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flare.data.packing import PackedRows, split_documents
+from flare.data.packing import PackedRows
 from flare.data.preview import row_lines
 from flare.data.sources.base import SourceSpec
 from flare.data.sources.open import open_source
 from flare.data.token_cache.encode import end_of_text_id
 from flare.data.training_rows import IGNORE_INDEX
+from flare.data.validation_split import split_documents
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 

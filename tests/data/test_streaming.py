@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from flare.config.parse import resolve
-from flare.data.packing import PackedRows, split_documents
+from flare.data.packing import PackedRows
 from flare.data.sources.base import SourceSpec
 from flare.data.sources.hub import HubSource
 from flare.data.sources.open import open_source
@@ -23,6 +23,7 @@ from flare.data.streaming.held_out import StreamedCorpus, open_streamed, survey
 from flare.data.streaming.pieces import streamed_facts, streamed_pieces
 from flare.data.streaming.rows import StreamedRows, StreamSettings
 from flare.data.token_cache.cache import TokenSettings
+from flare.data.validation_split import split_documents
 from flare.distributed.process_group import World
 from flare.errors import ConfigError, DataError, EnvError
 from flare.nope.load import load_tokenizer

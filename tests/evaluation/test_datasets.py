@@ -95,9 +95,9 @@ def test_rows_without_text_are_skipped_with_a_warning(tmp_path: Path, monkeypatc
 def test_embedded_evaluation_uses_only_held_out_documents(tmp_path: Path) -> None:
     import numpy as np
 
-    from flare.data.packing import split_documents
     from flare.data.sources.documents import text_hash
     from flare.data.sources.embedded import embedded_documents
+    from flare.data.validation_split import split_documents
 
     texts = [text for _, text in embedded_documents(tmp_path)]
     train, _ = split_documents(np.array([text_hash(t) for t in texts], dtype=np.uint64), 5)

@@ -10,11 +10,12 @@ import torch
 
 from benchmarks.bare_trainer import bare_trainer
 from flare.config.options import Options
-from flare.data.packing import PackedRows, split_documents
+from flare.data.packing import PackedRows
 from flare.data.sources.base import SourceSpec
 from flare.data.sources.open import open_source
 from flare.data.token_cache.build import build_token_cache
 from flare.data.token_cache.cache import TokenSettings
+from flare.data.validation_split import split_documents
 from flare.distributed import process_group
 from flare.distributed.fsdp import full_tensor
 from flare.hub import read_model_config

@@ -10,11 +10,12 @@ from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 from benchmarks.bare_trainer import bare_trainer
 from flare.config.options import Options
 from flare.data.order import RowOrder
-from flare.data.packing import PackedRows, split_documents
+from flare.data.packing import PackedRows
 from flare.data.sources.base import SourceSpec
 from flare.data.sources.open import open_source
 from flare.data.token_cache.build import build_token_cache
 from flare.data.token_cache.cache import TokenCache, TokenSettings
+from flare.data.validation_split import split_documents
 from flare.distributed.process_group import World
 from flare.errors import FlareError
 from flare.hub import read_model_config
@@ -23,7 +24,8 @@ from flare.model.patches import apply_patches
 from flare.model.training_model import TrainingModel, load_for_training
 from flare.nope.config_json import with_nope
 from flare.nope.load import load_causal_lm, load_tokenizer
-from flare.optim.optimizer import build_optimizer, build_schedule
+from flare.optim.lr_schedule import build_schedule
+from flare.optim.optimizer import build_optimizer
 from flare.plan.trainable import Trainable
 from flare.train.trainer import Trainer
 from tests.conftest import write_base

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from flare.data.packing import SINGLE_DOCUMENT, PackedRows
+from flare.data.packing import PackedRows
 from flare.data.sources.base import Piece, Source, read_rows
 from flare.data.sources.documents import BadRows, text_hash, usable_texts
 from flare.data.streaming.pieces import shortened, streamed_facts, streamed_identity, streamed_pieces
 from flare.data.token_cache.build import check_bad_rows, too_many_bad
 from flare.data.token_cache.cache import TokenCache, TokenSettings, cache_key, open_whole, remove_damaged
 from flare.data.token_cache.encode import Encoder, tokenizer_sha256
+from flare.data.validation_split import SINGLE_DOCUMENT
 from flare.errors import ConfigError, DataError, EnvError
 from flare.files import write_json
 from flare.logs import log
