@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule. The schedule is a function of the step and has no state in checkpoints."""
+"""The optimizer: parameter groups, the update, and its state in checkpoints."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
