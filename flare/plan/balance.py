@@ -91,7 +91,7 @@ def balance_from_checkpoint(record: dict | None, num_rows: int, gpus: Sequence[s
     """The balance of a checkpoint's ``trainer_state.json``, if it was measured on the same GPUs for as many rows."""
     if not record or not record["seconds_per_row"] or sum(record["rows"]) != num_rows:
         return None
-    if record.get("gpus", record.get("cards")) != list(gpus):  # "cards" in checkpoints of before the packages
+    if record.get("gpus", record.get("cards")) != list(gpus):  # the older name of the key
         return None
     rows, seconds = tuple(record["rows"]), tuple(record["seconds_per_row"])
     return Balance(rows, f"{record['reason'].removesuffix(REUSED_SUFFIX)}{REUSED_SUFFIX}", tuple(gpus), seconds)

@@ -76,6 +76,9 @@ def test_a_record_is_taken_over_on_the_same_gpus_only() -> None:
     assert balance_from_checkpoint(record, 9, ["a", "b"]) is None
     assert balance_from_checkpoint(equal_balance(8, 2).as_dict(), 8, ["a", "b"]) is None
     assert balance_from_checkpoint(None, 8, ["a", "b"]) is None
+    older = {**record, "cards": record["gpus"]}  # the key's name in checkpoints of November 2026
+    del older["gpus"]
+    assert balance_from_checkpoint(older, 8, ["a", "b"]) == again
 
 
 @pytest.mark.parametrize("value", ["fast", "3,", "3,0", "3,-1", "nan,1", "3;1", ""])
