@@ -56,7 +56,7 @@ def test_lines_that_are_no_json_are_named_by_number(tmp_path: Path) -> None:
     assert [line.split(" (")[0] for line in bad] == [
         "x.jsonl:2 is not JSON",
         "x.jsonl:3 is not JSON",
-        "x.jsonl:4 is no object",
+        "x.jsonl:4 is not an object",
         "x.jsonl:5 is not UTF-8",
         "x.jsonl:7 is not JSON",
     ]
@@ -72,8 +72,8 @@ def test_csv_rows_over_several_lines_are_named_by_their_first_one(tmp_path: Path
     assert texts == ['two\r\nlines, "quoted"', '5" pipe']
     assert bad == [
         "x.csv:4 is empty",
-        "x.csv:6 has 3 fields, the header 2",
-        "x.csv:7 has 1 fields, the header 2",
+        "x.csv:6 has 3 fields, the header has 2",
+        "x.csv:7 has 1 fields, the header has 2",
         "x.csv:8 is not UTF-8",
         "x.csv:10 is cut off (a quote is not closed)",
     ]
@@ -84,7 +84,7 @@ def test_csv_rows_over_several_lines_are_named_by_their_first_one(tmp_path: Path
 @pytest.mark.parametrize("encoding", ["utf-16", "gbk"])
 def test_a_csv_header_that_is_no_utf8_is_told_as_that(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "x.csv").write_text("编号,内容\n1,x\n", encoding=encoding)
-    with pytest.raises(DataError, match=r"x.csv is not UTF-8, as its header shows; convert it") as raised:
+    with pytest.raises(DataError, match=r"x.csv has a header that is not UTF-8; convert the file to UTF-8") as raised:
         texts_and_bad(tmp_path / "x.csv", text_column="内容")
     assert str(raised.value).isprintable()
 
@@ -92,7 +92,7 @@ def test_a_csv_header_that_is_no_utf8_is_told_as_that(tmp_path: Path, encoding: 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 def test_a_csv_with_other_marks_than_commas_is_told_as_that(tmp_path: Path, mark: str) -> None:
     (tmp_path / "x.csv").write_text(f"id{mark}text\n1{mark}one\n")
-    with pytest.raises(ConfigError, match=re.escape(f"parts its columns by {mark!r}; a .csv needs commas")):
+    with pytest.raises(ConfigError, match=re.escape(f"separates its columns with {mark!r}; a .csv file needs commas")):
         texts_and_bad(tmp_path / "x.csv")
     assert texts_and_bad(tmp_path / "x.csv", text_column=f"id{mark}text") == ([f"1{mark}one"], [])
 
@@ -110,7 +110,7 @@ def test_chats_are_told_to_be_chats(tmp_path: Path, base: Path) -> None:
     chats = [[{"role": "user", "content": "hi"}], [{"from": "human", "value": "hi"}], [{"other": 1}], []]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     pyarrow.parquet.write_table(pyarrow.table({"messages": [chats[0]]}), tmp_path / "y.parquet")
-    chat = "is a chat, a list of messages; write each as one text, by the model's chat template"
+    chat = "is a list of chat messages; convert it to one text with the model's chat template"
     _, bad = texts_and_bad(tmp_path / "x.jsonl", text_column="messages")
     assert bad == [
         f"x.jsonl:1 {chat}",
@@ -120,7 +120,9 @@ def test_chats_are_told_to_be_chats(tmp_path: Path, base: Path) -> None:
     ]
     assert texts_and_bad(tmp_path / "y.parquet", text_column="messages")[1] == [f"y.parquet[0] {chat}"]
     source = open_source(SourceSpec(str(tmp_path / "x.jsonl"), "messages"), tmp_path)
-    with pytest.raises(DataError, match=r"4 of 4 rows hold no .*; what is read must be text in UTF-8, in the column"):
+    with pytest.raises(
+        DataError, match=r"4 of 4 rows hold no .*; the column that --text_column names must have UTF-8 text"
+    ):
         build_token_cache(source, load_tokenizer(base), tmp_path / "c", TokenSettings())
 
 
@@ -131,7 +133,7 @@ def test_a_csv_quote_that_is_not_closed_makes_every_line_behind_it_bad(tmp_path:
     rows = list(open_source(SourceSpec(str(file)), tmp_path / "cache").rows())
     assert [row.value for row in rows[:1]] == ["fine"]
     assert [type(row.value) for row in rows[1:]] == [BadRow] * 101
-    assert str(rows[-1].value.reason) == "is within the quote of line 3, which is not closed"
+    assert str(rows[-1].value.reason) == "is inside the quote of line 3, which is not closed"
 
 
 @given(st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max_size=2), max_size=8))
@@ -173,7 +175,7 @@ def test_a_json_array_names_its_bad_elements_and_where_it_breaks(tmp_path: Path)
     file.write_bytes(b'\xef\xbb\xbf[{"text": "a"}, 5, {"text": "b\xff"}, {"text": "\\ud800"}, {"text": "c"}]')
     assert texts_and_bad(file) == (
         ["a", "c"],
-        ["x.json[1] is no object", "x.json[2] is not UTF-8", "x.json[3] holds a lone surrogate"],
+        ["x.json[1] is not an object", "x.json[2] is not UTF-8", "x.json[3] has a lone surrogate"],
     )
     file.write_text('[{"text": "a"}, {"text": "b"}, {"text": ')
     with pytest.raises(DataError, match=r"x.json is not JSON after element 1: Expecting value"):

@@ -48,7 +48,7 @@ def test_a_finished_cache_is_used_where_nothing_can_be_written(tmp_path: Path, b
     assert cache_of(file, base, tmp_path / "c").directory == made.directory
     shutil.rmtree(made.directory)
     with pytest.raises(
-        EnvError, match=r"cannot write the token cache .*: Is a directory; --cache_dir names another place"
+        EnvError, match=r"cannot write the token cache .*: Is a directory; give another directory with --cache_dir"
     ):
         cache_of(file, base, tmp_path / "c")
 

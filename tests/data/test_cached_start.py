@@ -17,7 +17,7 @@ import pytest
 from flare.data.sources import base, file_hashes
 from flare.data.sources.base import SourceSpec
 from flare.data.sources.file_hashes import facts_of, read_facts
-from flare.data.sources.files import PACKED
+from flare.data.sources.files import COMPRESSION_RATIO
 from flare.data.sources.open import open_source
 from flare.data.token_cache import progress_bar
 from flare.data.token_cache.progress_bar import TokenProgress
@@ -62,7 +62,7 @@ def test_a_cached_start_reads_the_data_once_for_its_hash_and_then_not_at_all(
 
 def test_a_note_holds_only_for_the_very_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_hashes, "SETTLED_SEC", -60.0)
-    monkeypatch.setattr(base, "LEAST_PIECE_BYTES", 100)
+    monkeypatch.setattr(base, "MIN_PIECE_BYTES", 100)
     files = [write_corpus(tmp_path / f"{n}.jsonl", 20, seed=n) for n in range(2)]
     expected = [read_facts(file) for file in files]
     assert expected[0].cuts
@@ -145,7 +145,7 @@ def test_the_share_of_a_large_piece_is_known_by_its_text(tmp_path: Path) -> None
     (tmp_path / "d" / "c.txt.gz").write_bytes(gzip.compress(b"word"))
     packed = (tmp_path / "d" / "c.txt.gz").stat().st_size
     pieces = open_source(SourceSpec(str(tmp_path / "d")), tmp_path / "c").pieces()
-    assert [piece.expected_bytes for piece in pieces] == [lines, table, PACKED * packed]
+    assert [piece.expected_bytes for piece in pieces] == [lines, table, COMPRESSION_RATIO * packed]
 
 
 def test_progress_on_a_terminal_is_a_bar_with_tokens_a_second(tmp_path: Path, base: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_truncated_or_damaged_archive_is_a_one_line_error_with_its_name(tmp_pa
         wrongs.append(content[:1000] + bytes(64) + content[1064:])
     for wrong in wrongs:
         packed.write_bytes(wrong)
-        with pytest.raises(DataError, match=rf"x.jsonl{suffix} is damaged or cut off") as raised:
+        with pytest.raises(DataError, match=rf"x.jsonl{suffix} is damaged or truncated") as raised:
             read(packed, tmp_path)
         assert "\n" not in str(raised.value)
 

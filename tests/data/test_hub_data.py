@@ -125,7 +125,7 @@ def test_a_loading_script_is_replaced_by_the_hubs_parquet_copy(tmp_path: Path, h
     assert "is a loading script there" in error(read(tmp_path, url, "lab/scripted", dataset_revision="main"), 2)
     result = read(tmp_path, url, "lab/scripted")
     assert answer(result)[1] == ["from", "parquet"]
-    assert "is a loading script, which is not run; takes the hub's parquet copy refs/convert/parquet" in result.stderr
+    assert "is a loading script, which is not run; uses the hub's parquet copy refs/convert/parquet" in result.stderr
     assert answer(read(tmp_path, url, "lab/scripted", offline=True)) == answer(result)
 
 
@@ -135,7 +135,7 @@ def test_what_the_hub_has_not_is_one_line(tmp_path: Path, hub: tuple) -> None:
     add_revision(root, "datasets/lab/broken", "main", {"README.md": b"# B", "train.jsonl": b'{"text": "a"}\n{"te'})
     add_revision(root, "datasets/lab/none", "main", {"README.md": b"# no data"})
     message = error(read(tmp_path, url, "lab/nothing"), 3)
-    assert "hub has no such set, or it is gated" in message
+    assert "hub has no such data set, or it is gated" in message
     assert "HF_ENDPOINT" in message
     assert "['train']" in error(read(tmp_path, url, "lab/news", dataset_split="dev"), 2)
     assert "did you mean 'text'" in error(read(tmp_path, url, "lab/news", text_column="txet"), 2)
@@ -205,7 +205,7 @@ def test_a_folder_with_a_loading_script_is_read_by_its_files(tmp_path: Path) -> 
     (folder / "b.jsonl").write_bytes(lines("two"))
     result = read(tmp_path, "http://127.0.0.1:9", str(folder), offline=True)
     assert answer(result)[1] == ["one", "two"]
-    assert "scripted is a loading script, which is not run; reads the 2 files beside it" in result.stderr
+    assert "scripted is a loading script, which is not run; reads the 2 files next to it" in result.stderr
     refused = read(tmp_path, "http://127.0.0.1:9", str(folder), offline=True, dataset_split="test")
     assert "leave out --dataset_config and --dataset_split" in error(refused, 2)
 
@@ -224,6 +224,6 @@ def test_what_hf_download_put_into_the_hubs_cache_is_found_by_its_name_offline(t
     (repository / "refs" / "main").write_text(commit)
     result = read(tmp_path, "http://127.0.0.1:9", "lab/news", offline=True, dataset_config="en")
     assert answer(result)[1] == ["one", "two"]
-    assert "read from its snapshot" in result.stderr
+    assert "reads its cached snapshot" in result.stderr
     streamed = read(tmp_path, "http://127.0.0.1:9", "lab/news", offline=True, dataset_config="de", streaming=True)
     assert answer(streamed)[1] == ["eins"]

@@ -69,7 +69,7 @@ def test_missing_file_and_empty_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         read(tmp_path / "empty.jsonl", tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="holds none of"):
+    with pytest.raises(DataError, match="has no files of the kinds"):
         read(tmp_path / "folder", tmp_path)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flare.data.sources import base as rows_module
+from flare.data.sources import base as base_module
 from flare.data.sources.base import SourceSpec
 from flare.data.sources.open import open_source
 from flare.data.streaming.pieces import streamed_facts, streamed_identity
@@ -71,14 +71,14 @@ def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
 
 def test_empty_files_among_others_are_skipped_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spark and others write one for lack of rows. Of a kind that has a header or a frame it is a cut-off download."""
-    told: list[str] = []
-    monkeypatch.setattr("flare.data.sources.files.log.warning", told.append)
+    messages: list[str] = []
+    monkeypatch.setattr("flare.data.sources.files.log.warning", messages.append)
     (tmp_path / "a.txt").write_text("one")
     alone = open_source(SourceSpec(str(tmp_path)), tmp_path / "cache")
     for name in ("b.jsonl", "c.csv"):
         (tmp_path / name).touch()
     source = open_source(SourceSpec(str(tmp_path)), tmp_path / "cache")
-    assert told == [f"leaves out 2 of 3 files, which hold nothing (0 bytes), first {tmp_path}/b.jsonl"]
+    assert messages == [f"skips 2 of 3 files because they are empty (0 bytes), first {tmp_path}/b.jsonl"]
     assert [row.value for row in source.rows()] == ["one"]
     assert (source.fingerprint(), source.describe()) == (alone.fingerprint(), alone.describe())
     with pytest.raises(DataError, match=r"b.jsonl is empty \(0 bytes\)"):
@@ -96,25 +96,27 @@ def test_git_lfs_pointers_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * len(pointer))
     for name, size in (("b.txt", 5), ("b.jsonl", 10**13), ("b.parquet", 10**6)):
         (tmp_path / name).write_text(pointer % size)
-        with pytest.raises(DataError, match=rf"{name} is a pointer of Git LFS, not the data; get it by git lfs pull"):
+        with pytest.raises(
+            DataError, match=rf"{name} is a Git LFS pointer, not the data; download it with git lfs pull"
+        ):
             read(tmp_path, tmp_path / "cache")
         (tmp_path / name).unlink()
     assert len(read(tmp_path, tmp_path / "cache")) == 1
 
 
 def test_used_and_ignored_file_types_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr("flare.data.sources.files.log.info", told.append)
+    messages: list[str] = []
+    monkeypatch.setattr("flare.data.sources.files.log.info", messages.append)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
     read(tmp_path, tmp_path / "cache")
-    assert told == []
+    assert messages == []
     for name in ("LICENSE", "c.ndjson", "d.jsonl.bz2", "e.jsonl"):
         (tmp_path / name).write_text('{"text": "e"}')
-    expected = "reads 1 .jsonl, 2 .txt files; leaves out what is of other kinds (.bz2 .ndjson LICENSE)"
+    expected = "reads 1 .jsonl, 2 .txt files; skips other kinds (.bz2 .ndjson LICENSE)"
     for name in (tmp_path, tmp_path / "*"):
         assert len(read(name, tmp_path / "cache")) == 3
-        assert told.pop() == f"--dataset_name {name}: {expected}"
+        assert messages.pop() == f"--dataset_name {name}: {expected}"
 
 
 def test_data_that_exists_by_name_only_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +124,7 @@ def test_data_that_exists_by_name_only_is_an_error(tmp_path: Path, monkeypatch: 
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").symlink_to("blobs/0123")
     for name in (tmp_path, tmp_path / "*.txt"):
-        with pytest.raises(DataError, match=r"b.txt is a link to blobs/0123, which is not there"):
+        with pytest.raises(DataError, match=r"b.txt is a link to blobs/0123, which does not exist"):
             read(name, tmp_path / "cache")
     (tmp_path / "b.txt").unlink()
     (tmp_path / "theirs").mkdir()
@@ -139,13 +141,15 @@ def test_data_that_exists_by_name_only_is_an_error(tmp_path: Path, monkeypatch: 
 
 
 def test_a_large_txt_is_reported_as_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr("flare.data.sources.files.log.warning", told.append)
+    messages: list[str] = []
+    monkeypatch.setattr("flare.data.sources.files.log.warning", messages.append)
     monkeypatch.setattr("flare.data.sources.files.LARGE_TXT_BYTES", 100)
     for name, size in (("small.txt", 100), ("large.txt", 101), ("large.csv", 101)):
         (tmp_path / name).write_text("text\n" + "x" * (size - 5))
     open_source(SourceSpec(str(tmp_path)), tmp_path / "cache").pieces()
-    assert told == [f"{tmp_path}/large.txt is read as one document of 101 bytes; a .jsonl holds one a line"]
+    assert messages == [
+        f"{tmp_path}/large.txt is read as one document of 101 bytes; a .jsonl file can hold one document per line"
+    ]
 
 
 def test_a_cache_directory_inside_the_data_is_ignored(tmp_path: Path, base: Path) -> None:
@@ -157,7 +161,7 @@ def test_a_cache_directory_inside_the_data_is_ignored(tmp_path: Path, base: Path
     assert first.meta["num_documents"] == 20
     (again.directory / "x.jsonl").write_text('{"text": "cached"}\n')
     assert len(read(tmp_path / "data" / "**" / "*.jsonl", tmp_path / "data" / "cache")) == 20
-    with pytest.raises(ConfigError, match=r"--cache_dir .*data is the folder of the data itself; give another"):
+    with pytest.raises(ConfigError, match=r"--cache_dir .*data is the data folder itself; give another"):
         cache_of(tmp_path / "data", base, tmp_path / "data")
     assert len(read(tmp_path / "data" / "*.jsonl", tmp_path / "data")) == 20
 
@@ -187,15 +191,15 @@ def test_the_embedded_corpus_names_the_cache_directory_that_it_cannot_make(tmp_p
 def test_a_split_of_a_plain_file_is_reported_as_without_effect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
-    monkeypatch.setattr("flare.data.sources.open.log.warning", told.append)
+    messages: list[str] = []
+    monkeypatch.setattr("flare.data.sources.open.log.warning", messages.append)
     file = tmp_path / "x.txt"
     file.write_text("some text")
     open_source(SourceSpec(str(file)), tmp_path / "cache")
-    assert told == []
+    assert messages == []
     for name in (str(tmp_path), str(tmp_path / "*.txt")):
         open_source(SourceSpec(name, dataset_split="validation"), tmp_path / "cache")
-        assert told.pop() == f"--dataset_split validation means nothing for {name}: all of it is read"
+        assert messages.pop() == f"--dataset_split validation has no effect on {name}: all its rows are read"
 
 
 def test_a_saved_data_set_gives_its_rows_and_is_known_by_its_content(tmp_path: Path) -> None:
@@ -215,7 +219,7 @@ def test_a_saved_data_set_is_read_in_pieces_that_go_to_other_processes(
 ) -> None:
     texts = [f"document {number}" for number in range(500)]
     path = save(tmp_path / "saved", texts)
-    monkeypatch.setattr(rows_module, "LEAST_PIECE_BYTES", 2000)
+    monkeypatch.setattr(base_module, "MIN_PIECE_BYTES", 2000)
     pieces = open_source(SourceSpec(str(path)), tmp_path).pieces()
     assert len(pieces) > 3
     pickled = [pickle.dumps(piece) for piece in pieces]
@@ -244,7 +248,7 @@ def test_a_damaged_saved_data_set_is_a_one_line_error(tmp_path: Path) -> None:
     content = arrow.read_bytes()
     for damage in (lambda: arrow.write_bytes(content[:200]), arrow.unlink):
         damage()
-        with pytest.raises(DataError, match=r"saved is no whole data set of save_to_disk"):
+        with pytest.raises(DataError, match=r"saved is not a complete data set of save_to_disk"):
             read(path, tmp_path)
     arrow.write_bytes(content)
     with pytest.raises(DataError, match=r"none is a data set without rows"):

@@ -17,7 +17,7 @@ from flare.child_process import child_environment
 from flare.data.sources import base as sources_module
 from flare.data.sources.base import SourceSpec
 from flare.data.sources.open import open_source
-from flare.data.token_cache.build import Builder, Ledger, build_token_cache
+from flare.data.token_cache.build import Builder, PieceSchedule, build_token_cache
 from flare.data.token_cache.cache import TokenCache, TokenSettings
 from flare.errors import DataError
 from flare.nope.load import load_tokenizer
@@ -101,7 +101,7 @@ def test_bytes_do_not_depend_on_how_a_file_is_cut(
     one.write_bytes(b"".join(file.read_bytes() for file in sorted(folder.glob("*.jsonl"))))
     whole = contents(cache_of(one, base, tmp_path / "whole", max_bad_rows=0.5))
     for most_bytes, workers in ((1, 1), (700, 2)):
-        monkeypatch.setattr(sources_module, "LEAST_PIECE_BYTES", most_bytes)
+        monkeypatch.setattr(sources_module, "MIN_PIECE_BYTES", most_bytes)
         monkeypatch.setattr(sources_module, "PIECE_BYTES", most_bytes)
         assert len(open_source(SourceSpec(str(one)), tmp_path / f"c{most_bytes}").pieces()) > 5
         cut = cache_of(one, base, tmp_path / f"c{most_bytes}", max_bad_rows=0.5, num_workers=workers)
@@ -121,18 +121,18 @@ def test_dataset_size_counts_rows_over_pieces_as_over_one_file(
     assert cache.meta["bad_rows"] == expected.meta["bad_rows"]
 
 
-def test_ledger_by_hand() -> None:
+def test_piece_schedule_by_hand() -> None:
     """Pieces of 4, 3, 5 and 9 rows, of which the first 8 are wanted."""
-    ledger = Ledger(4, 8)
-    assert [ledger.next(), ledger.next()] == [(0, 8), (1, 8)]
-    ledger.finish(1, 3)
-    assert ledger.next() == (2, 5)  # before it, three rows are certain and six are likely
-    assert ledger.next() is None  # nine are likely before the last one
-    ledger.finish(0, 4)
-    assert ledger.needed() == [(0, 8), (1, 4)]
-    ledger.finish(2, 5)
-    assert ledger.needed() == [(0, 8), (1, 4), (2, 1)]
-    assert ledger.next() is None
+    schedule = PieceSchedule(4, 8)
+    assert [schedule.next(), schedule.next()] == [(0, 8), (1, 8)]
+    schedule.finish(1, 3)
+    assert schedule.next() == (2, 5)  # before it, three rows are certain and six are likely
+    assert schedule.next() is None  # nine are likely before the last one
+    schedule.finish(0, 4)
+    assert schedule.needed() == [(0, 8), (1, 4)]
+    schedule.finish(2, 5)
+    assert schedule.needed() == [(0, 8), (1, 4), (2, 1)]
+    assert schedule.next() is None
 
 
 def test_too_many_bad_rows_end_the_build_when_no_row_to_come_can_change_it(
@@ -165,8 +165,8 @@ def test_a_killed_build_is_continued_by_the_next(folder: Path, base: Path, tmp_p
         FileByFile(folder), load_tokenizer(base), work.with_name(work.name.split(".")[1]),
         TokenSettings(max_bad_rows=0.1, num_workers=1),
     )  # fmt: skip
-    builder.take_over()
-    assert sorted(builder.ledger.rows) == list(range(1, done))  # all but the damaged one
+    builder.find_finished_parts()
+    assert sorted(builder.schedule.rows) == list(range(1, done))  # all but the damaged one
     assert contents(build(folder, base, tmp_path / "c", 1, max_bad_rows=0.1)) == whole
     assert not work.exists()
 
@@ -235,7 +235,7 @@ def test_waiting_for_another_builder_is_reported(folder: Path, base: Path, tmp_p
     with open(directory.with_name(f".{directory.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = start_build(folder, base, tmp_path / "c", 1)
-        assert f"waits for another process that makes the token cache {directory}" in process.stderr.readline()
+        assert f"waits for another process that builds the token cache {directory}" in process.stderr.readline()
     process.communicate(timeout=60)
     assert process.returncode == 0
-    assert TokenCache(directory).is_whole
+    assert TokenCache(directory).is_complete

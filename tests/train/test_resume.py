@@ -179,11 +179,11 @@ def test_a_damaged_token_cache_is_built_again(train_flags: list[str], run: Path,
     (directory,) = (tmp_path / "cache").glob("tokens-*")
     with open(directory / "tokens.bin", "r+b") as file:
         file.truncate(100)
-    assert not TokenCache(directory).is_whole
+    assert not TokenCache(directory).is_complete
     result = train(*flags, "--experiment_name", "again")
     assert result.returncode == 0, result.stderr
-    assert "is damaged and built again" in result.stderr
-    assert TokenCache(directory).is_whole
+    assert "is damaged and is built again" in result.stderr
+    assert TokenCache(directory).is_complete
 
 
 def test_plausible_mistakes_end_in_one_line(train_flags: list[str], base: Path, tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""What every source of documents offers: rows in a fixed order, in pieces that worker processes read on their own.
-
-What is usable text is decided in ``flare.data.sources.documents``; nothing here opens a file or tokenises.
-"""
+"""The interface of all sources: rows in a fixed order, cut into pieces that worker processes read independently."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,43 +7,43 @@ from dataclasses import dataclass, field
 from flare.errors import ConfigError, DataError, nearest, one_line
 
 PIECE_BYTES = 32 * 2**20
-"""Input of a piece, where its format can be cut: a few seconds of tokenising, and a few hundred pieces in 10 GB."""
-ENOUGH_PIECES = 64
-"""A smaller corpus is cut into so many pieces: workers end nearly together when each does many."""
-LEAST_PIECE_BYTES = 2**20
-"""Below that, a piece's own files and messages would cost something."""
+"""Maximum size of a piece if its format can be cut: a few seconds of tokenising; 10 GB are a few hundred pieces."""
+MIN_PIECES = 64
+"""A small corpus is cut into this number of pieces, so that all workers finish at nearly the same time."""
+MIN_PIECE_BYTES = 2**20
+"""Minimum size of a piece. In smaller ones the overhead of files and messages would be noticeable."""
 
 
 def piece_bytes(total_bytes: int) -> int:
-    """Input of a piece, of a corpus or file of so many bytes."""
-    return min(max(total_bytes // ENOUGH_PIECES, LEAST_PIECE_BYTES), PIECE_BYTES)
+    """Maximum bytes of a piece, for a corpus or file of ``total_bytes``."""
+    return min(max(total_bytes // MIN_PIECES, MIN_PIECE_BYTES), PIECE_BYTES)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a source holds where a document's text is expected, and where that is (``file:line``)."""
+    """An unchecked value that should be a document's text, and where it was read (``file:line``)."""
 
     value: object
     where: str
 
 
 class BadRow:
-    """The value of a row that could not even be read."""
+    """The value of a row that could not be read or decoded."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
 
 COLUMN_HINT = "use --text_column"
-"""How another column is named in training. Pieces do not know who reads them: evaluation says it in its own words."""
+"""How to choose another column in training. Evaluation replaces this text with its own."""
 
 SHOWN_COLUMNS, SHOWN_NAME = 30, 60
-OTHER_CACHE_DIR = "--cache_dir names another place"
-"""What to do where the cache's disk is full or cannot be written."""
+CACHE_DIR_HINT = "give another directory with --cache_dir"
+"""How to fix a cache directory that is full or cannot be written."""
 
 
 def missing_column(column: str, where: object, columns: list[str]) -> ConfigError:
-    """The error of a column that a file or data set has not. The names in a .csv without a header are text."""
+    """The error for an unknown column. Long names are cut: in a .csv without a header, they are documents."""
     known = ", ".join(one_line(name, SHOWN_NAME) for name in columns[:SHOWN_COLUMNS]) or "none"
     if len(columns) > SHOWN_COLUMNS:
         known += f" and {len(columns) - SHOWN_COLUMNS} more"
@@ -55,9 +52,9 @@ def missing_column(column: str, where: object, columns: list[str]) -> ConfigErro
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """What the user asked for.
+    """The data set that the user named.
 
-    ``option``: where the name was given, for messages.
+    ``option``: the flag with the name, for messages.
     """
 
     dataset_name: str
@@ -70,30 +67,30 @@ class SourceSpec:
     option: str = field(default="--dataset_name", compare=False)
 
     @property
-    def asked(self) -> str:
-        """How the user named the set: the option and its value."""
+    def flag_and_value(self) -> str:
+        """The flag that named the data set and its value, for messages."""
         return f"{self.option} {self.dataset_name}"
 
 
 class Piece:
-    """A part of a source. It pickles to a few hundred bytes and opens what it reads in the process that reads it.
+    """A part of a source. It pickles to a few hundred bytes; the process that reads it opens its files.
 
-    ``expected_bytes``: text that it is likely to give, for the progress.
+    ``expected_bytes``: estimated size of its text, for the progress bar.
     """
 
     expected_bytes: int = PIECE_BYTES
 
     def rows(self) -> Iterator[Row]:
-        """Its rows, in order; can be called again.
+        """Its rows in order. It can be called several times.
 
-        Raises: ConfigError when the first record of a file has no such column; DataError for a damaged file.
+        Raises: ConfigError when the first record of a file does not have the column; DataError for a damaged file.
         """
         raise NotImplementedError
 
 
 @contextmanager
 def reading_data() -> Iterator[None]:
-    """A file of the data that cannot be read is a DataError; what is left of OSError is about the cache's disk."""
+    """Raise DataError when a data file cannot be read. Other OSErrors are about the cache directory."""
     try:
         yield
     except OSError as error:
@@ -102,35 +99,35 @@ def reading_data() -> Iterator[None]:
 
 
 def read_rows(piece: Piece) -> Iterator[Row]:
-    """The piece's rows. Raises: as ``Piece.rows``; DataError when a file cannot be read."""
+    """The rows of a piece. Raises: as ``Piece.rows``; DataError when a file cannot be read."""
     with reading_data():
         yield from piece.rows()
 
 
 class Source:
-    """Rows of a corpus, in a fixed order, and an identity that changes when its content does."""
+    """The rows of a corpus in a fixed order, and a fingerprint that changes with its content."""
 
     def fingerprint(self) -> str:
-        """Identity of the rows: equal on every machine that has the same data."""
+        """Identity of the rows. The same data has the same fingerprint on every machine."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, str]:
-        """What the rows are made of, part by part: by these a changed fingerprint is explained to people."""
+        """What the rows depend on, by name. Messages use it to explain a changed fingerprint."""
         return {"content": self.fingerprint()}
 
     def pieces(self) -> list[Piece]:
-        """All rows, cut into pieces in order. The same data gives the same pieces."""
+        """All rows as pieces, in order. The same data is always cut into the same pieces."""
         raise NotImplementedError
 
     def rows(self) -> Iterator[Row]:
-        """The rows of all pieces, one after the other."""
+        """The rows of all pieces, in order."""
         for piece in self.pieces():
             yield from read_rows(piece)
 
 
 @dataclass(frozen=True)
-class Several(Piece):
-    """Small pieces that follow each other, read as one: a folder of a million files gives a few hundred."""
+class PieceGroup(Piece):
+    """Consecutive small pieces as one piece: a folder of a million files becomes a few hundred pieces."""
 
     parts: tuple[Piece, ...]
 
@@ -143,14 +140,14 @@ class Several(Piece):
             yield from part.rows()
 
 
-def gather(parts: list[tuple[Piece, int]], most_bytes: int) -> list[Piece]:
-    """Pieces of at most ``most_bytes`` where that is possible, from ``(piece, bytes)`` in order."""
+def group_pieces(parts: list[tuple[Piece, int]], max_bytes: int) -> list[Piece]:
+    """Group consecutive ``(piece, bytes)`` pairs into pieces of at most ``max_bytes``. A larger piece stays alone."""
     pieces: list[Piece] = []
     group: list[Piece] = []
     size = 0
-    for part, part_bytes in [*parts, (None, most_bytes)]:
-        if group and size + part_bytes > most_bytes:
-            pieces.append(group[0] if len(group) == 1 else Several(tuple(group)))
+    for part, part_bytes in [*parts, (None, max_bytes)]:
+        if group and size + part_bytes > max_bytes:
+            pieces.append(group[0] if len(group) == 1 else PieceGroup(tuple(group)))
             group, size = [], 0
         group.append(part)
         size += part_bytes

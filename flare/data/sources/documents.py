@@ -1,4 +1,4 @@
-"""What is a usable document, and its identity. Rows that are none are counted and the first ones named."""
+"""Selects the rows that are usable text. Bad rows are counted, and the first ones are named."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,24 +9,24 @@ REPORTED_BAD_ROWS = 5
 
 
 class BadRows:
-    """Count of rows without usable text, and the first few with their place."""
+    """The number of rows without usable text, and where the first few of them are."""
 
     def __init__(self, count: int = 0, first: list[str] | None = None) -> None:
         self.count = count
         self.first = first or []
 
     def add(self, row: Row, reason: str) -> None:
-        """Count a row."""
+        """Add one bad row."""
         self.extend(BadRows(1, [f"{row.where} {reason}"]))
 
     def extend(self, later: "BadRows") -> None:
-        """Count what was found further on in the corpus."""
+        """Add bad rows that come later in the corpus."""
         self.count += later.count
         self.first = [*self.first, *later.first][:REPORTED_BAD_ROWS]
 
 
 def usable_texts(rows: Iterator[Row], bad: BadRows, bad_at: list[int] | None = None) -> Iterator[str]:
-    """The rows that hold text; the others are counted in ``bad``, and their indices added to ``bad_at``."""
+    """The texts of usable rows. Bad rows are counted in ``bad``, and their indices are added to ``bad_at``."""
     for number, row in enumerate(rows):
         reason = _why_unusable(row.value)
         if reason is None:
@@ -43,7 +43,7 @@ def _why_unusable(value: object) -> str | None:
     if value is None:
         return "is null"
     if is_chat(value):
-        return "is a chat, a list of messages; write each as one text, by the model's chat template"
+        return "is a list of chat messages; convert it to one text with the model's chat template"
     if not isinstance(value, str):
         return f"is {type(value).__name__}, not text"
     if not value.strip():
@@ -51,7 +51,7 @@ def _why_unusable(value: object) -> str | None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        return "holds a lone surrogate"
+        return "has a lone surrogate"
     return None
 
 
@@ -65,5 +65,5 @@ def is_chat(value: object) -> bool:
 
 
 def text_hash(text: str) -> int:
-    """64 bits of a document's text, which decide the side of the split that it is on."""
+    """A 64-bit hash of a document's text. It decides whether the document is held out for validation."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""A corpus of real English that comes with every Python: pydoc's topics and the library's docstrings."""
+"""The embedded corpus: English text from the Python installation (pydoc topics and docstrings)."""
 
 import ast
 import json
@@ -23,8 +23,10 @@ MIN_CHARACTERS = 200
 
 
 def embedded_documents(cache: Path) -> list[tuple[str, str]]:
-    """(name, text) of every document, in a fixed order for a given Python. Kept in ``cache``: parsing the
-    library takes seconds."""
+    """(name, text) of every document. The order is fixed for a Python version.
+
+    The result is kept in ``cache``, because parsing the standard library takes seconds.
+    """
     path = cache / f"embedded-{platform.python_version()}.jsonl"
     if path.is_file():
         return [tuple(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -43,7 +45,7 @@ def _topics() -> list[tuple[str, str]]:
 
 
 def _docstrings() -> list[tuple[str, str]]:
-    """One document a library module: its docstrings in the order of the source."""
+    """One document per module of the standard library: its docstrings."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(root.rglob("*.py")):
@@ -52,7 +54,7 @@ def _docstrings() -> list[tuple[str, str]]:
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError, OSError):  # templates and broken-on-purpose files
+        except (SyntaxError, UnicodeDecodeError, OSError):  # templates, and files that are invalid on purpose
             continue
         text = "\n\n".join(filter(None, map(_docstring, ast.walk(tree))))
         if len(text) >= MIN_CHARACTERS:

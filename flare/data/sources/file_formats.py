@@ -1,6 +1,6 @@
-"""The rows of one local file: .jsonl, .json, .txt, .csv, .parquet, plain or as .gz or .zst.
+"""Reads the rows of one local file: .jsonl, .json, .txt, .csv or .parquet. All except .parquet may be .gz or .zst.
 
-A .txt file is one document; the others hold a row each line, element or record.
+A .txt file is one document. In the other formats each line, array element or record is one row.
 """
 
 import csv
@@ -18,27 +18,27 @@ from flare.data.sources.records import UNDECODED, array_elements, csv_values
 from flare.errors import DataError, first_line
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet", ".csv")
-ARCHIVES = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 OPEN_OBJECT = re.compile(rb"\{[ \t]*\r?\n")
 BOM = b"\xef\xbb\xbf"
 START_BYTES = 1024
-"""Of a .json file, from which is told what it holds."""
+"""Bytes at the start of a .json file that decide whether it has JSON lines or one array."""
 
 
 def kind_of(file: Path) -> str | None:
-    """The file's kind, one of ``KINDS``, whatever the case and under a .gz or .zst; None for other files."""
+    """The file's kind, one of ``KINDS``, ignoring case and a .gz or .zst suffix; None for other files."""
     suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
-    if suffixes and suffixes[-1] in ARCHIVES:
+    if suffixes and suffixes[-1] in COMPRESSIONS:
         kind = suffixes[0] if len(suffixes) == 2 else None
         return kind if kind in KINDS and kind != ".parquet" else None
     return suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
 
 
 def holds_lines(file: Path) -> bool:
-    """Whether a file is plain JSON lines, which can be cut between any two of them: by its name, or a .json by how it
-    begins."""
+    """Whether a file has uncompressed JSON lines, so that it can be cut at any newline. A .jsonl has; for a .json its
+    first bytes decide."""
     kind = kind_of(file)
-    if is_archive(file) or kind not in (".jsonl", ".json"):
+    if is_compressed(file) or kind not in (".jsonl", ".json"):
         return False
     if kind == ".jsonl":
         return True
@@ -47,40 +47,40 @@ def holds_lines(file: Path) -> bool:
 
 
 def _is_lines(start: bytes) -> bool:
-    """Whether a .json that begins so holds an object a line: the field writes JSON lines into .json files, too."""
+    """Whether a .json file that starts with these bytes has one object per line; many .json data sets do."""
     start = start.removeprefix(BOM).lstrip()
     return start[:1] != b"[" and not OPEN_OBJECT.match(start)
 
 
-def is_archive(file: Path) -> bool:
-    """Whether the file is compressed, so that it can only be read from its start."""
-    return file.suffix.lower() in ARCHIVES
+def is_compressed(file: Path) -> bool:
+    """Whether the file is compressed. Such a file can only be read from its start."""
+    return file.suffix.lower() in COMPRESSIONS
 
 
 @contextmanager
 def open_bytes(file: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked.
+    """The file's bytes, decompressed.
 
-    Raises: DataError when the archive is damaged or cut off.
+    Raises: DataError when a compressed file is damaged or truncated.
     """
-    if not is_archive(file):
+    if not is_compressed(file):
         with open(file, "rb") as stream:
             yield stream
         return
     import pyarrow
 
     with pyarrow.OSFile(str(file)) as packed:
-        unpacked = pyarrow.CompressedInputStream(packed, ARCHIVES[file.suffix.lower()])
+        unpacked = pyarrow.CompressedInputStream(packed, COMPRESSIONS[file.suffix.lower()])
         try:
             with io.BufferedReader(unpacked, 2**20) as stream:
                 yield stream
         except OSError as error:
-            raise DataError(f"{file} is damaged or cut off ({first_line(error)}); get it anew") from error
+            raise DataError(f"{file} is damaged or truncated ({first_line(error)}); download it again") from error
 
 
 @dataclass(frozen=True)
 class WholeFile(Piece):
-    """All rows of a file that is not cut."""
+    """All rows of one file."""
 
     file: Path
     kind: str
@@ -95,7 +95,7 @@ class WholeFile(Piece):
 
 @dataclass(frozen=True)
 class LineRange(Piece):
-    """The lines of a .jsonl file in the bytes [begin, end); ``first_line`` is the number of the one at ``begin``."""
+    """The lines of a .jsonl file in the bytes [begin, end). ``first_line`` is the number of the line at ``begin``."""
 
     file: Path
     column: str
@@ -121,7 +121,7 @@ class LineRange(Piece):
 
 @dataclass(frozen=True)
 class RowGroups(Piece):
-    """Row groups [begin, end) of a .parquet file; ``first_row`` is the index of their first row."""
+    """Row groups [begin, end) of a .parquet file. ``first_row`` is the index of their first row."""
 
     file: Path
     column: str
@@ -144,11 +144,11 @@ class RowGroups(Piece):
                         number += 1
         except (pyarrow.ArrowException, OSError) as error:
             reason = first_line(error)
-            raise DataError(f"{self.file} is damaged after row {number} ({reason}); get it anew") from error
+            raise DataError(f"{self.file} is damaged after row {number} ({reason}); download it again") from error
 
 
 def values_of(array: object) -> list[object]:
-    """Python values of an Arrow array; text that is no UTF-8 becomes a bad row of its own."""
+    """Python values of an Arrow array. A text that is not UTF-8 becomes a BadRow."""
     try:
         return array.to_pylist()
     except UnicodeDecodeError:
@@ -163,9 +163,9 @@ def _value(scalar: object) -> object:
 
 
 def _column(record: object, column: str, file: Path, first: bool) -> object:
-    """The text of a record; in a file's first record a missing column is the user's mistake."""
+    """The text of a record. Raises: ConfigError when the first record of a file does not have the column."""
     if not isinstance(record, dict):
-        return BadRow("is no object")
+        return BadRow("is not an object")
     if column in record:
         return record[column]
     if first:
@@ -185,7 +185,7 @@ def _read_lines(stream: BinaryIO, file: Path, column: str) -> Iterator[Row]:
 
 
 def _parse_lines(lines: Iterator[bytes], file: Path, column: str, first_line: int) -> Iterator[Row]:
-    first = first_line == 1  # no record was seen yet
+    first = first_line == 1  # no record was read yet
     for number, line in enumerate(lines, first_line):
         where = f"{file}:{number}"
         line = line.removeprefix(BOM) if number == 1 else line
@@ -195,7 +195,7 @@ def _parse_lines(lines: Iterator[bytes], file: Path, column: str, first_line: in
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             yield Row(BadRow(f"is not UTF-8 (byte {error.start})"), where)
-        except (ValueError, RecursionError) as error:  # no JSON, or numbers or nesting beyond all measure
+        except (ValueError, RecursionError) as error:  # not JSON, or too many digits or levels of nesting
             yield Row(BadRow(f"is not JSON ({getattr(error, 'msg', error)})"), where)
         else:
             yield Row(_column(record, column, file, first), where)
@@ -208,7 +208,9 @@ def _read_json(stream: BinaryIO, file: Path, column: str) -> Iterator[Row]:
         yield from _read_lines(stream, file, column)
         return
     if OPEN_OBJECT.match(start.removeprefix(BOM).lstrip()):
-        raise DataError(f"{file} is one JSON object over several lines; give an array of objects, or one a line")
+        raise DataError(
+            f"{file} is one JSON object over several lines; give an array of objects, or one object per line"
+        )
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
     number = 0
     try:
@@ -225,9 +227,9 @@ def _read_csv(stream: BinaryIO, file: Path, column: str) -> Iterator[Row]:
         for line, value in csv_values(text, file, column):
             yield Row(_valid(value), f"{file}:{line}")
     except csv.Error as error:
-        raise DataError(f"{file} is no CSV: {error}") from error
+        raise DataError(f"{file} is not a CSV file: {error}") from error
 
 
 def _valid(value: object) -> object:
-    """The value; a bad row for text with bytes that could not be decoded (``errors="surrogateescape"``)."""
+    """The value, or a BadRow for text with bytes that could not be decoded (``errors="surrogateescape"``)."""
     return BadRow("is not UTF-8") if isinstance(value, str) and UNDECODED.search(value) else value

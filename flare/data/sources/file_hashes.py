@@ -1,6 +1,6 @@
-"""What one pass over local files tells: their SHA-256, and where lines begin at which they can be cut.
+"""Reads local files once for their SHA-256 and for the lines where they can be cut.
 
-The next start takes it over for files that nobody has touched since, and reads none of them.
+The result is kept in the cache directory. The next start reuses it for unchanged files and does not read them.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from flare.data.sources.base import piece_bytes
 from flare.files import write_json
 
 FORMAT_VERSION = 3
-"""Of the notes, and of how files are cut."""
+"""Version of the stored notes and of the rule for cutting files."""
 BLOCK_BYTES = 4 * 2**20
 SETTLED_SEC = 3.0
-"""A file that was changed less than this before it was read may change again with the same times (they are coarse)."""
+"""A file that was changed more recently may change again without a new timestamp, because timestamps are coarse."""
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """``cuts``: (byte, number of the line that begins there), about every ``piece_bytes(size)``."""
+    """``cuts``: (byte, number of the line that begins there) pairs, about ``piece_bytes(size)`` apart."""
 
     size: int
     sha256: str
@@ -33,20 +33,20 @@ class FileFacts:
 
 
 def facts_of(files: list[Path], memo_dir: Path | None, root: Path | None) -> list[FileFacts]:
-    """Facts of these files; what ``memo_dir`` notes of earlier starts is not read again.
+    """Facts of these files. Files with a valid note from an earlier start in ``memo_dir`` are not read again.
 
-    A note holds as long as inode, size and the times of change are the same. The kernel sets ctime at every change,
-    and no tool can set it back. The device is no part of it: hosts number a network's disk each in its own way.
-    Source: Git's index does it so (racy-git.adoc; USE_STDEV in statinfo.c).
+    A note is valid while inode, size, mtime and ctime are the same. The kernel sets ctime at every change, and no tool
+    can set it back. The device number is not compared, because hosts number a network disk differently.
+    Source: Git's index uses the same rule (racy-git.adoc; USE_STDEV in statinfo.c).
 
     Args:
-        root: the folder or file that they were found by. All that was ever read below it has one list of notes, so
-            that a file more, or another glob, costs reading that file.
+        root: the folder or file in which they were found. All files below one root share one list of notes, so a new
+            file or another glob reads only the files without a note.
     """
     if memo_dir is None:
         return [read_facts(file) for file in files]
     memo = memo_dir / f".facts-{hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:32]}.json"
-    with _locked(memo.with_suffix(".lock")):  # of several ranks one reads, the others find its notes
+    with _locked(memo.with_suffix(".lock")):  # one rank reads, the others wait and use its notes
         known, facts = _read_memo(memo), []
         notes = known.copy()
         for file in files:
@@ -58,14 +58,14 @@ def facts_of(files: list[Path], memo_dir: Path | None, root: Path | None) -> lis
                 notes[name] = note
         if notes != known:
             notes = {name: note for name, note in notes.items() if os.path.exists(name)}
-            with contextlib.suppress(OSError):  # only the next start's time is lost
+            with contextlib.suppress(OSError):  # then the next start reads the files again
                 write_json(memo, {"format": FORMAT_VERSION, "files": notes})
     return facts
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a file lock, where one can be had."""
+    """Hold a file lock. On a file system without locks, continue without one."""
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _note(file: Path) -> dict:
-    """Read a file. ``is_settled``: it was left alone before and while that was done."""
+    """Read a file. ``is_settled``: it did not change shortly before or during the read."""
     begun, state = time.time(), _state(file)
     facts = asdict(read_facts(file))
     is_settled = state[-1] / 1e9 < begun - SETTLED_SEC and _state(file) == state
@@ -101,7 +101,7 @@ def _from_note(note: dict) -> FileFacts:
 
 
 def read_facts(file: Path) -> FileFacts:
-    """Read the whole file once, in small blocks."""
+    """Read the complete file once, in blocks of ``BLOCK_BYTES``."""
     digest = hashlib.sha256()
     cuts: list[tuple[int, int]] = []
     every = piece_bytes(file.stat().st_size)

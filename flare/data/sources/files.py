@@ -1,4 +1,4 @@
-"""Local files as a source: which files a path names, their identity, and how they are cut into pieces."""
+"""Local files as a source: finds the files of a path, hashes them, and cuts them into pieces."""
 
 import glob
 import hashlib
@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 
-from flare.data.sources.base import Piece, Source, gather, missing_column, piece_bytes, reading_data
+from flare.data.sources.base import Piece, Source, group_pieces, missing_column, piece_bytes, reading_data
 from flare.data.sources.file_formats import (
-    ARCHIVES,
+    COMPRESSIONS,
     KINDS,
     LineRange,
     RowGroups,
     WholeFile,
     holds_lines,
-    is_archive,
+    is_compressed,
     kind_of,
 )
 from flare.data.sources.file_hashes import FileFacts, facts_of
@@ -24,42 +24,44 @@ from flare.errors import ConfigError, DataError, first_line, one_line
 from flare.logs import log
 
 BATCH_BYTES = 8 * 2**20
-"""Text of a parquet file that is decoded at once."""
-PACKED = 3
-"""Bytes of text in a byte of an archive: a guess, for the progress."""
+"""Maximum text of a parquet file that is decoded at once."""
+COMPRESSION_RATIO = 3
+"""Estimated bytes of text per byte of a compressed file, for the progress bar."""
 LARGE_TXT_BYTES = 64 * 2**20
-"""A .txt beyond that is hardly one document. Whole, it takes some 300 bytes a token while it is tokenised."""
+"""A larger .txt is probably not one document. Tokenising it as one needs about 300 bytes of memory per token."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 LFS_POINTER_BYTES = range(115, 200)
-"""Size of one: the line above, 64 hexadecimal digits and a number. Source: git-lfs, docs/spec.md."""
+"""Possible sizes of a pointer: the line above, 64 hexadecimal digits and a number. Source: git-lfs, docs/spec.md."""
 MAX_LISTED_FILES = 1000
-"""Files that are told apart when data has changed; of a larger corpus, folders are."""
+"""Up to this number, a message about changed data names the files; above it, the folders."""
 
 
-def find_files(path: Path, asked: str, without: Path | None = None) -> list[Path]:
-    """The file itself, or all files of a known kind in a folder, by name; none of those in the folder ``without``.
+def find_files(path: Path, flag_and_value: str, excluded: Path | None = None) -> list[Path]:
+    """The file itself, or all files of a known kind in a folder, sorted by name.
 
     Args:
-        asked: the option that named the path, and its value.
+        flag_and_value: the flag that named the path and its value, for messages.
+        excluded: a folder whose files are excluded.
 
-    Raises: ConfigError for a file of no known kind; DataError for a folder without any, or that cannot be read.
+    Raises: ConfigError for a file of an unknown kind; DataError for a folder without data files or that cannot be
+    read.
     """
     if path.is_file():
         if kind_of(path) is None:
-            raise ConfigError(f"{asked}: cannot read {path.name!r}; known: {known_kinds()}")
+            raise ConfigError(f"{flag_and_value}: cannot read {path.name!r}; known kinds: {known_kinds()}")
         return [path]
-    paths = outside((p for p in files_below(path) if not is_hidden(p.relative_to(path))), without)
-    files = readable(paths)
+    paths = exclude_folder((p for p in files_below(path) if not is_hidden(p.relative_to(path))), excluded)
+    files = known_files(paths)
     if not files:
-        raise DataError(f"{asked}: the folder holds none of {known_kinds()}")
-    tell_kinds(asked, paths, files)
+        raise DataError(f"{flag_and_value}: the folder has no files of the kinds {known_kinds()}")
+    log_kinds(flag_and_value, paths, files)
     return files
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files of a folder and its subfolders, linked ones too; each is entered once, so a ring of links ends.
+    """All files in a folder and its subfolders, also linked ones. Each folder is entered once, so circular links end.
 
-    Raises: DataError for a folder that cannot be read.
+    Raises: DataError when a folder cannot be read.
     """
     entered = set()
     with reading_data():
@@ -69,7 +71,7 @@ def files_below(folder: Path) -> Iterator[Path]:
                 names.clear()
                 continue
             entered.add(place)
-            names.sort()  # of two links to one folder it is always the same that counts
+            names.sort()  # of two links to one folder, always the same one is followed
             yield from (Path(directory, name) for name in files)
 
 
@@ -77,76 +79,76 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-def outside(paths: Iterable[Path], folder: Path | None) -> list[Path]:
-    """The paths that do not lie in the folder."""
-    left_out = folder and folder.resolve()
-    return [path for path in paths if left_out is None or left_out not in path.resolve().parents]
+def exclude_folder(paths: Iterable[Path], folder: Path | None) -> list[Path]:
+    """The paths that are not inside the folder."""
+    resolved = folder and folder.resolve()
+    return [path for path in paths if resolved is None or resolved not in path.resolve().parents]
 
 
-def readable(paths: list[Path]) -> list[Path]:
-    """The files of a known kind among these, by name.
+def known_files(paths: list[Path]) -> list[Path]:
+    """The files of a known kind among these, sorted by name.
 
-    Raises: DataError for a link whose file is gone: a copy of the hub's ``snapshots`` without its ``blobs`` has them.
+    Raises: DataError for a broken link, as in a copy of the hub's ``snapshots`` without its ``blobs``.
     """
     known = sorted(filter(kind_of, paths))
     if broken := next((path for path in known if path.is_symlink() and not path.exists()), None):
-        raise DataError(f"{broken} is a link to {os.readlink(broken)}, which is not there")
+        raise DataError(f"{broken} is a link to {os.readlink(broken)}, which does not exist")
     return [path for path in known if path.is_file()]
 
 
-def tell_kinds(asked: str, paths: list[Path], files: list[Path]) -> None:
-    """Say what is read of the paths and what is not, unless it is all of them and of one kind."""
+def log_kinds(flag_and_value: str, paths: list[Path], files: list[Path]) -> None:
+    """Log which kinds are read and which are skipped, unless all files are of one known kind."""
     kinds = Counter(map(kind_of, files))
     others = {path.suffix or path.name for path in set(paths).difference(files)}
     if len(kinds) > 1 or others:
         read = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
-        left_out = f"; leaves out what is of other kinds ({one_line(' '.join(sorted(others)))})" if others else ""
-        log.info(f"{asked}: reads {read} files{left_out}")
+        left_out = f"; skips other kinds ({one_line(' '.join(sorted(others)))})" if others else ""
+        log.info(f"{flag_and_value}: reads {read} files{left_out}")
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file or a folder above it is hidden: what tools leave there (.cache, .git) is no data."""
+    """Whether a file or a folder above it is hidden: tools keep their own files there (.cache, .git)."""
     return any(part.startswith(".") for part in path.parts)
 
 
 def is_glob(name: str) -> bool:
-    """Whether a name holds wildcards."""
+    """Whether a name has wildcards."""
     return any(character in name for character in "*?[")
 
 
-def match_files(pattern: str, asked: str, without: Path | None = None) -> list[Path]:
-    """All files of a known kind that a glob matches, by name; ``**`` goes through folders.
+def match_files(pattern: str, flag_and_value: str, excluded: Path | None = None) -> list[Path]:
+    """All files of a known kind that a glob matches, sorted by name; ``**`` matches any number of folders.
 
     Args:
-        asked, without: as of ``find_files``.
+        flag_and_value, excluded: as in ``find_files``.
 
-    Raises: ConfigError when it matches none.
+    Raises: ConfigError when it matches no file.
     """
-    matches = outside(map(Path, glob.glob(pattern, recursive=True)), without)
-    files = readable(matches)
+    matches = exclude_folder(map(Path, glob.glob(pattern, recursive=True)), excluded)
+    files = known_files(matches)
     if not files:
         others = f" (it matches {len(matches)} other files)" if matches else f" (looked in {Path.cwd()})"
-        raise ConfigError(f"{asked}: matches no file of the kinds {known_kinds()}{others}")
-    tell_kinds(asked, [match for match in matches if not match.is_dir()], files)
+        raise ConfigError(f"{flag_and_value}: matches no file of the kinds {known_kinds()}{others}")
+    log_kinds(flag_and_value, [match for match in matches if not match.is_dir()], files)
     return files
 
 
 def glob_root(pattern: str) -> Path:
-    """The folder that all matches of a glob lie in: what comes before its first wildcard."""
+    """The folder that contains all matches of a glob: its path before the first wildcard."""
     return Path(*takewhile(lambda part: not is_glob(part), Path(pattern).parts))
 
 
 def known_kinds() -> str:
-    """The kinds of files, for messages."""
-    return f"{' '.join(KINDS)}, and these but .parquet with {' or '.join(ARCHIVES)} behind"
+    """The known kinds of files, for messages."""
+    return f"{' '.join(KINDS)}; all except .parquet also with {' or '.join(COMPRESSIONS)} appended"
 
 
 class HashedFiles(Source):
     """A source whose identity is the content of local files.
 
     Args:
-        root: the folder that they lie in; in messages about changed data files are named from there.
-        memo_dir: where it is noted what was read of them, for the next start.
+        root: the folder of the files; messages about changed data show paths relative to it.
+        memo_dir: where hashes are kept for the next start.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class HashedFiles(Source):
 
     @reading_data()
     def facts(self) -> list[FileFacts]:
-        """Hash and cuts of every file; the first call reads those once of which nothing is noted."""
+        """Hash and cuts of every file. The first call reads each file for which ``memo_dir`` has no entry."""
         if self._facts is None:
             self._facts = facts_of(self.files, self.memo_dir, self.root)
         return self._facts
@@ -172,7 +174,7 @@ class HashedFiles(Source):
         return f"files:{digest.hexdigest()}"
 
     def describe(self) -> dict[str, str]:
-        """Size and hash of every file, or when there are very many, of every folder."""
+        """Size and hash of every file; of every folder when there are more than ``MAX_LISTED_FILES`` files."""
         names = [self.name_of(file) for file in self.files]
         sums = [f"{facts.size:,} bytes, sha256 {facts.sha256[:12]}" for facts in self.facts()]
         listed = {f"file {name}": content for name, content in zip(names, sums, strict=True)}
@@ -181,54 +183,58 @@ class HashedFiles(Source):
         return {"text_column": self.text_column} | listed
 
     def name_of(self, file: Path) -> str:
-        """A file's name from ``root``, which tells it from all others; of a file that is the root, its own name."""
-        path = Path(os.path.abspath(file))  # ``datasets`` gives absolute paths, whatever it was given
+        """The path relative to ``root``, which is unique; the file's own name if ``root`` is the file."""
+        path = Path(os.path.abspath(file))  # ``datasets`` returns absolute paths for relative ones
         root = Path(os.path.abspath(self.root or file.parent))
         return str(path.relative_to(root)) if path != root and path.is_relative_to(root) else file.name
 
 
 @reading_data()
 def usable_files(files: list[Path]) -> list[Path]:
-    """The files that hold something; empty ones among them are warned of: other tools write them for lack of rows.
+    """The files that are not empty. Other tools write empty files when they have no rows, so these cause a warning.
 
-    Raises: DataError when all are empty, for an empty one of a kind that has some bytes even without rows, and for
-    what a clone of the hub without Git LFS has in place of its files.
+    Raises: DataError when all files are empty, when a .parquet or compressed file is empty (both have some bytes even
+    without rows), and for a Git LFS pointer, which a clone without Git LFS has in place of the data.
     """
     sizes = [file.stat().st_size for file in files]
     empty = [file for file, size in zip(files, sizes, strict=True) if size == 0]
     for file, size in zip(files, sizes, strict=True):
         if size in LFS_POINTER_BYTES and file.read_bytes().startswith(LFS_POINTER):
-            raise DataError(f"{file} is a pointer of Git LFS, not the data; get it by git lfs pull")
-    if cut := [file for file in empty if len(empty) == len(files) or is_archive(file) or kind_of(file) == ".parquet"]:
+            raise DataError(f"{file} is a Git LFS pointer, not the data; download it with git lfs pull")
+    if cut := [
+        file for file in empty if len(empty) == len(files) or is_compressed(file) or kind_of(file) == ".parquet"
+    ]:
         raise DataError(f"{cut[0]} is empty (0 bytes)")
     if not empty:
         return files
-    log.warning(f"leaves out {len(empty)} of {len(files)} files, which hold nothing (0 bytes), first {empty[0]}")
+    log.warning(f"skips {len(empty)} of {len(files)} files because they are empty (0 bytes), first {empty[0]}")
     left_out = set(empty)
     return [file for file in files if file not in left_out]
 
 
 class FileSource(HashedFiles):
-    """Local files of known kinds, one after the other by name."""
+    """Local files of known kinds, read in order."""
 
     @reading_data()
     def pieces(self) -> list[Piece]:
-        most_bytes = piece_bytes(sum(facts.size for facts in self.facts()))
+        max_bytes = piece_bytes(sum(facts.size for facts in self.facts()))
         parts = []
         for file, facts in zip(self.files, self.facts(), strict=True):
-            parts += self._parts(file, facts, most_bytes)
-        return gather(parts, most_bytes)
+            parts += self._pieces_of(file, facts, max_bytes)
+        return group_pieces(parts, max_bytes)
 
-    def _parts(self, file: Path, facts: FileFacts, most_bytes: int) -> list[tuple[Piece, int]]:
-        """(piece, bytes) of one file. An archive, a JSON array and a .csv, where a line may end within a value, are
-        one piece each."""
+    def _pieces_of(self, file: Path, facts: FileFacts, max_bytes: int) -> list[tuple[Piece, int]]:
+        """(piece, bytes) pairs of one file. Compressed files, JSON arrays and .csv files are not cut: in a .csv a
+        newline may be inside a value."""
         kind = kind_of(file)
         if kind == ".parquet":
-            return row_groups(file, self.text_column, most_bytes)
+            return row_groups(file, self.text_column, max_bytes)
         if kind == ".txt" and facts.size > LARGE_TXT_BYTES:
-            log.warning(f"{file} is read as one document of {facts.size:,} bytes; a .jsonl holds one a line")
+            log.warning(
+                f"{file} is read as one document of {facts.size:,} bytes; a .jsonl file can hold one document per line"
+            )
         if not holds_lines(file):
-            text_bytes = facts.size * (PACKED if is_archive(file) else 1)
+            text_bytes = facts.size * (COMPRESSION_RATIO if is_compressed(file) else 1)
             return [(WholeFile(file, kind, self.text_column, text_bytes), facts.size)]
         starts = [(0, 1), *facts.cuts]
         ends = [byte for byte, _ in facts.cuts] + [facts.size]
@@ -239,7 +245,7 @@ class FileSource(HashedFiles):
 
 
 def by_folder(names: list[str], facts: list[FileFacts]) -> dict[str, str]:
-    """Number, size and hash of each folder's files, given the files' names and facts."""
+    """Number, size and hash of the files of each folder."""
     folders: dict[str, list[FileFacts]] = {}
     for name, fact in zip(names, facts, strict=True):
         folders.setdefault(str(Path(name).parent), []).append(fact)
@@ -251,10 +257,10 @@ def by_folder(names: list[str], facts: list[FileFacts]) -> dict[str, str]:
     return described
 
 
-def row_groups(file: Path, column: str, most_bytes: int) -> list[tuple[Piece, int]]:
-    """(piece, bytes) of a parquet file; row groups are never cut.
+def row_groups(file: Path, column: str, max_bytes: int) -> list[tuple[Piece, int]]:
+    """(piece, bytes) pairs of a parquet file; row groups are never cut.
 
-    Raises: ConfigError when it has no such column; DataError when it is damaged.
+    Raises: ConfigError when the column does not exist; DataError when the file is damaged.
     """
     import pyarrow
     import pyarrow.parquet
@@ -262,7 +268,7 @@ def row_groups(file: Path, column: str, most_bytes: int) -> list[tuple[Piece, in
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file} is no parquet file: {first_line(error)}") from error
+        raise DataError(f"{file} is not a parquet file: {first_line(error)}") from error
     with table:
         names = table.schema_arrow.names
         if column not in names:
@@ -273,7 +279,7 @@ def row_groups(file: Path, column: str, most_bytes: int) -> list[tuple[Piece, in
     first_row = begin = 0
     for end in range(1, len(sizes) + 1):
         size = sum(s for _, s in sizes[begin:end])
-        if end < len(sizes) and size + sizes[end][1] <= most_bytes:
+        if end < len(sizes) and size + sizes[end][1] <= max_bytes:
             continue
         rows = sum(n for n, _ in sizes[begin:end])
         batch_rows = max(1, min(1000, BATCH_BYTES * rows // max(size, 1)))

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, through ``datasets``."""
+"""Reads data sets of the Hugging Face hub with ``datasets``."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Shard(Piece):
-    """A shard of a streamed ``datasets.IterableDataset``: as a rule, one file of the hub."""
+    """A shard of a streamed ``datasets.IterableDataset``, usually one file of the hub."""
 
     dataset: Any
     column: str
@@ -33,21 +33,19 @@ class Shard(Piece):
         number = 0
         try:
             for record in shard:
-                if self.column not in record:  # of a streamed set, which did not know its columns before
+                if self.column not in record:  # a streamed data set may not know its columns earlier
                     raise missing_column(self.column, self.name, list(record))
                 yield Row(record[self.column], f"{name}[{number}]")
                 number += 1
         except FlareError:
             raise
-        except (
-            Exception
-        ) as error:  # a damaged file, a lost connection: ``datasets`` and the hub's client raise many kinds
+        except Exception as error:  # ``datasets`` and the hub's client raise many types
             reason = f"{type(error).__name__}: {first_line(error)}"
-            raise DataError(f"{name} cannot be read behind its first {number} rows ({reason})") from error
+            raise DataError(f"{name} cannot be read after its first {number} rows ({reason})") from error
 
 
 class HubSource(Source):
-    """One split of a data set."""
+    """One split of a hub data set."""
 
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
@@ -80,21 +78,21 @@ class HubSource(Source):
 
 
 def _load_hub_dataset(spec: SourceSpec) -> Any:
-    """Raises: ConfigError, DataError or EnvError, each with the way out."""
+    """Load a data set. Raises: ConfigError, DataError or EnvError; each message says how to fix it."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     name = f"data set {spec.dataset_name!r}"
     try:
-        commit = _commit_asked_for(spec)
+        commit = _resolve_commit(spec)
         dataset = _load_with_fallback(spec, commit)
         _check_commit(dataset, spec, commit)
         return dataset
     except DatasetNotFoundError as error:
-        if "Revision" in str(error):  # of a commit; branches and tags were asked for before
+        if "Revision" in str(error):  # an unknown commit; branches and tags were resolved before
             raise ConfigError(f"--dataset_revision {spec.dataset_revision}: {name} has no such revision") from error
         raise DataError(
-            f"{name} is no local file and the hub has no such set, or it is gated; check the name, set HF_TOKEN "
-            f"for a gated one, set HF_ENDPOINT to a mirror, or give local files{_cached(spec)}"
+            f"{name} is not a local file, and the hub has no such data set, or it is gated; check the name, set "
+            f"HF_TOKEN for a gated data set, set HF_ENDPOINT to a mirror, or give local files{_cached(spec)}"
         ) from error
     except (DatasetsError, FileNotFoundError) as error:  # no data files, or damaged ones
         if disk := disk_error(name, error):
@@ -105,13 +103,13 @@ def _load_hub_dataset(spec: SourceSpec) -> Any:
         raise ConfigError(f"{name}: {' '.join(str(error).split())}") from error
     except FlareError:
         raise
-    except Exception as error:  # the hub's client raises many kinds when the network is down
+    except Exception as error:  # the hub's client raises many types without a network
         if disk := disk_error(name, error):
             raise disk from error
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise EnvError(
-            f"{name} is no local file and cannot be loaded from the hub ({reason}); "
-            "set HF_ENDPOINT to a mirror, HF_HUB_OFFLINE=1 to use what is cached, or give local files"
+            f"{name} is not a local file and cannot be loaded from the hub ({reason}); "
+            "set HF_ENDPOINT to a mirror, HF_HUB_OFFLINE=1 to use the cache, or give local files"
             f"{_cached(spec)}"
         ) from error
 
@@ -121,7 +119,7 @@ def _cached(spec: SourceSpec) -> str:
 
 
 def _load_with_fallback(spec: SourceSpec, commit: str | None) -> Any:
-    """datasets >= 4 runs no loading scripts; the hub keeps a parquet copy of most sets that are one."""
+    """``datasets`` 4 and newer runs no loading scripts. For most of these data sets the hub has a parquet copy."""
     from datasets import load_dataset
 
     arguments = {
@@ -139,23 +137,23 @@ def _load_with_fallback(spec: SourceSpec, commit: str | None) -> Any:
     if spec.dataset_revision:
         raise ConfigError(
             f"--dataset_revision {spec.dataset_revision}: data set {name!r} is a loading script there, which is not "
-            f"run; leave it out for the hub's parquet copy ({PARQUET_COPY})"
+            f"run; leave out --dataset_revision to use the hub's parquet copy ({PARQUET_COPY})"
         )
-    log.warning(f"data set {name} is a loading script, which is not run; takes the hub's parquet copy {PARQUET_COPY}")
+    log.warning(f"data set {name} is a loading script, which is not run; uses the hub's parquet copy {PARQUET_COPY}")
     return load_dataset(name, revision=PARQUET_COPY, **arguments)
 
 
 def commit_of(dataset: Any) -> str | None:
-    """The commit of the hub that a set is of: ``datasets`` keeps its Arrow files in a directory of that name."""
+    """The hub commit of a loaded data set, if known: ``datasets`` names the directory of its Arrow files after it."""
     files = getattr(dataset, "cache_files", None) or [{"filename": ""}]
     name = Path(files[0]["filename"]).parent.name
     return name if COMMIT.fullmatch(name) else None
 
 
-def _commit_asked_for(spec: SourceSpec) -> str | None:
-    """The commit that ``--dataset_revision`` is, told by the hub or, without it, by the hub's cache.
+def _resolve_commit(spec: SourceSpec) -> str | None:
+    """The commit of ``--dataset_revision``, from the hub or, without a network, from the hub's cache.
 
-    Raises: ConfigError for a revision that is not there; EnvError when nobody tells.
+    Raises: ConfigError for an unknown revision; EnvError when neither the hub nor the cache knows it.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import (
@@ -168,29 +166,30 @@ def _commit_asked_for(spec: SourceSpec) -> str | None:
     name, revision = spec.dataset_name, spec.dataset_revision
     if revision is None or COMMIT.fullmatch(revision):
         return revision
-    try:  # the GPU's download leaves a note in the cache of what the revision is
+    try:  # this download also records the revision's commit in the cache
         return Path(hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)).parent.name
     except RemoteEntryNotFoundError:
         return HfApi().dataset_info(name, revision=revision).sha
     except RevisionNotFoundError as error:
         raise ConfigError(f"--dataset_revision {revision}: data set {name!r} has no such revision") from error
     except RepositoryNotFoundError:
-        return revision  # the error comes when it is loaded
+        return revision  # the load reports the error
     except LocalEntryNotFoundError as error:
         raise EnvError(
-            f"--dataset_revision {revision}: the hub cannot be reached to tell which commit of {name!r} that is; "
-            "give the commit itself, or set HF_ENDPOINT to a mirror"
+            f"--dataset_revision {revision}: the hub cannot be reached to find which commit of {name!r} that is; "
+            "give the commit hash, or set HF_ENDPOINT to a mirror"
         ) from error
 
 
 def _check_commit(dataset: Any, spec: SourceSpec, commit: str | None) -> None:
-    """Without the hub ``datasets`` takes the newest copy that it has of a set, whatever revision was asked for.
+    """Check that the requested commit was loaded. Without a network ``datasets`` ignores the revision and uses the
+    newest cached copy.
 
-    Raises: EnvError when that is another commit.
+    Raises: EnvError when another commit was loaded.
     """
     loaded = commit_of(dataset)
     if commit and loaded and loaded != commit:
         raise EnvError(
-            f"--dataset_revision {spec.dataset_revision}: it cannot be loaded from the hub, and what is cached of "
-            f"{spec.dataset_name!r} is commit {loaded}; give that commit, or load {commit} once online"
+            f"--dataset_revision {spec.dataset_revision}: it cannot be loaded from the hub, and the cache has commit "
+            f"{loaded} of {spec.dataset_name!r}; give that commit, or load {commit} once with a network"
         )

@@ -1,6 +1,6 @@
-"""Folders laid out as a data set on the hub: a clone, what ``hf download`` made, a snapshot in the hub's cache.
+"""Folders with the layout of a hub data set: a clone, a result of ``hf download``, a snapshot in the hub's cache.
 
-``datasets`` says which of their files belong to a configuration and split; the files are read like any others.
+``datasets`` finds the files of a configuration and split. They are then read like other local files.
 """
 
 from pathlib import Path
@@ -11,16 +11,16 @@ from flare.data.sources.files import find_files
 from flare.errors import ConfigError, DataError, first_line
 from flare.logs import log
 
-CARD = "README.md"
+DATASET_CARD = "README.md"
 
 
 def is_snapshot(path: Path) -> bool:
-    """Whether a folder came from the hub: its card describes configurations, or ``hf download`` left its mark."""
+    """Whether a folder came from the hub: its dataset card has configurations, or ``hf download`` made it."""
     in_hub_cache = path.parent.name == "snapshots" and path.parent.parent.name.startswith("datasets--")
     if in_hub_cache or (path / ".cache" / "huggingface").is_dir():
         return True
     try:
-        with open(path / CARD, encoding="utf-8") as file:
+        with open(path / DATASET_CARD, encoding="utf-8") as file:
             head = file.read(2**16)
     except (OSError, ValueError):
         return False
@@ -31,10 +31,10 @@ def is_snapshot(path: Path) -> bool:
 def snapshot_files(path: Path, spec: SourceSpec) -> list[Path]:
     """The files of ``--dataset_config`` and ``--dataset_split``, in the order of the hub.
 
-    Which they are of a loading script only the script knows, and it is not run: then all files of the folder.
+    For a loading script these files are unknown, because the script is not run. Then all files of the folder are used.
 
-    Raises: ConfigError for a configuration or split that is not there; DataError for a folder without data, or
-    with files of a kind that is not read.
+    Raises: ConfigError for an unknown configuration or split; DataError for a folder without data, or with files of
+    an unknown kind.
     """
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
@@ -48,36 +48,38 @@ def snapshot_files(path: Path, spec: SourceSpec) -> list[Path]:
     except RuntimeError as error:
         if not is_about_script(error):
             raise
-        return files_beside_script(path, spec)
+        return files_next_to_script(path, spec)
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     if spec.dataset_split not in splits:
         raise ConfigError(f"--dataset_split {spec.dataset_split}: {path} has the splits {', '.join(splits) or 'none'}")
     files = [Path(file) for file in splits[spec.dataset_split]]
     for file in files:
         if kind_of(file) is None:
-            raise DataError(f"{file} is of a kind that is not read from a folder; give the hub's name of the set")
+            raise DataError(
+                f"{file} is of a kind that cannot be read from a folder; give the data set's name on the hub"
+            )
     return files
 
 
 def is_about_script(error: RuntimeError) -> bool:
-    """Whether ``datasets`` (4 and newer) refuses a set since it is a loading script."""
+    """Whether ``datasets`` (4 and newer) refused a data set because it is a loading script."""
     return "script" in str(error)
 
 
-def files_beside_script(path: Path, spec: SourceSpec) -> list[Path]:
-    """All files of a folder that holds a loading script. Raises: ConfigError for a configuration or split of it."""
+def files_next_to_script(path: Path, spec: SourceSpec) -> list[Path]:
+    """All files of a folder with a loading script. Raises: ConfigError when a configuration or split was given."""
     if spec.dataset_config or spec.dataset_split != "train":
         raise ConfigError(
             f"data set {path} is a loading script, which is not run: it has no configurations and splits; leave out "
-            "--dataset_config and --dataset_split for all its files, or name those to read by a glob"
+            "--dataset_config and --dataset_split to read all its files, or select files with a glob"
         )
-    files = find_files(path, spec.asked)
-    log.warning(f"data set {path} is a loading script, which is not run; reads the {len(files)} files beside it")
+    files = find_files(path, spec.flag_and_value)
+    log.warning(f"data set {path} is a loading script, which is not run; reads the {len(files)} files next to it")
     return files
 
 
 def cached_snapshot(spec: SourceSpec) -> Path | None:
-    """The set's snapshot in the hub's cache, ``--cache_dir`` first; None when there is none."""
+    """The data set's snapshot in ``--cache_dir`` or in the default cache of the hub, else None."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -92,6 +94,6 @@ def cached_snapshot(spec: SourceSpec) -> Path | None:
             )
         except (LocalEntryNotFoundError, HFValidationError):
             continue
-        if any(kind_of(file) for file in Path(snapshot).rglob("*")):  # not only the data set card
+        if any(kind_of(file) for file in Path(snapshot).rglob("*")):  # not only the dataset card
             return Path(snapshot)
     return None

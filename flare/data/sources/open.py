@@ -1,7 +1,6 @@
-"""Where documents come from: hub data sets, local files, folders and saved sets, the embedded corpus.
+"""Opens the source that ``--dataset_name`` names: a hub data set, local files, a saved data set, the embedded corpus.
 
-A source yields rows as they are, with the place they came from; what is usable text is decided in
-``flare.data.sources.documents``. Nothing here tokenises.
+A source yields unchecked rows and where each was read. ``flare.data.sources.documents`` checks them.
 """
 
 import hashlib
@@ -22,36 +21,36 @@ from flare.logs import log
 
 
 def open_source(spec: SourceSpec, token_dir: Path) -> Source:
-    """The source that ``spec.dataset_name`` names: ``embedded``, what lies at that path, a glob, or a hub set.
+    """Open the source that ``spec.dataset_name`` names: ``embedded``, an existing path, a glob, or a hub data set.
 
-    Raises: ConfigError for a path that is not there, DataError / EnvError for a hub set that cannot be had.
+    Raises: ConfigError when a path does not exist; DataError or EnvError when a hub data set cannot be loaded.
     """
     name = spec.dataset_name
     if name == "embedded":
-        warn_of_parts(spec)
+        warn_of_unused_options(spec)
         return EmbeddedSource(token_dir)
     if path := path_of(name):
         return open_path(path, spec, token_dir)
     if is_glob(name):
-        warn_of_parts(spec)
+        warn_of_unused_options(spec)
         pattern = str(Path(name).expanduser())
         root = glob_root(pattern)
-        files = match_files(pattern, spec.asked, cache_below(root, token_dir))
+        files = match_files(pattern, spec.flag_and_value, cache_dir_inside(root, token_dir))
         return FileSource(files, spec.text_column, root, token_dir)
     if is_missing_path(name):
-        raise ConfigError(f"{spec.asked}: no such file or directory (looked in {Path.cwd()})")
+        raise ConfigError(f"{spec.flag_and_value}: no such file or directory (looked in {Path.cwd()})")
     return open_hub_set(spec, token_dir)
 
 
 def is_missing_path(name: str) -> bool:
-    """Whether a data set's name can only be a path, of one file or folder, and nothing is there."""
+    """Whether a name can only be a path (not a glob or a hub data set), and this path does not exist."""
     path = Path(name).expanduser()
     looks_local = kind_of(path) is not None or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     return looks_local and path_of(name) is None and not is_glob(name)
 
 
 def path_of(name: str) -> Path | None:
-    """The file or folder of that name, if there is one."""
+    """The path of an existing file or folder, else None."""
     path = Path(name).expanduser()
     try:
         return path if path.exists() else None
@@ -60,54 +59,55 @@ def path_of(name: str) -> Path | None:
 
 
 def open_path(path: Path, spec: SourceSpec, token_dir: Path) -> Source:
-    """A file, a folder of files, what ``save_to_disk`` wrote, or a folder laid out as on the hub.
+    """Open a file, a folder of files, a data set that ``save_to_disk`` wrote, or a hub snapshot.
 
-    Only the last one has configurations, and the last two have splits: elsewhere these options are warned of.
+    Only snapshots have configurations; only snapshots and saved data sets have splits.
 
-    Raises: ConfigError when the cache directory is the folder of files itself.
+    Raises: ConfigError when ``token_dir`` is the data folder itself.
     """
     if is_saved(path):
         return SavedSource(path, spec, token_dir)
     if is_snapshot(path):
         return FileSource(snapshot_files(path, spec), spec.text_column, path, token_dir)
-    if path.resolve() == token_dir.resolve():  # what is cached there would be data at the next start
+    if path.resolve() == token_dir.resolve():  # the next start would read cached files as data
         raise ConfigError(
-            f"--cache_dir {token_dir} is the folder of the data itself; give another, in it or elsewhere"
+            f"--cache_dir {token_dir} is the data folder itself; give another directory, inside or outside it"
         )
-    warn_of_parts(spec)
-    files = find_files(path, spec.asked, cache_below(path, token_dir))
+    warn_of_unused_options(spec)
+    files = find_files(path, spec.flag_and_value, cache_dir_inside(path, token_dir))
     return FileSource(files, spec.text_column, path, token_dir)
 
 
-def warn_of_parts(spec: SourceSpec) -> None:
-    """Say that one was asked of data without any. Where several sets are mixed, another may have it."""
-    asked = {"config": spec.dataset_config, "revision": spec.dataset_revision}
-    asked |= {"split": spec.dataset_split if spec.dataset_split != SourceSpec.dataset_split else None}
-    for name, value in asked.items():
+def warn_of_unused_options(spec: SourceSpec) -> None:
+    """Warn of a config, revision or split for data that has none. It is not an error: in a mixture, another data
+    set may have it."""
+    options = {"config": spec.dataset_config, "revision": spec.dataset_revision}
+    options |= {"split": spec.dataset_split if spec.dataset_split != SourceSpec.dataset_split else None}
+    for name, value in options.items():
         if value:
-            log.warning(f"--dataset_{name} {value} means nothing for {spec.dataset_name}: all of it is read")
+            log.warning(f"--dataset_{name} {value} has no effect on {spec.dataset_name}: all its rows are read")
 
 
-def cache_below(folder: Path, token_dir: Path) -> Path | None:
-    """The cache directory if it lies in a folder of data: what is in it is no data."""
+def cache_dir_inside(folder: Path, token_dir: Path) -> Path | None:
+    """The cache directory if it is inside a data folder, else None. Its files must not be read as data."""
     return token_dir if folder.resolve() in token_dir.resolve().parents else None
 
 
 def open_hub_set(spec: SourceSpec, token_dir: Path) -> Source:
-    """A set of the hub; when the hub cannot be reached, its snapshot in the hub's cache (``hf download``)."""
+    """Open a hub data set. If the hub cannot be reached, read the snapshot in the hub's cache (``hf download``)."""
     try:
         return HubSource(spec)
     except EnvError:
         snapshot = cached_snapshot(spec)
         if snapshot is None:
             raise
-    log.warning(f"data set {spec.dataset_name} cannot be loaded from the hub; read from its snapshot {snapshot}")
+    log.warning(f"data set {spec.dataset_name} cannot be loaded from the hub; reads its cached snapshot {snapshot}")
     return FileSource(snapshot_files(snapshot, spec), spec.text_column, snapshot, token_dir)
 
 
 @dataclass(frozen=True)
 class Documents(Piece):
-    """Documents in memory, as (name, text)."""
+    """Documents in memory, as (name, text) pairs."""
 
     documents: tuple[tuple[str, str], ...]
 
@@ -117,7 +117,7 @@ class Documents(Piece):
 
 
 class EmbeddedSource(Source):
-    """English prose and docstrings that come with every Python (contract, section 1)."""
+    """The embedded corpus: English prose and docstrings that are part of every Python installation."""
 
     def __init__(self, cache: Path) -> None:
         self.documents = embedded_documents(cache)

@@ -1,6 +1,6 @@
-"""Records of the formats that are not one a line: elements of a JSON array, rows of a CSV file.
+"""Reads records that may span several lines: elements of a JSON array, rows of a CSV file.
 
-Both are read as a stream: of a file of many gigabytes one record lies in memory, and a block of the file.
+Both are read as a stream: only one record and one block of the file are in memory.
 """
 
 import csv
@@ -16,19 +16,19 @@ from flare.errors import ConfigError, DataError
 BLOCK_CHARACTERS = 2**20
 SPACE = re.compile(r"[ \t\r\n]*")
 UNDECODED = re.compile("[\udc80-\udcff]")
-"""Bytes that are no UTF-8, as ``errors="surrogateescape"`` reads them."""
+"""Bytes that are not UTF-8, as ``errors="surrogateescape"`` decodes them."""
 CUT_CHARACTERS = 20
-"""A value that the end of a block cuts fails to parse this near to the end, unless it is within a string."""
+"""If the end of a block cuts a value outside a string, the parse error is at most this far from the end."""
 
 
 def array_elements(text: TextIO, block: int = BLOCK_CHARACTERS) -> Iterator[object]:
     """The elements of a JSON array, in order.
 
-    Raises: ValueError where the text is no JSON array.
+    Raises: ValueError when the text is not a JSON array.
     """
     decode = json.JSONDecoder().raw_decode
     buffer = text.read(block)
-    at = SPACE.match(buffer).end() + 1  # behind the bracket
+    at = SPACE.match(buffer).end() + 1  # after the bracket
     is_first = True
     while True:
         at = SPACE.match(buffer, at).end()
@@ -38,7 +38,10 @@ def array_elements(text: TextIO, block: int = BLOCK_CHARACTERS) -> Iterator[obje
         try:
             value, end = decode(buffer, at)
             end = SPACE.match(buffer, end).end()
-            if buffer[end : end + 1] not in (",", "]"):  # or the block ends here: a number may go on in the next one
+            if buffer[end : end + 1] not in (
+                ",",
+                "]",
+            ):  # or the block ends here, and a number may continue in the next block
                 raise json.JSONDecodeError("Expecting ',' delimiter", buffer, end)
         except json.JSONDecodeError as error:
             is_cut = error.pos + CUT_CHARACTERS >= len(buffer) or error.msg.startswith("Unterminated string")
@@ -56,44 +59,48 @@ def array_elements(text: TextIO, block: int = BLOCK_CHARACTERS) -> Iterator[obje
 
 
 def csv_values(text: TextIO, file: Path, column: str) -> Iterator[tuple[int, object]]:
-    """(first line, value of the column) of each row below the header.
+    """(first line, value of the column) of each row after the header.
 
-    A row with more or fewer fields than the header is bad: a comma that is not quoted has cut its text. Where a
-    quote is not closed, every line to the end of the file is bad.
+    A row with more or fewer fields than the header is bad, because an unquoted comma has cut its text. After a quote
+    that is not closed, every line to the end of the file is bad.
 
-    Raises: ConfigError when the header has no such column; DataError when it is no UTF-8; csv.Error.
+    Raises: ConfigError when the header does not have the column; DataError when it is not UTF-8; csv.Error.
     """
-    lines: list[str] = []  # of the row in hand
+    lines: list[str] = []  # of the current row
     reader = csv.reader(_remembered(text, lines))
     header = next(reader, [])
     if column not in header:
         raise _wrong_header(header, file, column)
     place = header.index(column)
     lines.clear()
-    begin, held, held_lines = reader.line_num + 1, None, []  # a row is held back till it is known to be the last
+    begin, held, held_lines = (
+        reader.line_num + 1,
+        None,
+        [],
+    )  # a row is yielded after the next one is read, because the last row may have an open quote
     for fields in reader:
         if held is not None:
             yield held
-        is_whole = len(fields) == len(header)
-        value = fields[place] if is_whole else BadRow(f"has {len(fields)} fields, the header {len(header)}")
+        is_complete = len(fields) == len(header)
+        value = fields[place] if is_complete else BadRow(f"has {len(fields)} fields, the header has {len(header)}")
         held, held_lines = ((begin, value), lines.copy()) if fields else (None, [])
         begin = reader.line_num + 1
         lines.clear()
     if held is not None and _is_cut(held_lines):
         yield held[0], BadRow("is cut off (a quote is not closed)")
-        for line in range(held[0] + 1, held[0] + len(held_lines)):  # each may be a row that the quote has swallowed
-            yield line, BadRow(f"is within the quote of line {held[0]}, which is not closed")
+        for line in range(held[0] + 1, held[0] + len(held_lines)):  # each may have been a row
+            yield line, BadRow(f"is inside the quote of line {held[0]}, which is not closed")
     elif held is not None:
         yield held
 
 
 def _wrong_header(header: list[str], file: Path, column: str) -> ConfigError | DataError:
-    """Why a header has no such column."""
+    """The error for a header without the column, with the probable reason."""
     if UNDECODED.search("".join(header)):
-        return DataError(f"{file} is not UTF-8, as its header shows; convert it")
+        return DataError(f"{file} has a header that is not UTF-8; convert the file to UTF-8")
     other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
     if other is not None:
-        return ConfigError(f"{file} parts its columns by {other!r}; a .csv needs commas")
+        return ConfigError(f"{file} separates its columns with {other!r}; a .csv file needs commas")
     return missing_column(column, file, header)
 
 

@@ -1,4 +1,4 @@
-"""Data sets that ``datasets`` saved with ``save_to_disk``: one set, or a dictionary of splits."""
+"""Reads data sets saved with ``save_to_disk`` of ``datasets``: a ``Dataset`` or a ``DatasetDict``."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 
 @dataclass(frozen=True)
 class TableSlice(Piece):
-    """Rows [begin, end) of a memory-mapped ``datasets.Dataset``, which pickles as the paths of its files."""
+    """Rows [begin, end) of a memory-mapped ``datasets.Dataset``. Only file paths are pickled."""
 
     dataset: Any
     column: str
@@ -34,7 +34,7 @@ class TableSlice(Piece):
 
 
 def table_slices(dataset: Any, column: str, name: str) -> list[Piece]:
-    """All rows of a ``datasets.Dataset`` in pieces of about ``piece_bytes``."""
+    """All rows of a ``datasets.Dataset``, in pieces of about ``piece_bytes``."""
     dataset = dataset.select_columns([column])
     rows = len(dataset)
     size = max(dataset.data.nbytes, 1)
@@ -48,9 +48,10 @@ def is_saved(path: Path) -> bool:
 
 
 class SavedSource(HashedFiles):
-    """A saved set, or the split ``--dataset_split`` of a saved dictionary of them.
+    """A saved ``Dataset``, or the split ``--dataset_split`` of a saved ``DatasetDict``.
 
-    Its identity is the content of its Arrow files: the fingerprint that ``datasets`` keeps says how a set was made.
+    The fingerprint is a hash of its Arrow files. The fingerprint of ``datasets`` is not used, because it depends on
+    how the data set was made.
     """
 
     def __init__(self, path: Path, spec: SourceSpec, memo_dir: Path | None = None) -> None:
@@ -59,12 +60,12 @@ class SavedSource(HashedFiles):
         path = choose_split(path, spec.dataset_split)
         try:
             files = [path / file["filename"] for file in read_json(path / STATE)["_data_files"]]
-            if not files:  # ``datasets`` writes it, and cannot read it
+            if not files:  # ``datasets`` can write such a data set but not read it
                 raise DataError(f"{path} is a data set without rows")
             self.dataset = load_from_disk(str(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = first_line(error)
-            raise DataError(f"{path} is no whole data set of save_to_disk ({reason})") from error
+            raise DataError(f"{path} is not a complete data set of save_to_disk ({reason})") from error
         if spec.text_column not in self.dataset.column_names:
             raise missing_column(spec.text_column, path, self.dataset.column_names)
         super().__init__(files, spec.text_column, path, memo_dir)
@@ -74,13 +75,15 @@ class SavedSource(HashedFiles):
 
 
 def choose_split(path: Path, split: str) -> Path:
-    """The directory of a split; a set without splits is itself ``train``.
+    """The directory of a split. A data set without splits has only ``train``.
 
-    Raises: ConfigError for a split that is not there.
+    Raises: ConfigError for an unknown split.
     """
     if not (path / SPLITS).is_file():
         if split != "train":
-            raise ConfigError(f"--dataset_split {split}: {path} is a single data set without splits; leave it out")
+            raise ConfigError(
+                f"--dataset_split {split}: {path} is a single data set without splits; leave out --dataset_split"
+            )
         return path
     splits = read_json(path / SPLITS).get("splits", [])
     if split not in splits:
@@ -91,7 +94,7 @@ def choose_split(path: Path, split: str) -> Path:
 
 
 def read_json(file: Path) -> dict:
-    """A JSON object of a file. Raises: DataError when it is none."""
+    """Read a JSON file. Raises: DataError when it cannot be read or is not JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

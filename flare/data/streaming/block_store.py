@@ -103,8 +103,8 @@ class ProducerClient:
                 kind, *facts = self.child.pipe.recv()
             except (EOFError, OSError):
                 raise EnvError(
-                    f"the process that tokenises ahead {self.child.describe_exit()}; the last checkpoint is good, the "
-                    "same command goes on from there"
+                    f"the process that tokenises ahead {self.child.describe_exit()}; the last checkpoint is good, and "
+                    "the same command continues from it"
                 ) from None
             if kind == "error":
                 raise facts[0]

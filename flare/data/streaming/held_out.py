@@ -18,7 +18,7 @@ from flare.data.sources.base import Piece, Source, read_rows
 from flare.data.sources.documents import BadRows, text_hash, usable_texts
 from flare.data.streaming.pieces import shortened, streamed_facts, streamed_identity, streamed_pieces
 from flare.data.token_cache.build import check_bad_rows, too_many_bad
-from flare.data.token_cache.cache import TokenCache, TokenSettings, cache_key, open_whole, remove_damaged
+from flare.data.token_cache.cache import TokenCache, TokenSettings, cache_key, open_complete, remove_damaged
 from flare.data.token_cache.encode import Encoder, tokenizer_sha256
 from flare.data.validation_split import SINGLE_DOCUMENT
 from flare.errors import ConfigError, DataError, EnvError
@@ -82,7 +82,7 @@ def open_streamed(
         cache_dir.mkdir(parents=True, exist_ok=True)
         with open(cache_dir / f".{directory.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            held_out = open_whole(directory)
+            held_out = open_complete(directory)
             if held_out is None:
                 remove_damaged(directory)
                 found = survey(streamed_pieces(source), settings, percentage)

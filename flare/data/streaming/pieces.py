@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from flare.data.sources.base import PIECE_BYTES, Piece, Row, Source, gather, reading_data
+from flare.data.sources.base import PIECE_BYTES, Piece, Row, Source, group_pieces, reading_data
 from flare.data.sources.file_formats import LineRange, WholeFile, holds_lines, kind_of
 from flare.data.sources.files import MAX_LISTED_FILES, FileSource, row_groups
 from flare.data.sources.hub import HubSource
@@ -53,7 +53,7 @@ def streamed_pieces(source: Source) -> list[Piece]:
     total = sum(file.stat().st_size for file in source.files)
     piece_bytes = min(max(total // TARGET_PIECES, MIN_PIECE_BYTES), PIECE_BYTES)
     parts = [part for file in source.files for part in _file_parts(file, source.text_column, piece_bytes)]
-    return gather(parts, piece_bytes)
+    return group_pieces(parts, piece_bytes)
 
 
 def _file_parts(file: Path, column: str, piece_bytes: int) -> list[tuple[Piece, int]]:

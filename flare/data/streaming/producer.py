@@ -12,7 +12,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
 from flare.child_process import Child, ignore_stop_signals
-from flare.data.sources.base import OTHER_CACHE_DIR
+from flare.data.sources.base import CACHE_DIR_HINT
 from flare.data.sources.documents import BadRows
 from flare.data.streaming.blocks import BlockWriter
 from flare.data.streaming.lanes import Lane, LaneItem
@@ -168,8 +168,8 @@ class Worker(Child):
             lane, answer = self.pipe.recv()
         except (EOFError, OSError):
             raise EnvError(
-                f"a tokenising worker {self.describe_exit()}; the last checkpoint is good, the same command goes on "
-                "from there; --preprocessing_num_workers N takes fewer workers"
+                f"a tokenising worker {self.describe_exit()}; the last checkpoint is good, and the same command "
+                "continues from it; use fewer workers with --preprocessing_num_workers"
             ) from None
         self.is_busy = False
         if lane is None:
@@ -273,7 +273,7 @@ def main() -> int:
         return 0
     except OSError as error:
         directory = producer.config.directory
-        failure = EnvError(f"cannot write to {directory}: {error.strerror or error}; {OTHER_CACHE_DIR}")
+        failure = EnvError(f"cannot write to {directory}: {error.strerror or error}; {CACHE_DIR_HINT}")
     except FlareError as error:
         failure = error
     finally:

@@ -1,9 +1,8 @@
-"""Build a token cache: pieces of the corpus are tokenised into parts by several processes, then joined in order.
+"""Builds a token cache: several processes tokenise pieces of the corpus into parts, which are then joined in order.
 
-The parts lie in a work directory of their own, named by the cache's fingerprint. A builder that was killed leaves
-its finished parts there, and the next one takes over those whose bytes are right. The cache itself is joined in a
-temporary directory and renamed, so that it is whole or absent. Neither the number of workers nor a kill changes
-a byte of it.
+The parts are in a work directory named after the cache's fingerprint. If a build is killed, the next build reuses its
+finished parts after checking their hashes. The cache is joined in a temporary directory and renamed, so it appears
+atomically. Its bytes do not depend on the number of workers or on interruptions.
 """
 
 import errno
@@ -19,9 +18,9 @@ from typing import BinaryIO
 import numpy as np
 
 from flare.data.cache_dir import make_cache_dir
-from flare.data.sources.base import OTHER_CACHE_DIR, Piece, Source
+from flare.data.sources.base import CACHE_DIR_HINT, Piece, Source
 from flare.data.sources.documents import BadRows
-from flare.data.token_cache.cache import TokenCache, TokenSettings, cache_key, open_whole, remove_damaged
+from flare.data.token_cache.cache import TokenCache, TokenSettings, cache_key, open_complete, remove_damaged
 from flare.data.token_cache.encode import Encoder, tokenizer_sha256
 from flare.data.token_cache.parts import Part
 from flare.data.token_cache.pool import Task, run_tasks
@@ -30,35 +29,35 @@ from flare.errors import DataError, EnvError
 from flare.files import write_json
 from flare.logs import log
 
-JUDGED_ROWS = 10_000
-"""Of a corpus without a known end the first so many rows are judged together: a few bad ones at its beginning say
-little of the rest. What is too many for all of them is too many at once."""
+MIN_CHECKED_ROWS = 10_000
+"""While the size of a corpus is unknown, bad rows are compared with at least this number of rows: a few bad rows at
+the beginning say little about the rest."""
 
 
 def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settings: TokenSettings) -> TokenCache:
-    """Open the cache of this corpus and tokenizer; build it first when it is missing.
+    """Open the cache of this corpus and tokenizer. Build it first if it does not exist.
 
-    A finished one is only read: it may lie where this user cannot write. Call before the process group starts: a long
-    build would run into its timeout.
+    A finished cache is only read, so it may be in a read-only directory. Call this before the process group starts,
+    because a long build would exceed its timeout.
 
     Raises: DataError for too many bad rows or no usable document; ConfigError or EnvError when the directory cannot
-    be made or written, or the disk is full.
+    be created or written, or the disk is full.
     """
     key = cache_key(source.fingerprint(), tokenizer_sha256(tokenizer), settings)
     directory = cache_dir / f"tokens-{key['fingerprint']}"
-    cache = open_whole(directory)
+    cache = open_complete(directory)
     if cache is None:
         make_cache_dir(cache_dir)
         try:
             with build_lock(directory):
-                cache = open_whole(directory)
+                cache = open_complete(directory)
                 if cache is None:
                     remove_damaged(directory)
                     Builder(source, tokenizer, directory, settings).build(key)
                     cache = TokenCache(directory)
         except OSError as error:
             raise EnvError(
-                f"cannot write the token cache {directory}: {error.strerror or error}; {OTHER_CACHE_DIR}"
+                f"cannot write the token cache {directory}: {error.strerror or error}; {CACHE_DIR_HINT}"
             ) from error
     meta = cache.meta
     check_bad_rows(BadRows(meta["bad_rows"], meta["first_bad_rows"]), meta["num_documents"], settings.max_bad_rows)
@@ -67,18 +66,18 @@ def build_token_cache(source: Source, tokenizer: object, cache_dir: Path, settin
 
 @contextmanager
 def build_lock(directory: Path) -> Iterator[None]:
-    """One process builds; the others wait, and then find what it has built."""
+    """Lock a cache directory: one process builds, and the others wait until it has finished."""
     with open(directory.with_name(f".{directory.name}.lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info(f"waits for another process that makes the token cache {directory}")
+            log.info(f"waits for another process that builds the token cache {directory}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 class Builder:
-    """One build of one cache. The caller holds the lock."""
+    """One build of one cache. The caller must hold the lock."""
 
     def __init__(self, source: Source, tokenizer: object, directory: Path, settings: TokenSettings) -> None:
         self.pieces = source.pieces()
@@ -86,16 +85,16 @@ class Builder:
         self.encoder = Encoder.of(tokenizer)
         self.directory = directory
         self.settings = settings
-        # the number tells cuts apart: parts of other pieces, of another version of ours, are not taken over
+        # another version of Flare may cut the corpus differently; the number of pieces keeps its parts apart
         self.work = directory.with_name(f".{directory.name}.{len(self.pieces)}.parts")
-        self.ledger = Ledger(len(self.pieces), settings.dataset_size)
+        self.schedule = PieceSchedule(len(self.pieces), settings.dataset_size)
 
     def build(self, key: dict) -> None:
-        """Make the missing parts, join all and rename."""
+        """Tokenise the missing parts, join all parts and rename the result."""
         t0 = time.perf_counter()
-        self.take_over()
-        self._make_parts()
-        parts = self._parts()
+        self.find_finished_parts()
+        self._tokenise_parts()
+        parts = self._needed_parts()
         meta = self._describe(parts)
         temporary = self.directory.with_name(f".{self.directory.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -108,46 +107,46 @@ class Builder:
         seconds = time.perf_counter() - t0
         log.info(f"tokenised {meta['num_documents']:,} documents, {meta['num_tokens']:,} tokens in {seconds:.1f} s")
 
-    def take_over(self) -> None:
-        """Finished parts of a build that was killed."""
+    def find_finished_parts(self) -> None:
+        """Find the finished parts of a build that was killed."""
         for leftover in self.work.glob(".*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
         for index in range(len(self.pieces)):
-            if part := Part.checked(self._place(index)):
-                self.ledger.finish(index, part.num_rows)
-        if done := len(self.ledger.rows):
-            log.info(f"takes over {done} of {len(self.pieces)} parts that an earlier start has finished")
+            if part := Part.checked(self._part_directory(index)):
+                self.schedule.finish(index, part.num_rows)
+        if done := len(self.schedule.rows):
+            log.info(f"reuses {done} of {len(self.pieces)} parts that an earlier start has tokenised")
 
-    def _make_parts(self) -> None:
+    def _tokenise_parts(self) -> None:
         processes, threads = workers_for(self.pieces, self.encoder, self.settings.num_workers)
         sizes = [piece.expected_bytes for piece in self.pieces]
-        with TokenProgress(sizes, self.ledger.rows) as progress:
+        with TokenProgress(sizes, self.schedule.rows) as progress:
             for index in run_tasks(self._next_task, self.encoder, processes, threads, progress.report):
-                self.ledger.finish(index, Part(self._place(index)).num_rows)
+                self.schedule.finish(index, Part(self._part_directory(index)).num_rows)
                 progress.finish(index)
-                self._stop_when_hopeless()
+                self._stop_if_too_many_bad()
 
     def _next_task(self) -> Task | None:
-        chosen = self.ledger.next()
+        chosen = self.schedule.next()
         if chosen is None:
             return None
         index, limit = chosen
-        return Task(index, self.pieces[index], self._place(index), limit)
+        return Task(index, self.pieces[index], self._part_directory(index), limit)
 
-    def _parts(self) -> list[Part]:
-        """The parts that are done with all before them, the last one cut to ``--dataset_size``."""
-        return [Part(self._place(index), limit) for index, limit in self.ledger.needed()]
+    def _needed_parts(self) -> list[Part]:
+        """The finished parts before the first unfinished one. The last one is cut to ``--dataset_size``."""
+        return [Part(self._part_directory(index), limit) for index, limit in self.schedule.needed()]
 
-    def _place(self, index: int) -> Path:
+    def _part_directory(self, index: int) -> Path:
         return self.work / f"{index:08d}"
 
-    def _stop_when_hopeless(self) -> None:
-        """Too many bad rows already, whatever the rows that are still to come: only certain when their number has
-        a bound."""
+    def _stop_if_too_many_bad(self) -> None:
+        """Raise DataError when there are too many bad rows even if all later rows are good. This needs
+        ``--dataset_size``, because otherwise the number of rows is unknown."""
         at_most = self.settings.dataset_size
         if at_most is None:
             return
-        bad = total_bad(self._parts())
+        bad = total_bad(self._needed_parts())
         if too_many_bad(bad.count, at_most, self.settings.max_bad_rows, at_most):
             check_bad_rows(bad, at_most - bad.count, self.settings.max_bad_rows)
 
@@ -170,33 +169,34 @@ class Builder:
         }
 
 
-class Ledger:
-    """Which pieces are done, and how many rows of each belong to the first ``dataset_size`` rows of the corpus.
+class PieceSchedule:
+    """Chooses the next piece, and how many rows of each piece belong to the first ``dataset_size`` rows of the corpus.
 
-    How many rows come before a piece is known only when those before it are done. Till then a piece is done up
-    to the most rows that it can give, and not begun when those before it are likely to be enough.
+    The number of rows before a piece is known only when all pieces before it are finished. Until then a piece is
+    tokenised up to the maximum number of rows that can be needed of it. It is not started if the pieces before it are
+    expected to have enough rows.
     """
 
     def __init__(self, num_pieces: int, dataset_size: int | None) -> None:
         self.num_pieces = num_pieces
         self.dataset_size = dataset_size
         self.rows: dict[int, int] = {}
-        self.given: set[int] = set()
+        self.started: set[int] = set()
 
     def finish(self, index: int, num_rows: int) -> None:
-        """A piece is done and gave so many rows."""
+        """Record that a piece is finished and has ``num_rows`` rows."""
         self.rows[index] = num_rows
-        self.given.discard(index)
+        self.started.discard(index)
 
     def next(self) -> tuple[int, int | None] | None:
-        """The next piece to do, and its most rows; None when there is nothing to give at the moment."""
+        """(piece, maximum rows or None for all) of the next piece to start; None if there is none at the moment."""
         expected = sum(self.rows.values()) / len(self.rows) if self.rows else 0.0
         left, likely_left = self.dataset_size, float(self.dataset_size or 1)
         for index in range(self.num_pieces):
             if likely_left <= 0:
                 return None
-            if index not in self.rows and index not in self.given:
-                self.given.add(index)
+            if index not in self.rows and index not in self.started:
+                self.started.add(index)
                 return index, left
             if left is not None:
                 left -= self.rows.get(index, 0)
@@ -204,7 +204,7 @@ class Ledger:
         return None
 
     def needed(self) -> list[tuple[int, int | None]]:
-        """(piece, rows to take or None for all) in order, of those that are done with all before them."""
+        """(piece, rows to use or None for all) of the finished pieces before the first unfinished one, in order."""
         left, pieces = self.dataset_size, []
         for index in range(self.num_pieces):
             if index not in self.rows or (left is not None and left <= 0):
@@ -216,10 +216,10 @@ class Ledger:
 
 
 def workers_for(pieces: list[Piece], encoder: Encoder, num_workers: int | None) -> tuple[int, int]:
-    """(processes, tokenizer threads of each) for these pieces: together the cores, most of them as processes.
+    """(processes, tokenizer threads per process) for these pieces. Together they use all cores.
 
-    Processes read and check in parallel, threads only tokenise. One process means: in this one. So a corpus of a
-    single piece does not wait for processes to start.
+    Processes are preferred: they also read and check in parallel, but threads only tokenise. One process means this
+    process, so a corpus with a single piece does not wait for a worker to start.
     """
     cores = num_workers or len(os.sched_getaffinity(0))
     processes = min(cores, len(pieces)) if encoder.is_fast else 1
@@ -229,7 +229,7 @@ def workers_for(pieces: list[Piece], encoder: Encoder, num_workers: int | None) 
 
 
 def join_parts(parts: list[Part], directory: Path, itemsize: int) -> None:
-    """tokens.bin, offsets.npy and hashes.npy of these parts, one after the other, synced to disk."""
+    """Write tokens.bin, offsets.npy and hashes.npy of these parts in order, and sync them to disk."""
     documents = sum(part.num_documents for part in parts)
     offsets = np.lib.format.open_memmap(directory / "offsets.npy", "w+", np.int64, (documents + 1,))
     hashes = np.lib.format.open_memmap(directory / "hashes.npy", "w+", np.uint64, (documents,))
@@ -252,7 +252,7 @@ def join_parts(parts: list[Part], directory: Path, itemsize: int) -> None:
 
 
 def append_file(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
-    """Append the first bytes by the kernel's copy, which shares blocks where it can; else by read and write."""
+    """Append the first ``num_bytes`` of a file. The kernel copies them, and shares disk blocks where possible."""
     try:
         while num_bytes and (copied := os.copy_file_range(source.fileno(), target.fileno(), num_bytes)):
             num_bytes -= copied
@@ -266,7 +266,7 @@ def append_file(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
 
 
 def total_bad(parts: list[Part]) -> BadRows:
-    """Bad rows of all parts."""
+    """The bad rows of all parts."""
     bad = BadRows()
     for part in parts:
         bad.extend(part.bad)
@@ -274,12 +274,13 @@ def total_bad(parts: list[Part]) -> BadRows:
 
 
 def too_many_bad(bad: int, rows: int, share: float, total_rows: int | None = None) -> bool:
-    """Whether so many bad ones among the first rows are too many already.
+    """Whether there are already too many bad rows among the first ``rows`` rows.
 
     Args:
-        share: of the rows, that may be bad. total_rows: how many there will be, when that is known.
+        share: maximum fraction of bad rows.
+        total_rows: the number of rows of the corpus, if known.
     """
-    return bad > share * (total_rows or max(rows, JUDGED_ROWS))
+    return bad > share * (total_rows or max(rows, MIN_CHECKED_ROWS))
 
 
 def check_bad_rows(bad: BadRows, num_good: int, max_bad_rows: float, quiet: bool = False) -> None:
@@ -289,10 +290,10 @@ def check_bad_rows(bad: BadRows, num_good: int, max_bad_rows: float, quiet: bool
     total = bad.count + num_good
     shown = "; ".join(bad.first[:2])
     if bad.count / total > max_bad_rows:
-        hint = "" if num_good else "; what is read must be text in UTF-8, in the column that --text_column names"
+        hint = "" if num_good else "; the column that --text_column names must have UTF-8 text"
         raise DataError(
             f"{bad.count} of {total} rows hold no usable text ({shown}); limit is {max_bad_rows:.2%}, "
             f"see --max_bad_rows{hint}"
         )
     if not quiet:
-        log.warning(f"{bad.count} of {total} rows hold no usable text and were left out: {shown}")
+        log.warning(f"{bad.count} of {total} rows hold no usable text and are skipped: {shown}")

@@ -1,11 +1,11 @@
-"""The token cache: a corpus tokenised once, as one flat file that every process maps into memory.
+"""The token cache: a corpus that is tokenised once and memory-mapped by every process.
 
-    tokens.bin    all tokens, each document ended by the end-of-text token (uint16 or uint32)
-    offsets.npy   (documents + 1) int64, where each document begins
-    hashes.npy    (documents) uint64 of the text, which decide the validation split
+    tokens.bin    all tokens; each document ends with the end-of-text token (uint16 or uint32)
+    offsets.npy   (documents + 1) int64: the index of the first token of each document
+    hashes.npy    (documents) uint64: hashes of the texts, which decide the validation split
     meta.json     counts and settings, written last
 
-This module opens what is finished; ``flare.data.token_cache.build`` makes it.
+This module opens finished caches; ``flare.data.token_cache.build`` builds them.
 """
 
 import hashlib
@@ -23,9 +23,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What besides data and tokenizer decides the content of a cache, and how many cores may make it.
+    """Settings of a build. ``dataset_size`` changes the content of the cache.
 
-    ``num_workers``: cores to use; None is all. It changes no byte of the result.
+    ``max_bad_rows``: maximum fraction of bad rows. ``num_workers``: CPU cores to use, None for all; the result does
+    not depend on it.
     """
 
     dataset_size: int | None = None
@@ -34,10 +35,11 @@ class TokenSettings:
 
 
 def cache_key(data: str, tokenizer_sha256: str, settings: TokenSettings, **more: object) -> dict:
-    """What a cache is made of, for its meta.json, and the ``fingerprint`` of all that, which names it.
+    """The inputs of a cache, for its meta.json, and their ``fingerprint``, which is part of the directory name.
 
     Args:
-        data: identity of the rows. more: what else decides the content of this kind of cache; its ``format``.
+        data: fingerprint of the rows.
+        more: other inputs of this kind of cache, such as its ``format``.
     """
     key = {
         "format": FORMAT_VERSION,
@@ -52,7 +54,7 @@ def cache_key(data: str, tokenizer_sha256: str, settings: TokenSettings, **more:
 class TokenCache:
     """A finished cache, memory-mapped read-only.
 
-    Raises: OSError, ValueError or KeyError when it is not there or damaged.
+    Raises: OSError, ValueError or KeyError when it does not exist or is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -63,8 +65,8 @@ class TokenCache:
         self.hashes = np.load(directory / "hashes.npy", mmap_mode="r")
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the files are as long as meta.json says (a power loss may cut what was not synced)."""
+    def is_complete(self) -> bool:
+        """Whether the files have the sizes in meta.json. After a power failure they may be truncated."""
         meta = self.meta
         sizes = (len(self.tokens), int(self.offsets[-1]), len(self.hashes))
         return sizes == (meta["num_tokens"], meta["num_tokens"], meta["num_documents"])
@@ -78,17 +80,17 @@ class TokenCache:
         return self.meta["end_of_text_id"]
 
 
-def open_whole(directory: Path) -> TokenCache | None:
-    """The cache, if it is there and whole."""
+def open_complete(directory: Path) -> TokenCache | None:
+    """The cache if it exists and is complete, else None."""
     try:
         cache = TokenCache(directory)
-        return cache if cache.is_whole else None
+        return cache if cache.is_complete else None
     except (OSError, ValueError, KeyError):
         return None
 
 
 def remove_damaged(directory: Path) -> None:
-    """Make room for a cache that is not whole, if there is something. The caller holds the lock."""
+    """Remove an incomplete cache, if one exists. The caller must hold the lock."""
     if directory.exists():
-        log.warning(f"the token cache {directory} is damaged and built again")
+        log.warning(f"the token cache {directory} is damaged and is built again")
         shutil.rmtree(directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Documents to token ids, each ended by the end-of-text token. Light to import: worker processes start with it."""
+"""Tokenises documents; each ends with the end-of-text token. Imports no torch, so that worker processes start fast."""
 
 import hashlib
 import json
@@ -11,16 +11,16 @@ from flare.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARACTERS = 2_000_000
-"""Text tokenised at once: enough to keep all threads busy, little enough to keep memory flat."""
+"""Text per tokenizer call: enough for all threads, and little memory."""
 
 
 class Encoder:
-    """A tokenizer as the cache uses it: no special tokens, no truncation, no padding.
+    """A tokenizer with the settings of the cache: no special tokens, no truncation, no padding.
 
     Args:
-        backend: the Rust tokenizer, a ``tokenizers.Tokenizer``; or one written in Python, called with texts.
-        end_id: the token that ends each document.
-        vocab_size: decides the type of the stored ids.
+        backend: a Rust ``tokenizers.Tokenizer``, or a tokenizer in Python that is called with texts.
+        end_id: id of the end-of-text token.
+        vocab_size: decides the dtype of the stored ids.
     """
 
     def __init__(self, backend: object, end_id: int, vocab_size: int) -> None:
@@ -28,23 +28,23 @@ class Encoder:
         self.end_id = end_id
         self.vocab_size = vocab_size
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-        if self.is_fast:  # a tokenizer.json may come with both set: they would cut or fill documents
+        if self.is_fast:  # tokenizer.json may enable both, which would change documents
             backend.no_truncation()
             backend.no_padding()
 
     @classmethod
     def of(cls, tokenizer: object) -> "Encoder":
-        """The encoder of a transformers tokenizer. Raises: DataError when it has no token to end documents with."""
+        """The encoder of a transformers tokenizer. Raises: DataError when it has no end-of-text token."""
         backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else tokenizer
         return cls(backend, end_of_text_id(tokenizer), len(tokenizer))
 
     @property
     def is_fast(self) -> bool:
-        """Whether the tokenizer is the Rust one, which another process can be given as text."""
+        """Whether this is a Rust tokenizer, which can be sent to another process as text."""
         return hasattr(self.backend, "encode_batch_fast")
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each document with its end-of-text token."""
+        """The ids of each document, with the end-of-text token at the end."""
         if self.is_fast:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
             ids = (encoding.ids for encoding in encodings)
@@ -53,12 +53,12 @@ class Encoder:
         return [self._as_array(document) for document in ids]
 
     def _as_array(self, ids: list[int]) -> np.ndarray:
-        """Through ``array``, which takes a list of ints three times as fast as numpy (docs/experiments.md)."""
+        """``array`` converts a list of ints three times as fast as numpy (docs/experiments.md)."""
         ids.append(self.end_id)
         return np.frombuffer(array("H" if self.dtype.itemsize == 2 else "I", ids), self.dtype)
 
     def to_message(self) -> dict:
-        """What a worker process needs to make the same encoder."""
+        """What a worker process needs to create the same encoder."""
         return {"tokenizer": self.backend.to_str(), "end_id": self.end_id, "vocab_size": self.vocab_size}
 
     @classmethod
@@ -70,7 +70,7 @@ class Encoder:
 
 
 def batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Texts by about ``BATCH_CHARACTERS``."""
+    """Batches of texts with about ``BATCH_CHARACTERS`` each."""
     batch, characters = [], 0
     for text in texts:
         batch.append(text)
@@ -83,7 +83,7 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def end_of_text_id(tokenizer: object) -> int:
-    """The token that ends a document: the base model's own <|endoftext|>, else its end-of-sequence token.
+    """The id of the token that ends a document: <|endoftext|> if the tokenizer has it, else its EOS token.
 
     Raises: DataError when the tokenizer has neither.
     """
@@ -96,11 +96,11 @@ def end_of_text_id(tokenizer: object) -> int:
 
 
 def tokenizer_sha256(tokenizer: object) -> str:
-    """SHA-256 of what turns text into ids, not of the path that the tokenizer was loaded from.
+    """SHA-256 of the parts of a tokenizer that decide the ids of a text.
 
-    Left out are padding and truncation (a state, not the tokenizer) and post-processor and decoder, which
-    neither training nor evaluation uses. So a tokenizer that was loaded and saved again keeps its hash.
-    The vocabulary is hashed as the library writes it: to parse and sort it anew takes half a second for Qwen's.
+    Padding, truncation, post-processor and decoder are not included, because neither training nor evaluation uses
+    them. So the hash stays the same when a tokenizer is loaded and saved again.
+    The vocabulary is hashed as the library serializes it. To parse and sort it takes half a second for Qwen.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in Python

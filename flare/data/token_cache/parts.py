@@ -1,9 +1,9 @@
-"""A part: the tokens of one piece of a corpus, in a directory of its own that is whole or absent.
+"""A part: the tokens of one piece of a corpus, in a directory that appears atomically.
 
     tokens.bin    the tokens of the piece's documents     lengths.npy  tokens of each document, int64
-    meta.json     counts, bad rows, BLAKE2 of the others  hashes.npy   64 bits of each text, uint64
+    meta.json     counts, bad rows, BLAKE2 of the others  hashes.npy   64-bit hash of each text, uint64
 
-Parts outlive the process that made them: the next build takes them over, after it has checked their hashes.
+Parts stay on disk when a build is killed. The next build checks their hashes and reuses them.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ FILES = ("tokens.bin", "lengths.npy", "hashes.npy")
 class Part:
     """A finished part, or its first ``limit`` rows.
 
-    Raises: OSError, ValueError or KeyError when it is not there or its description is damaged.
+    Raises: OSError, ValueError or KeyError when it does not exist or its meta.json is damaged.
     """
 
     def __init__(self, directory: Path, limit: int | None = None) -> None:
@@ -46,7 +46,7 @@ class Part:
 
     @classmethod
     def checked(cls, directory: Path) -> "Part | None":
-        """The part, if it is whole and its bytes are those that were written."""
+        """The part if it is complete and its hash is correct, else None."""
         try:
             part = cls(directory)
             return part if part.digest == _digest(directory) else None
@@ -62,7 +62,7 @@ class Part:
         return np.load(self.directory / "lengths.npy")[: self.num_documents]
 
     def hashes(self) -> np.ndarray:
-        """64 bits of each document's text, (documents) uint64."""
+        """A 64-bit hash of each document's text, (documents) uint64."""
         return np.load(self.directory / "hashes.npy")[: self.num_documents]
 
 
@@ -72,7 +72,7 @@ def write_part(
     """Tokenise the first ``limit`` rows of a piece into a part.
 
     Args:
-        report: called after each batch with its tokens and characters.
+        report: called after each batch with its number of tokens and characters.
     """
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Worker processes that turn pieces into parts, several at once; their death is an error, never a hang."""
+"""Worker processes that tokenise pieces into parts in parallel. If one is killed, the build ends with an error."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from flare.errors import EnvError
 
 @dataclass(frozen=True)
 class Task:
-    """Make the part ``directory`` of the first ``limit`` rows of a piece."""
+    """Tokenise the first ``limit`` rows of a piece into the part ``directory``."""
 
     index: int
     piece: Piece
@@ -23,20 +23,20 @@ class Task:
 
 
 Report = Callable[[int, int, int], None]
-"""Called with index of the task, tokens and characters that were done since the last call."""
+"""Called with the index of the task, and the tokens and characters tokenised since the last call."""
 
 
 def run_tasks(
     next_task: Callable[[], Task | None], encoder: Encoder, processes: int, threads: int, report: Report
 ) -> Iterator[int]:
-    """Run tasks until there are no more; yields the index of each finished one, in the order of finishing.
+    """Run all tasks. Yields the index of each task when it finishes.
 
     Args:
-        next_task: the next task, or None when there is none at the moment. Asked again after each finished one.
-        processes: with one the work is done in this process, whose tokenizer spreads over all cores.
-        threads: of the tokenizer in each worker process.
+        next_task: returns the next task, or None if there is none at the moment. It is called again after each task.
+        processes: if 1, the work is done in this process, and its tokenizer uses all cores.
+        threads: tokenizer threads in each worker process.
 
-    Raises: what a piece raised; EnvError when a worker was killed.
+    Raises: the error of a piece; EnvError when a worker was killed.
     """
     if processes == 1:
         while task := next_task():
@@ -49,36 +49,36 @@ def run_tasks(
                 pool.submit(task)
             if not pool.is_busy:
                 return
-            yield from pool.answers(report)
+            yield from pool.finished_tasks(report)
 
 
 class Worker(Child):
-    """A worker process and the task that it has."""
+    """A worker process and its current task."""
 
     def __init__(self, threads: int) -> None:
         super().__init__("flare.data.token_cache.worker", threads)
         self.task: Task | None = None
 
-    def give(self, task: Task) -> None:
+    def assign(self, task: Task) -> None:
         """Send a task."""
         self.send((task.index, task.piece, str(task.directory), task.limit))
         self.task = task
 
-    def death(self) -> EnvError:
-        """How it died, for people."""
+    def exit_error(self) -> EnvError:
+        """The error for a worker that ended unexpectedly."""
         return EnvError(
-            f"a tokenising worker {self.describe_exit()}; finished parts are kept, the same command "
-            "goes on from there; --preprocessing_num_workers N takes fewer workers"
+            f"a tokenising worker {self.describe_exit()}; finished parts are kept, and the same "
+            "command continues; use fewer workers with --preprocessing_num_workers"
         )
 
 
 class WorkerPool:
-    """Processes that live as long as the ``with`` block."""
+    """Worker processes that run until the ``with`` block ends."""
 
     def __init__(self, encoder: Encoder, processes: int, threads: int) -> None:
         self.workers = [Worker(threads) for _ in range(processes)]
         message = encoder.to_message()
-        for worker in self.workers:  # all are started by now: megabytes wait in a pipe till they are read
+        for worker in self.workers:  # after all have started: sending megabytes blocks until the worker reads
             worker.send(message)
 
     def __enter__(self) -> "WorkerPool":
@@ -102,10 +102,10 @@ class WorkerPool:
 
     def submit(self, task: Task) -> None:
         """Give a task to an idle worker."""
-        next(worker for worker in self.workers if worker.task is None).give(task)
+        next(worker for worker in self.workers if worker.task is None).assign(task)
 
-    def answers(self, report: Report) -> Iterator[int]:
-        """Wait for news; yields the tasks that were finished."""
+    def finished_tasks(self, report: Report) -> Iterator[int]:
+        """Wait for messages of the workers. Yields the indices of finished tasks."""
         by_pipe = {worker.pipe: worker for worker in self.workers if worker.task is not None}
         for pipe in wait(list(by_pipe)):
             worker = by_pipe[pipe]
@@ -124,4 +124,4 @@ class WorkerPool:
         try:
             return pipe.recv()
         except (EOFError, OSError):
-            raise worker.death() from None
+            raise worker.exit_error() from None

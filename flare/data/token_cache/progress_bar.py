@@ -1,4 +1,4 @@
-"""How far tokenising is: a bar with tokens/s on a terminal, else a log line every half minute."""
+"""Progress of tokenising: a bar with tokens/s on a terminal, else a log line every 30 seconds."""
 
 import sys
 import time
@@ -13,11 +13,11 @@ LOG_EVERY_SEC = 30.0
 
 
 class TokenProgress:
-    """Tokens done and the share of the text; in an open piece a character counts as a byte of its size.
+    """Number of tokens, and the finished fraction of the text. In an unfinished piece, a character counts as one byte.
 
     Args:
-        sizes: text of each piece in bytes, as far as it is known.
-        done: indices of the pieces that were finished before.
+        sizes: estimated bytes of text of each piece.
+        done: indices of the pieces that are already finished.
     """
 
     def __init__(self, sizes: list[int], done: Iterable[int]) -> None:
@@ -40,20 +40,20 @@ class TokenProgress:
             self.bar.close()
 
     def report(self, index: int, tokens: int, characters: int) -> None:
-        """A worker got further with a piece."""
+        """Add tokens and characters of an unfinished piece."""
         self.tokens += tokens
         self.open[index] = self.open.get(index, 0) + characters
         self._show()
 
     def finish(self, index: int) -> None:
-        """A piece is done."""
+        """Mark a piece as finished."""
         self.open.pop(index, None)
         self.done += self.sizes[index]
         self._show()
 
     @property
     def share(self) -> float:
-        """Of the corpus, what is done."""
+        """The finished fraction of the corpus, 0 to 1."""
         begun = sum(min(characters, self.sizes[index]) for index, characters in self.open.items())
         return (self.done + begun) / self.total
 

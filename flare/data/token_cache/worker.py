@@ -1,7 +1,7 @@
 """A worker process that tokenises pieces of a corpus: ``python -m flare.data.token_cache.worker FD PARENT``.
 
-It is started anew, not forked: a fork of a process whose tokenizer has threads hangs. It imports no torch, so it
-starts in a fraction of a second. It takes tasks from the pipe FD and answers on it.
+It is a new process and not a fork, because a fork of a process with tokenizer threads hangs. It imports no torch, so
+it starts in a fraction of a second. It receives tasks from the pipe FD and answers on the same pipe.
 """
 
 import signal
@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from flare.child_process import end_with_parent
-from flare.data.sources.base import OTHER_CACHE_DIR
+from flare.data.sources.base import CACHE_DIR_HINT
 from flare.data.token_cache.encode import Encoder
 from flare.data.token_cache.parts import write_part
 from flare.errors import EnvError, FlareError
@@ -18,7 +18,9 @@ from flare.errors import EnvError, FlareError
 
 def main() -> int:
     end_with_parent(signal.SIGKILL, int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends us
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes of the terminal; the parent ends this one
     pipe = Connection(int(sys.argv[1]))
     try:
         encoder = Encoder.from_message(pipe.recv())
@@ -30,7 +32,10 @@ def main() -> int:
 
 
 def work(pipe: Connection, index: int, task: tuple) -> None:
-    """Make a part; answer ("tokens", index, tokens, characters) on the way and ("done", index) or ("error", error)."""
+    """Write a part.
+
+    Sends ("tokens", index, tokens, characters) after each batch, and at the end ("done", index) or ("error", error).
+    """
     try:
         write_part(*task, lambda tokens, characters: pipe.send(("tokens", index, tokens, characters)))
     except BrokenPipeError:
@@ -39,9 +44,9 @@ def work(pipe: Connection, index: int, task: tuple) -> None:
         pipe.send(("error", error))
     except OSError as error:
         pipe.send(
-            ("error", EnvError(f"cannot tokenise into {task[2].parent}: {error.strerror or error}; {OTHER_CACHE_DIR}"))
+            ("error", EnvError(f"cannot tokenise into {task[2].parent}: {error.strerror or error}; {CACHE_DIR_HINT}"))
         )
-    except Exception as error:  # whatever a reader raises must be shown by the parent, not lost here
+    except Exception as error:  # the parent must report every error of a reader
         pipe.send(("error", FlareError(f"tokenising failed: {type(error).__name__}: {error}")))
     else:
         pipe.send(("done", index))
