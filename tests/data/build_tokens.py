@@ -14,7 +14,7 @@ from flare.logs import start_logging
 
 
 class FileByFile(Source):
-    """A piece for each file of a folder, however small."""
+    """One piece per file of a folder, also for small files."""
 
     def __init__(self, directory: Path) -> None:
         self.files = sorted(directory.glob("*.jsonl"))

@@ -1,7 +1,7 @@
-"""train_qwen_multi_gpu.py as it is, writing down the rows that every rank reads: RECORD FLAGS...
+"""Runs train_qwen_multi_gpu.py and records the rows that every rank reads: RECORD FLAGS...
 
-Run it as one process, or under torchrun. A line is added to RECORD.<process id> for each step, before it is trained
-on: its number, row indices, and a hash of each row's inputs, labels and positions.
+Run it as one process or with torchrun. Before each training step, a line is added to RECORD.<process id>: the step,
+its row indices, and a hash of each row's inputs, labels and positions.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ def digests(step: StepRows) -> list[str]:
     """A hash of each of this rank's rows."""
     found = []
     for batch in step.batches:
-        whole = torch.stack([batch["input_ids"], batch["labels"], batch["position_ids"]], dim=1).numpy()
-        found += [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in whole]
+        rows = torch.stack([batch["input_ids"], batch["labels"], batch["position_ids"]], dim=1).numpy()
+        found += [hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows]
     return found
 
 
 def record(file: Path) -> None:
-    """Wrap what the trainer takes its rows from, so that they are written down."""
+    """Wrap ``StepLoader.take`` so that it records the rows."""
     take = StepLoader.take
 
     def recorded_take(self: StepLoader, position: int) -> StepRows:

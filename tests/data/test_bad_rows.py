@@ -1,4 +1,4 @@
-"""Rows that are no text, in every format: counted, the first ones named by file and line, all others used."""
+"""Rows that are not text, in every format: they are counted and named by file and line; all other rows are used."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ def texts_and_bad(file: Path, **spec: str) -> tuple[list[str], list[str]]:
     return texts, [line.removeprefix(f"{file.parent}/") for line in bad.first]
 
 
-def test_bom_crlf_nul_duplicate_keys_and_blank_lines_are_no_mistakes(tmp_path: Path) -> None:
+def test_bom_crlf_nul_duplicate_keys_and_blank_lines_are_accepted(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(
         b'\xef\xbb\xbf{"text": "bom"}\r\n\r\n{"text": "nul \\u0000 inside"}\r\n{"text": "first", "text": "last"}\n'
@@ -47,7 +47,7 @@ def test_bom_crlf_nul_duplicate_keys_and_blank_lines_are_no_mistakes(tmp_path: P
     )
 
 
-def test_lines_that_are_no_json_are_named_by_number(tmp_path: Path) -> None:
+def test_lines_that_are_not_json_are_named_by_number(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     deep, digits = b"[" * 100_000, b'{"text": "a", "n": ' + b"9" * 5000 + b"}"
     file.write_bytes(b'{"text": "a"}\n' + deep + b"\n" + digits + b'\n[1]\n\xff\n{"text": "b"}\n{"text": "cut o')
@@ -62,7 +62,7 @@ def test_lines_that_are_no_json_are_named_by_number(tmp_path: Path) -> None:
     ]
 
 
-def test_csv_rows_over_several_lines_are_named_by_their_first_one(tmp_path: Path) -> None:
+def test_csv_rows_over_several_lines_are_named_by_their_first_line(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_bytes(
         b'\xef\xbb\xbfid,text\r\n1,"two\r\nlines, ""quoted"""\r\n2,\r\n\r\n3,cut, by a comma\n4\n5,b\xffd\n6,5" pipe\n'
@@ -82,7 +82,7 @@ def test_csv_rows_over_several_lines_are_named_by_their_first_one(tmp_path: Path
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "gbk"])
-def test_a_csv_header_that_is_no_utf8_is_told_as_that(tmp_path: Path, encoding: str) -> None:
+def test_a_csv_header_that_is_not_utf8_is_an_error(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "x.csv").write_text("编号,内容\n1,x\n", encoding=encoding)
     with pytest.raises(DataError, match=r"x.csv has a header that is not UTF-8; convert the file to UTF-8") as raised:
         texts_and_bad(tmp_path / "x.csv", text_column="内容")
@@ -90,14 +90,14 @@ def test_a_csv_header_that_is_no_utf8_is_told_as_that(tmp_path: Path, encoding: 
 
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
-def test_a_csv_with_other_marks_than_commas_is_told_as_that(tmp_path: Path, mark: str) -> None:
+def test_a_csv_with_other_separators_than_commas_is_an_error(tmp_path: Path, mark: str) -> None:
     (tmp_path / "x.csv").write_text(f"id{mark}text\n1{mark}one\n")
     with pytest.raises(ConfigError, match=re.escape(f"separates its columns with {mark!r}; a .csv file needs commas")):
         texts_and_bad(tmp_path / "x.csv")
     assert texts_and_bad(tmp_path / "x.csv", text_column=f"id{mark}text") == ([f"1{mark}one"], [])
 
 
-def test_a_missing_column_names_few_columns_and_no_whole_text(tmp_path: Path) -> None:
+def test_a_missing_column_error_is_short_when_there_are_many_or_long_columns(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(",".join(["0", "long " * 1000, *map(str, range(1, 99))]) + "\n")
     with pytest.raises(ConfigError) as raised:
         texts_and_bad(tmp_path / "x.csv")
@@ -106,7 +106,7 @@ def test_a_missing_column_names_few_columns_and_no_whole_text(tmp_path: Path) ->
     assert len(str(raised.value)) < 500
 
 
-def test_chats_are_told_to_be_chats(tmp_path: Path, base: Path) -> None:
+def test_chat_messages_are_named_as_the_reason(tmp_path: Path, base: Path) -> None:
     chats = [[{"role": "user", "content": "hi"}], [{"from": "human", "value": "hi"}], [{"other": 1}], []]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     pyarrow.parquet.write_table(pyarrow.table({"messages": [chats[0]]}), tmp_path / "y.parquet")
@@ -126,8 +126,8 @@ def test_chats_are_told_to_be_chats(tmp_path: Path, base: Path) -> None:
         build_token_cache(source, load_tokenizer(base), tmp_path / "c", TokenSettings())
 
 
-def test_a_csv_quote_that_is_not_closed_makes_every_line_behind_it_bad(tmp_path: Path) -> None:
-    """Else a file of a million rows would lose most of them as one bad row."""
+def test_a_csv_quote_that_is_not_closed_makes_every_later_line_bad(tmp_path: Path) -> None:
+    """Otherwise most rows of a large file could be lost but counted as one bad row."""
     file = tmp_path / "x.csv"
     file.write_text('id,text\n1,fine\n2,"open\n' + "3,row\n" * 100)
     rows = list(open_source(SourceSpec(str(file)), tmp_path / "cache").rows())
@@ -137,7 +137,9 @@ def test_a_csv_quote_that_is_not_closed_makes_every_line_behind_it_bad(tmp_path:
 
 
 @given(st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max_size=2), max_size=8))
-def test_csv_is_what_pythons_writer_wrote(tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]) -> None:
+def test_csv_rows_are_those_that_the_csv_module_wrote(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]
+) -> None:
     target = io.StringIO(newline="")
     csv.writer(target).writerows([["id", "text"], *rows])
     file = tmp_path_factory.getbasetemp() / "written.csv"
@@ -154,7 +156,7 @@ JSON = st.recursive(
 
 
 @given(st.lists(JSON, max_size=6), st.integers(1, 40), st.sampled_from([None, 1]), st.booleans())
-def test_arrays_are_read_as_the_json_module_reads_them(
+def test_arrays_are_read_like_the_json_module_reads_them(
     values: list, block: int, indent: int | None, is_ascii: bool
 ) -> None:
     text = f" \n{json.dumps(values, indent=indent, ensure_ascii=is_ascii)}\n "
@@ -163,14 +165,14 @@ def test_arrays_are_read_as_the_json_module_reads_them(
 
 @pytest.mark.parametrize("text", ["[", "[1", "[1,", "[1,]", "[1 2]", "[1] 2", '["a', "[tru]", "[1}", "[,1]"])
 @pytest.mark.parametrize("block", [1, 1000])
-def test_broken_arrays_are_refused(text: str, block: int) -> None:
+def test_invalid_arrays_are_errors(text: str, block: int) -> None:
     with pytest.raises(ValueError, match=r"."):
         json.loads(text)
     with pytest.raises(ValueError, match=r"."):
         list(array_elements(io.StringIO(text), block))
 
 
-def test_a_json_array_names_its_bad_elements_and_where_it_breaks(tmp_path: Path) -> None:
+def test_bad_elements_and_syntax_errors_of_a_json_array_are_named_by_index(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     file.write_bytes(b'\xef\xbb\xbf[{"text": "a"}, 5, {"text": "b\xff"}, {"text": "\\ud800"}, {"text": "c"}]')
     assert texts_and_bad(file) == (
@@ -182,15 +184,15 @@ def test_a_json_array_names_its_bad_elements_and_where_it_breaks(tmp_path: Path)
         texts_and_bad(file)
 
 
-def test_a_json_object_over_several_lines_is_refused_as_what_it_is(tmp_path: Path) -> None:
+def test_a_json_object_over_several_lines_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"data": [{"text": "a"}]}, indent=1))
     with pytest.raises(DataError, match=r"x.json is one JSON object over several lines; give an array"):
         texts_and_bad(tmp_path / "x.json")
 
 
-def test_parquet_values_that_are_no_text_are_named_by_row(tmp_path: Path) -> None:
+def test_parquet_values_that_are_not_text_are_named_by_row(tmp_path: Path) -> None:
     bytes_ = pyarrow.array([b"good", None, b"\xff\xfe", b"", b"also good"], pyarrow.binary())
-    text = pyarrow.Array.from_buffers(pyarrow.string(), 5, bytes_.buffers())  # unchecked, as other writers do it
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 5, bytes_.buffers())  # not validated, like other writers do
     numbers, nested = pyarrow.array([1, 2, 3, 4, 5]), pyarrow.array([{"text": "x"}] * 5)
     file = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": text, "n": numbers, "nested": nested}), file)
@@ -202,7 +204,7 @@ def test_parquet_values_that_are_no_text_are_named_by_row(tmp_path: Path) -> Non
     assert texts_and_bad(file, text_column="n")[1][0] == "x.parquet[0] is int, not text"
 
 
-def test_damage_within_a_parquet_file_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_is_a_one_line_error(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     texts = [f"{number} {'x' * 200}" for number in range(1000)]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file, use_dictionary=False, compression="gzip")
@@ -213,7 +215,7 @@ def test_damage_within_a_parquet_file_is_one_line(tmp_path: Path) -> None:
         texts_and_bad(file)
 
 
-def test_a_file_that_vanishes_is_a_data_error_and_no_full_disk(tmp_path: Path, base: Path) -> None:
+def test_a_deleted_file_is_a_data_error_not_a_disk_error(tmp_path: Path, base: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     source = open_source(SourceSpec(str(tmp_path / "x.jsonl")), tmp_path)
     source.fingerprint()
@@ -222,10 +224,10 @@ def test_a_file_that_vanishes_is_a_data_error_and_no_full_disk(tmp_path: Path, b
         build_token_cache(source, load_tokenizer(base), tmp_path / "c", TokenSettings())
 
 
-# -- sizes beyond the usual -----------------------------------------------------------------------------------
+# -- unusual sizes --------------------------------------------------------------------------------------------
 
 
-def test_a_document_of_12_mb_is_tokenised_whole(tmp_path: Path, base: Path) -> None:
+def test_a_document_of_12_mb_is_tokenised_as_one(tmp_path: Path, base: Path) -> None:
     phrase = "the layer of the model"
     count = 12 * 2**20 // (len(phrase) + 1)
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": " ".join([phrase] * count)}) + '\n{"text": "small"}\n')
@@ -238,7 +240,7 @@ def test_a_document_of_12_mb_is_tokenised_whole(tmp_path: Path, base: Path) -> N
     expected = [*first, *later * (count - 1), cache.end_of_text_id]
     assert np.array_equal(cache.tokens[: cache.offsets[1]], expected)
     print(f"{len(expected):,} tokens, {grown_mib:.0f} MiB")
-    assert grown_mib < 2000  # what the tokenizer keeps of some three million tokens
+    assert grown_mib < 2000  # memory of the tokenizer for about three million tokens
 
 
 def test_a_hundred_thousand_empty_documents_are_counted(tmp_path: Path, base: Path) -> None:
@@ -260,10 +262,10 @@ def test_a_hundred_thousand_empty_documents_are_counted(tmp_path: Path, base: Pa
         (b'{"meta": {"text": "nested"}, "txet": "x"}\n', 2, "column 'text' not in"),
     ],
 )
-def test_data_that_cannot_train_is_told_before_the_weights_are_loaded(
+def test_unusable_data_is_an_error_before_the_weights_are_loaded(
     train_flags: list[str], base: Path, tmp_path: Path, content: bytes, code: int, words: str
 ) -> None:
-    """The weights are rubbish behind their header: whoever loaded them would say so."""
+    """The weight file has only zeros, so loading it would be another error."""
     model = tmp_path / "model"
     shutil.copytree(base, model)
     weights = model / "model.safetensors"

@@ -1,4 +1,4 @@
-"""What a token cache contains, and when it is built again."""
+"""The content of a token cache, and when it is built again."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def test_cache_is_built_once_and_again_when_the_content_changes(tmp_path: Path, 
     file = write_corpus(tmp_path / "x.jsonl", 20)
     first = cache_of(file, base, tmp_path / "c")
     stamp = (first.directory / "meta.json").stat().st_mtime_ns
-    file.touch()  # same bytes, new date: the same data
+    file.touch()  # same bytes, new timestamp: the same data
     again = cache_of(file, base, tmp_path / "c")
     assert again.directory == first.directory
     assert (again.directory / "meta.json").stat().st_mtime_ns == stamp
@@ -38,8 +38,8 @@ def test_cache_is_built_once_and_again_when_the_content_changes(tmp_path: Path, 
     assert cache_of(file, base, tmp_path / "c").directory != first.directory
 
 
-def test_a_finished_cache_is_used_where_nothing_can_be_written(tmp_path: Path, base: Path) -> None:
-    """As one that another user has made. Root may write anywhere, so a directory lies where the lock would."""
+def test_a_finished_cache_is_used_in_a_read_only_directory(tmp_path: Path, base: Path) -> None:
+    """Such as a cache of another user. Root may write anywhere, so a directory replaces the lock file."""
     file = write_corpus(tmp_path / "x.jsonl", 20)
     made = cache_of(file, base, tmp_path / "c")
     (lock,) = (tmp_path / "c").glob(".tokens-*.lock")
@@ -55,9 +55,9 @@ def test_a_finished_cache_is_used_where_nothing_can_be_written(tmp_path: Path, b
 
 def test_dataset_size_takes_the_first_documents(tmp_path: Path, base: Path) -> None:
     file = write_corpus(tmp_path / "x.jsonl", 20)
-    whole, part = cache_of(file, base, tmp_path / "c"), cache_of(file, base, tmp_path / "c", dataset_size=5)
+    full, part = cache_of(file, base, tmp_path / "c"), cache_of(file, base, tmp_path / "c", dataset_size=5)
     assert part.meta["num_documents"] == 5
-    assert np.array_equal(part.tokens, whole.tokens[: len(part.tokens)])
+    assert np.array_equal(part.tokens, full.tokens[: len(part.tokens)])
 
 
 BAD_ROWS = [
@@ -73,15 +73,12 @@ BAD_ROWS = [
 ]
 
 
-def test_bad_rows_are_counted_and_named_and_good_rows_all_used(tmp_path: Path, base: Path) -> None:
+def test_bad_rows_are_counted_and_named_and_all_good_rows_are_used(tmp_path: Path, base: Path) -> None:
     good = [json.dumps({"text": f"good {n}"}).encode() for n in range(20)]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([good[0], *BAD_ROWS, *good[1:]]) + b"\n")
     with pytest.raises(DataError, match=rf"{len(BAD_ROWS)} of 29 rows .*x.jsonl:2 is null.*--max_bad_rows"):
         cache_of(tmp_path / "x.jsonl", base, tmp_path / "c")
     cache = cache_of(tmp_path / "x.jsonl", base, tmp_path / "c", max_bad_rows=0.5)
     assert (cache.meta["num_documents"], cache.meta["bad_rows"]) == (20, len(BAD_ROWS))
-    with pytest.raises(DataError, match="--max_bad_rows"):  # the limit holds for a cache that is there, too
+    with pytest.raises(DataError, match="--max_bad_rows"):  # the limit is also checked for an existing cache
         cache_of(tmp_path / "x.jsonl", base, tmp_path / "c", max_bad_rows=0.1)
-
-
-# -- workers, kills, damage -------------------------------------------------------------------------------

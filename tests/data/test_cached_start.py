@@ -1,4 +1,4 @@
-"""What a start with a finished token cache reads, and what a start that tokenises shows."""
+"""How much a start with a finished token cache reads, and the progress bar of a start that tokenises."""
 
 import fcntl
 import gzip
@@ -27,26 +27,26 @@ from tests.processes import REPO, script_environment
 
 
 def bytes_read() -> int:
-    """What this process has asked the kernel to read so far, from disk or its cache."""
+    """Bytes that this process has read so far, from disk or from the page cache."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """8 MB in 40 documents: far more than everything else that a start reads."""
+    """8 MB in 40 documents, much more than a start reads from other files."""
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps({"text": f"{n} " + "layer " * 35_000}) + "\n" for n in range(40)))
     return file
 
 
 def cost(file: Path, base: Path, cache_dir: Path) -> float:
-    """Of the file's size, what a start with a finished cache reads."""
+    """Bytes read by a start with a finished cache, divided by the file's size."""
     before = bytes_read()
     cache_of(file, base, cache_dir)
     return (bytes_read() - before) / file.stat().st_size
 
 
-def test_a_cached_start_reads_the_data_once_for_its_hash_and_then_not_at_all(
+def test_cached_starts_read_the_data_once_for_its_hash_and_then_never(
     large: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_hashes, "SETTLED_SEC", 1e9)  # the file is too new for a note
@@ -60,7 +60,7 @@ def test_a_cached_start_reads_the_data_once_for_its_hash_and_then_not_at_all(
     assert cost(large, base, tmp_path / "c") < 0.2
 
 
-def test_a_note_holds_only_for_the_very_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_is_valid_only_for_the_unchanged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_hashes, "SETTLED_SEC", -60.0)
     monkeypatch.setattr(base, "MIN_PIECE_BYTES", 100)
     files = [write_corpus(tmp_path / f"{n}.jsonl", 20, seed=n) for n in range(2)]
@@ -71,7 +71,7 @@ def test_a_note_holds_only_for_the_very_file(tmp_path: Path, monkeypatch: pytest
     assert facts_of(files, tmp_path, tmp_path) == expected
     stat, content = files[0].stat(), files[0].read_bytes()
     files[0].write_bytes(content.replace(b" the ", b" teh ", 1))  # the same size
-    os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))  # and date
+    os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))  # and timestamps
     changed = facts_of(files, tmp_path, tmp_path)
     assert changed[0].sha256 != expected[0].sha256
     assert changed[1] == expected[1]
@@ -80,8 +80,8 @@ def test_a_note_holds_only_for_the_very_file(tmp_path: Path, monkeypatch: pytest
         assert facts_of(files, tmp_path, tmp_path) == changed
 
 
-def test_a_file_more_costs_reading_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the files below a folder are named. Hosts that number a network's disk differently share the notes."""
+def test_a_new_file_does_not_cause_others_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the files are named by a glob. Hosts that number a network disk differently share the notes."""
     read: list[Path] = []
     monkeypatch.setattr(file_hashes, "SETTLED_SEC", -60.0)
     monkeypatch.setattr(file_hashes, "read_facts", lambda file: read.append(file) or read_facts(file))
@@ -109,7 +109,7 @@ def test_a_file_more_costs_reading_that_file(tmp_path: Path, monkeypatch: pytest
     assert file_hashes._state(data / "a.jsonl")[0] == stat(data / "a.jsonl").st_ino
 
 
-def test_a_file_that_was_just_written_is_not_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_was_just_written_gets_no_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_hashes, "SETTLED_SEC", 1e9)
     facts_of([write_corpus(tmp_path / "x.jsonl", 5)], tmp_path, tmp_path)
     assert not list(tmp_path.glob(".facts-*.json"))
@@ -118,7 +118,7 @@ def test_a_file_that_was_just_written_is_not_noted(tmp_path: Path, monkeypatch: 
 # -- progress --------------------------------------------------------------------------------------------------
 
 
-def test_progress_without_a_terminal_is_a_log_line_with_tokens_a_second(
+def test_progress_without_a_terminal_is_a_log_line_with_tokens_per_second(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = iter([100.0, 110.0, 110.0, 140.0, 140.0, 140.0, 150.0, 150.0, 150.0, 150.0])
@@ -128,7 +128,7 @@ def test_progress_without_a_terminal_is_a_log_line_with_tokens_a_second(
     caplog.set_level(logging.INFO, progress_bar.log.name)
     with TokenProgress([2000, 2000, 3000, 1000], done=[0]) as bar:
         bar.report(1, 1000, 1000)
-        assert not caplog.messages  # ten seconds
+        assert not caplog.messages  # only ten seconds have passed
         bar.report(1, 3000, 40)
     assert caplog.messages == ["tokenising: 38% of the data, 4,000 tokens, 100 tokens/s"]
     bar.report(1, 1, 5000)  # more text than the size says
@@ -136,8 +136,8 @@ def test_progress_without_a_terminal_is_a_log_line_with_tokens_a_second(
     assert bar.share == 0.5
 
 
-def test_the_share_of_a_large_piece_is_known_by_its_text(tmp_path: Path) -> None:
-    """A .csv is one piece, however large; so is an archive, of which the text is a guess."""
+def test_expected_bytes_of_a_piece(tmp_path: Path) -> None:
+    """A .csv is one piece of any size. So is a compressed file, whose text size is estimated."""
     (tmp_path / "d").mkdir()
     lines = write_corpus(tmp_path / "d" / "a.jsonl", 20).stat().st_size
     (tmp_path / "d" / "b.csv").write_text("text\n" + "word " * 2**20 + "\n")
@@ -148,7 +148,7 @@ def test_the_share_of_a_large_piece_is_known_by_its_text(tmp_path: Path) -> None
     assert [piece.expected_bytes for piece in pieces] == [lines, table, COMPRESSION_RATIO * packed]
 
 
-def test_progress_on_a_terminal_is_a_bar_with_tokens_a_second(tmp_path: Path, base: Path) -> None:
+def test_progress_on_a_terminal_is_a_bar_with_tokens_per_second(tmp_path: Path, base: Path) -> None:
     (tmp_path / "corpus").mkdir()
     for number in range(3):
         write_corpus(tmp_path / "corpus" / f"{number}.jsonl", 30, seed=number)

@@ -1,4 +1,4 @@
-"""Data that changed between two starts: refused with what changed; the same bytes with another date pass."""
+"""Data that changed between two starts is an error that names the change. New timestamps alone are not."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def add_row(folder: Path) -> None:
 
 
 def change_in_place(folder: Path) -> None:
-    """The same size, another word."""
+    """Change a word but not the size."""
     path = folder / "sub" / "c.jsonl"
     path.write_bytes(path.read_bytes().replace(b" the ", b" teh ", 1))
 
@@ -51,7 +51,7 @@ CHANGES: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
-def test_a_resume_names_what_changed_and_takes_the_same_bytes_with_a_new_date(
+def test_a_resume_names_changed_data_and_accepts_new_timestamps(
     train_flags: list[str], folder: Path, tmp_path: Path
 ) -> None:
 
@@ -105,7 +105,7 @@ def test_changes_of_column_size_and_tokenizer_are_named(tmp_path: Path, base: Pa
     assert what_changed(before, facts(file.rename(moved / "x.jsonl"), base, tmp_path / "c")) is None
 
 
-def test_of_very_many_files_folders_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_named_when_there_are_many_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flare.data.sources.files.MAX_LISTED_FILES", 2)
 
     def described() -> dict[str, str]:

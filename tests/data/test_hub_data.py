@@ -1,4 +1,4 @@
-"""Data sets of the hub through its real client, against a server of our own that answers as the hub does."""
+"""Hub data sets, read with the real client from a local server that answers like the hub."""
 
 import gzip
 import json
@@ -42,8 +42,8 @@ def lines(*texts: str, column: str = "text") -> bytes:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
-    with serve(tmp_path / "served") as (url, asked):
-        yield tmp_path / "served", url, asked
+    with serve(tmp_path / "served") as (url, requests):
+        yield tmp_path / "served", url, requests
 
 
 def read(tmp_path: Path, url: str, name: str, offline: bool = False, **spec: object) -> subprocess.CompletedProcess:
@@ -68,19 +68,19 @@ def error(result: subprocess.CompletedProcess, code: int) -> str:
     return line
 
 
-def test_a_set_of_a_mirror_is_the_same_when_read_again_offline(tmp_path: Path, hub: tuple) -> None:
-    root, url, asked = hub
+def test_a_data_set_of_a_mirror_is_the_same_when_read_again_offline(tmp_path: Path, hub: tuple) -> None:
+    root, url, requests = hub
     files = {"README.md": b"# News", "data/train.jsonl": lines("a", "b"), "data/test.jsonl": lines("c")}
     add_revision(root, "datasets/lab/news", "main", files)
     first = answer(read(tmp_path, url, "lab/news"))
     assert first[1:3] == (["a", "b"], "lab/news[0]")
     assert answer(read(tmp_path, url, "lab/news", dataset_split="test"))[1] == ["c"]
-    before = len(asked)
+    before = len(requests)
     assert answer(read(tmp_path, url, "lab/news", offline=True)) == first
-    assert len(asked) == before  # offline nobody was asked
+    assert len(requests) == before  # offline, no request was sent
 
 
-def test_revisions_are_told_apart_online_and_offline(tmp_path: Path, hub: tuple) -> None:
+def test_revisions_are_distinguished_online_and_offline(tmp_path: Path, hub: tuple) -> None:
     root, url, _ = hub
     old = add_revision(root, "datasets/lab/news", "v1", {"README.md": b"# 1", "train.jsonl": lines("old")})
     new = add_revision(root, "datasets/lab/news", "main", {"README.md": b"# 2", "train.jsonl": lines("new")})
@@ -88,7 +88,7 @@ def test_revisions_are_told_apart_online_and_offline(tmp_path: Path, hub: tuple)
     assert tagged[1] == ["old"]
     assert answer(read(tmp_path, url, "lab/news", dataset_revision=old)) == tagged
     assert old in tagged[3]["content"]
-    assert answer(read(tmp_path, url, "lab/news"))[1] == ["new"]  # now the newest of what is cached
+    assert answer(read(tmp_path, url, "lab/news"))[1] == ["new"]  # the newest cached commit from now on
     assert answer(read(tmp_path, url, "lab/news", offline=True, dataset_revision=new))[1] == ["new"]
     assert answer(read(tmp_path, url, "lab/news", offline=True, dataset_revision="v1"))[1] == ["old"]
     assert "v9: data set 'lab/news' has no such revision" in error(
@@ -99,7 +99,7 @@ def test_revisions_are_told_apart_online_and_offline(tmp_path: Path, hub: tuple)
     )
 
 
-def test_a_streamed_set_of_a_mirror_is_known_by_its_commit(tmp_path: Path, hub: tuple) -> None:
+def test_a_streamed_data_set_of_a_mirror_is_identified_by_its_commit(tmp_path: Path, hub: tuple) -> None:
     root, url, _ = hub
     files = {"README.md": b"# 1", "train-0.jsonl": lines("a"), "train-1.jsonl": lines("b")}
     old = add_revision(root, "datasets/lab/news", "v1", files)
@@ -129,7 +129,7 @@ def test_a_loading_script_is_replaced_by_the_hubs_parquet_copy(tmp_path: Path, h
     assert answer(read(tmp_path, url, "lab/scripted", offline=True)) == answer(result)
 
 
-def test_what_the_hub_has_not_is_one_line(tmp_path: Path, hub: tuple) -> None:
+def test_data_that_the_hub_does_not_have_is_a_one_line_error(tmp_path: Path, hub: tuple) -> None:
     root, url, _ = hub
     add_revision(root, "datasets/lab/news", "main", {"README.md": b"# N", "train.jsonl": lines("a")})
     add_revision(root, "datasets/lab/broken", "main", {"README.md": b"# B", "train.jsonl": b'{"text": "a"}\n{"te'})
@@ -143,7 +143,7 @@ def test_what_the_hub_has_not_is_one_line(tmp_path: Path, hub: tuple) -> None:
     assert "lab/none" in error(read(tmp_path, url, "lab/none"), 3)
 
 
-def test_without_the_hub_the_error_says_what_is_cached_and_the_ways_out(tmp_path: Path, hub: tuple) -> None:
+def test_without_the_hub_the_error_lists_cached_data_sets_and_fixes(tmp_path: Path, hub: tuple) -> None:
     root, url, _ = hub
     add_revision(root, "datasets/lab/news", "main", {"README.md": b"# N", "train.jsonl": lines("a")})
     assert answer(read(tmp_path, url, "lab/news"))[1] == ["a"]
@@ -152,8 +152,8 @@ def test_without_the_hub_the_error_says_what_is_cached_and_the_ways_out(tmp_path
         assert words in message
 
 
-@pytest.mark.slow  # the hub's client tries for half a minute
-def test_a_hub_that_refuses_connections_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.slow  # the hub's client retries for half a minute
+def test_a_hub_that_refuses_connections_is_a_one_line_error(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound and not listening
         message = error(read(tmp_path, f"http://127.0.0.1:{closed.getsockname()[1]}", "lab/other"), 4)
@@ -178,7 +178,7 @@ def write_snapshot(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_laid_out_as_a_hub_snapshot_has_configurations_and_splits_offline(tmp_path: Path) -> None:
+def test_a_hub_snapshot_has_configurations_and_splits_offline(tmp_path: Path) -> None:
     folder = str(write_snapshot(tmp_path / "clone"))
     english = answer(read(tmp_path, "http://127.0.0.1:9", folder, offline=True, dataset_config="en"))
     assert english[1] == ["one", "two"]
@@ -193,11 +193,11 @@ def test_a_folder_laid_out_as_a_hub_snapshot_has_configurations_and_splits_offli
     moved = str((tmp_path / "clone").rename(tmp_path / "moved"))
     (tmp_path / "moved" / "en" / "a.jsonl").touch()
     again = answer(read(tmp_path, "http://127.0.0.1:9", moved, offline=True, dataset_config="en"))
-    assert again[0] == english[0]  # the same bytes elsewhere, with another date, are the same data
+    assert again[0] == english[0]  # the same bytes in another place, with another timestamp
 
 
-def test_a_folder_with_a_loading_script_is_read_by_its_files(tmp_path: Path) -> None:
-    """What ``hf download --local-dir`` gives of RedPajama's sample."""
+def test_all_files_next_to_a_loading_script_are_read(tmp_path: Path) -> None:
+    """The layout of RedPajama's sample after ``hf download --local-dir``."""
     folder = tmp_path / "scripted"
     (folder / ".cache" / "huggingface").mkdir(parents=True)
     (folder / "scripted.py").write_text("raise SystemExit('ran')")
@@ -210,12 +210,12 @@ def test_a_folder_with_a_loading_script_is_read_by_its_files(tmp_path: Path) -> 
     assert "leave out --dataset_config and --dataset_split" in error(refused, 2)
 
 
-def test_what_hf_download_put_into_the_hubs_cache_is_found_by_its_name_offline(tmp_path: Path) -> None:
+def test_a_download_in_the_hubs_cache_is_found_by_its_name_offline(tmp_path: Path) -> None:
     commit = "0123456789" * 4
     repository = tmp_path / "hf" / "hub" / "datasets--lab--news"
     write_snapshot(repository / "snapshots" / commit)
     for file in list((repository / "snapshots").rglob("*.*")):
-        if file.is_file():  # the cache holds links to blobs without a suffix
+        if file.is_file():  # the cache has links to blobs without a suffix
             blob = repository / "blobs" / commit_of(str(file))
             blob.parent.mkdir(exist_ok=True)
             file.rename(blob)

@@ -36,7 +36,7 @@ COUNTS = st.lists(st.integers(1, 12), min_size=2, max_size=5)
         ([1e-3, 1e3], None),
     ],
 )
-def test_blocks_hold_the_weights(weights: list[float], counts: list[int] | None) -> None:
+def test_blocks_have_the_weights(weights: list[float], counts: list[int] | None) -> None:
     if counts is None:
         with pytest.raises(ConfigError, match=r"--dataset_weights 0.001 is less than 1/10000"):
             block_counts(weights)
@@ -58,7 +58,7 @@ def test_interleaving_by_hand() -> None:
 
 
 @given(COUNTS, st.integers(0, 200))
-def test_every_beginning_holds_the_shares(counts: list[int], position: int) -> None:
+def test_every_prefix_has_the_shares(counts: list[int], position: int) -> None:
     order = MixedOrder(0, [5] * len(counts), counts)
     ideal = position * np.array(counts) / sum(counts)
     assert np.abs(order.taken(position) - ideal).max() <= (len(counts) + 1) / 2
@@ -66,7 +66,9 @@ def test_every_beginning_holds_the_shares(counts: list[int], position: int) -> N
 
 
 @given(COUNTS, st.lists(st.integers(1, 30), min_size=5, max_size=5), st.integers(0, 300), st.integers(1, 60))
-def test_rows_are_those_of_a_walk_from_the_start(counts: list[int], sizes: list[int], first: int, length: int) -> None:
+def test_rows_at_a_position_are_those_of_reading_from_the_start(
+    counts: list[int], sizes: list[int], first: int, length: int
+) -> None:
     """Against the definition: go through the pattern one by one, each set through its permutations."""
     sizes = sizes[: len(counts)]
     base = np.cumsum([0, *sizes])
@@ -136,7 +138,7 @@ def test_with_weights_a_small_set_repeats_and_no_row_is_read_more_often_than_ano
 # -- names ------------------------------------------------------------------------------------------------
 
 
-def test_commas_part_names_unless_they_belong_to_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commas_separate_names_unless_they_are_part_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one,two.txt").touch()
     assert split_names("one,two.txt") == ["one,two.txt"]
@@ -145,7 +147,7 @@ def test_commas_part_names_unless_they_belong_to_a_path(tmp_path: Path, monkeypa
     assert split_names("embedded") == ["embedded"]
 
 
-def test_lists_are_one_for_all_or_one_each() -> None:
+def test_lists_have_one_value_for_all_or_one_for_each() -> None:
     specs = split_specs(SourceSpec("a,b", "text,body", dataset_config="en,", dataset_split="test"))
     assert [(s.dataset_name, s.text_column, s.dataset_config, s.dataset_split) for s in specs] == [
         ("a", "text", "en", "test"),
@@ -190,7 +192,7 @@ def test_one_more_set_or_other_weights_tokenise_nothing_again(files: list[Path],
 
 
 def test_the_split_is_by_hash_over_all_sets(files: list[Path], base: Path, tmp_path: Path) -> None:
-    """Documents that lie in two sets are on the same side in both."""
+    """A document that is in two data sets is on the same side in both."""
     copy = tmp_path / "copy.jsonl"
     copy.write_text("".join(files[0].read_text().splitlines(keepends=True)[::2]) + files[2].read_text())
     corpus = corpus_of([files[0], copy], base, tmp_path / "c")
@@ -208,7 +210,9 @@ def test_the_split_is_by_hash_over_all_sets(files: list[Path], base: Path, tmp_p
     assert train_rows.num_documents + held_out.num_documents == sum(len(d.cache.hashes) for d in corpus.sets)
 
 
-def test_weights_that_do_not_fit_are_refused_before_tokenising(files: list[Path], base: Path, tmp_path: Path) -> None:
+def test_a_wrong_number_of_weights_is_an_error_before_tokenising(
+    files: list[Path], base: Path, tmp_path: Path
+) -> None:
     for chosen, weights in ((files, [1, 2]), (files[:1], [1])):
         with pytest.raises(ConfigError, match=rf"has {len(weights)} weights for {len(chosen)} data sets"):
             corpus_of(chosen, base, tmp_path / "c", weights)
@@ -236,9 +240,9 @@ def test_a_run_of_weighted_sets_resumes_on_the_same_rows(
         *train_flags, "--dataset_name", f"{files[0]},{body},{files[2]}", "--dataset_weights", "0.5,0.25,0.25",
         "--text_column", "text,body,text", "--save_steps", "2",
     ]  # fmt: skip
-    whole = train(*flags)
-    assert whole.returncode == 0, whole.stderr
-    assert re.search(r"data set .*body.jsonl: \d+ rows, 25.0% of the run, [\d.]+ epochs", whole.stderr)
+    full = train(*flags)
+    assert full.returncode == 0, full.stderr
+    assert re.search(r"data set .*body.jsonl: \d+ rows, 25.0% of the run, [\d.]+ epochs", full.stderr)
     run = tmp_path / "out" / "run"
     weights = (run / "final_model" / "model.safetensors").read_bytes()
     for directory in ("checkpoints/checkpoint-6", "checkpoints/checkpoint-4", "final_model"):
@@ -257,7 +261,7 @@ def test_a_run_of_weighted_sets_resumes_on_the_same_rows(
 
 
 @pytest.mark.slow
-def test_prepare_only_makes_the_cache_of_every_set(train_flags: list[str], files: list[Path]) -> None:
+def test_prepare_only_builds_the_cache_of_every_set(train_flags: list[str], files: list[Path]) -> None:
     flags = [*train_flags, "--dataset_name", ",".join(map(str, files))]
     result = train(*flags, "--prepare_only")
     assert result.returncode == 0, result.stderr

@@ -72,7 +72,7 @@ class Runs:
         process = self.start(processes, micro)
         assert any(f"step {step}/{STEPS} |" in line for line in process.stderr), f"no step {step}"
         pids = [process.pid, *descendants(process.pid)]
-        for pid in pids:  # from the top, so that none is told of another's death and cleans up
+        for pid in pids:  # parents first, so that none sees another end and cleans up
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.stderr.close()
@@ -80,7 +80,7 @@ class Runs:
         wait_for_end([str(pid) for pid in pids])
 
     def reading(self) -> Reading:
-        """For each step, what the last attempt that came to it read; every attempt must have read it whole."""
+        """For each step, the rows of the last attempt that reached it. Every attempt must read complete steps."""
         found: Reading = {}
         for attempt in range(1, self.attempts + 1):
             by_step: dict[int, list] = {}
@@ -111,16 +111,16 @@ def extra(request: pytest.FixtureRequest) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(base: Path, small: Path, extra: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def uninterrupted(base: Path, small: Path, extra: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """One process, not interrupted."""
-    runs = Runs(base, small, tmp_path_factory.mktemp("whole"), extra)
+    runs = Runs(base, small, tmp_path_factory.mktemp("uninterrupted"), extra)
     runs.finish()
     return runs
 
 
-def test_two_epochs_lose_and_repeat_no_row(whole: Runs) -> None:
+def test_two_epochs_lose_and_repeat_no_row(uninterrupted: Runs) -> None:
     """Each of the two first epochs reads every row once; the reading itself says how many there are."""
-    pairs = [pair for _, step in sorted(whole.reading().items()) for pair in step]
+    pairs = [pair for _, step in sorted(uninterrupted.reading().items()) for pair in step]
     assert len(pairs) == STEPS * ROWS
     tokens = [digest for _, digest in pairs]
     rows = len(set(tokens))
@@ -142,33 +142,33 @@ def test_two_epochs_lose_and_repeat_no_row(whole: Runs) -> None:
     ],
 )
 def test_processes_and_accumulation_read_the_same_rows(
-    whole: Runs, base: Path, small: Path, extra: list[str], tmp_path: Path, processes: int, micro: int
+    uninterrupted: Runs, base: Path, small: Path, extra: list[str], tmp_path: Path, processes: int, micro: int
 ) -> None:
     runs = Runs(base, small, tmp_path / "runs", extra)
     runs.finish(processes, micro)
-    assert runs.reading() == whole.reading()
+    assert runs.reading() == uninterrupted.reading()
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_points_reads_the_same_rows_to_the_same_weights(
-    whole: Runs, base: Path, small: Path, extra: list[str], tmp_path: Path, kills: int
+    uninterrupted: Runs, base: Path, small: Path, extra: list[str], tmp_path: Path, kills: int
 ) -> None:
     runs = Runs(base, small, tmp_path / "runs", extra)
     for step in sorted(random.Random(kills).sample(range(2, STEPS - 1), kills)):
         runs.kill_after(step)
     runs.finish()
-    assert runs.reading() == whole.reading()
-    assert_same_weights(runs.final_model, whole.final_model)
+    assert runs.reading() == uninterrupted.reading()
+    assert_same_weights(runs.final_model, uninterrupted.final_model)
 
 
 @pytest.mark.slow
 def test_a_run_killed_on_two_one_and_three_processes_reads_the_same_rows(
-    whole: Runs, base: Path, small: Path, extra: list[str], tmp_path: Path
+    uninterrupted: Runs, base: Path, small: Path, extra: list[str], tmp_path: Path
 ) -> None:
     """With another accumulation each time; weights differ by rounding only."""
     runs = Runs(base, small, tmp_path / "runs", extra)
     runs.kill_after(7, processes=2, micro=1)
     runs.kill_after(16, processes=1, micro=3)
     runs.finish(processes=3, micro=2)
-    assert runs.reading() == whole.reading()
-    assert_same_weights(runs.final_model, whole.final_model, relative=1e-3)
+    assert runs.reading() == uninterrupted.reading()
+    assert_same_weights(runs.final_model, uninterrupted.final_model, relative=1e-3)

@@ -166,7 +166,7 @@ def test_a_row_is_shown_with_its_documents_and_their_ends(base: Path) -> None:
         "and the last",
     ]
     ids = [np.array([*tokenizer(text)["input_ids"], end]) for text in texts]
-    row = np.concatenate(ids)[:-1]  # the last document goes on in the next row
+    row = np.concatenate(ids)[:-1]  # the last document continues in the next row
     lines = row_lines(row, end, tokenizer)
     assert lines[0] == f"first row: {len(row)} tokens, 10 documents or parts of them"
     assert lines[1] == f"  | tokens 0-{len(ids[0]) - 1}: the tail of one<|endoftext|>"

@@ -1,4 +1,4 @@
-"""Files, folders, globs and saved data sets that --dataset_name can name on a disk; errors for damaged ones."""
+"""Local files, folders, globs and saved data sets as --dataset_name, and errors for damaged ones."""
 
 import errno
 import os
@@ -28,18 +28,18 @@ def test_globs_take_the_files_that_match_by_name(tmp_path: Path) -> None:
         read(tmp_path / "*.csv", tmp_path)
     with pytest.raises(ConfigError, match="it matches 1 other files"):
         read(tmp_path / "*.md", tmp_path)
-    (tmp_path / "odd[1].txt").write_text("brackets")  # what is there is meant before what a pattern could mean
+    (tmp_path / "odd[1].txt").write_text("brackets")  # an existing path is preferred to a pattern
     assert read(tmp_path / "odd[1].txt", tmp_path) == ["brackets"]
 
 
 def test_files_with_equal_names_in_several_folders_are_distinguished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A change in any of them is seen and named, also by what streaming knows without reading them."""
+    """A change in any of them is detected and named, also in streaming, which does not hash the files."""
     for name in "ab":
         (tmp_path / "set" / name).mkdir(parents=True)
         write_corpus(tmp_path / "set" / name / "part.jsonl", 3, seed=ord(name))
-    (tmp_path / "set" / ".cache" / "huggingface").mkdir(parents=True)  # as hf download leaves it
+    (tmp_path / "set" / ".cache" / "huggingface").mkdir(parents=True)  # as hf download creates it
     monkeypatch.chdir(tmp_path)
     expected = ["text_column", "file a/part.jsonl", "file b/part.jsonl"]
     for path in ("set/*/part.jsonl", "./set", str(tmp_path / "set")):
@@ -70,7 +70,7 @@ def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
 
 
 def test_empty_files_among_others_are_skipped_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spark and others write one for lack of rows. Of a kind that has a header or a frame it is a cut-off download."""
+    """Spark and others write one when they have no rows. An empty .parquet or compressed file is a failed download."""
     messages: list[str] = []
     monkeypatch.setattr("flare.data.sources.files.log.warning", messages.append)
     (tmp_path / "a.txt").write_text("one")
@@ -90,8 +90,8 @@ def test_empty_files_among_others_are_skipped_and_reported(tmp_path: Path, monke
         (tmp_path / name).unlink()
 
 
-def test_git_lfs_pointers_are_ignored(tmp_path: Path) -> None:
-    """What a clone of a data set has where git-lfs is not installed; as .txt they would be trained on."""
+def test_git_lfs_pointers_are_an_error(tmp_path: Path) -> None:
+    """A clone without git-lfs has them in place of the data. As .txt they would be used for training."""
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize %d\n"
     (tmp_path / "a.txt").write_text("x" * len(pointer))
     for name, size in (("b.txt", 5), ("b.jsonl", 10**13), ("b.parquet", 10**6)):
@@ -119,8 +119,8 @@ def test_used_and_ignored_file_types_are_reported(tmp_path: Path, monkeypatch: p
         assert messages.pop() == f"--dataset_name {name}: {expected}"
 
 
-def test_data_that_exists_by_name_only_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of the hub's cache without its blobs, and a folder that belongs to somebody else."""
+def test_broken_links_and_unreadable_folders_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a copy of the hub's cache without its blobs, and a folder of another user."""
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").symlink_to("blobs/0123")
     for name in (tmp_path, tmp_path / "*.txt"):
@@ -128,7 +128,7 @@ def test_data_that_exists_by_name_only_is_an_error(tmp_path: Path, monkeypatch: 
             read(name, tmp_path / "cache")
     (tmp_path / "b.txt").unlink()
     (tmp_path / "theirs").mkdir()
-    scandir = os.scandir  # root may read every folder, so the kernel's answer is ours
+    scandir = os.scandir  # root may read every folder, so the error is simulated
 
     def denied(path: str) -> object:
         if Path(path).name == "theirs":
@@ -188,9 +188,7 @@ def test_the_embedded_corpus_names_the_cache_directory_that_it_cannot_make(tmp_p
         open_source(SourceSpec("embedded"), tmp_path / "file")
 
 
-def test_a_split_of_a_plain_file_is_reported_as_without_effect(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_split_of_a_plain_file_causes_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
     monkeypatch.setattr("flare.data.sources.open.log.warning", messages.append)
     file = tmp_path / "x.txt"
@@ -202,7 +200,7 @@ def test_a_split_of_a_plain_file_is_reported_as_without_effect(
         assert messages.pop() == f"--dataset_split validation has no effect on {name}: all its rows are read"
 
 
-def test_a_saved_data_set_gives_its_rows_and_is_known_by_its_content(tmp_path: Path) -> None:
+def test_a_saved_data_set_is_identified_by_its_content(tmp_path: Path) -> None:
     path = save(tmp_path / "saved", [*TEXTS, None])
     source = open_source(SourceSpec(str(path)), tmp_path)
     rows = list(source.rows())
@@ -214,9 +212,7 @@ def test_a_saved_data_set_gives_its_rows_and_is_known_by_its_content(tmp_path: P
     assert open_source(SourceSpec(str(tmp_path / "other")), tmp_path).fingerprint() != source.fingerprint()
 
 
-def test_a_saved_data_set_is_read_in_pieces_that_go_to_other_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_of_a_saved_data_set_can_be_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"document {number}" for number in range(500)]
     path = save(tmp_path / "saved", texts)
     monkeypatch.setattr(base_module, "MIN_PIECE_BYTES", 2000)
@@ -227,7 +223,7 @@ def test_a_saved_data_set_is_read_in_pieces_that_go_to_other_processes(
     assert [row.value for data in pickled for row in pickle.loads(data).rows()] == texts
 
 
-def test_a_saved_dictionary_needs_a_split_that_it_has(tmp_path: Path) -> None:
+def test_a_saved_dataset_dict_needs_an_existing_split(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 
     path = tmp_path / "saved"

@@ -1,4 +1,4 @@
-"""Streamed rows with real processes: producer and workers, the window on disk, deaths, and what is left behind."""
+"""Streamed rows with real processes: producer and workers, the window on disk, killed processes, and clean-up."""
 
 import json
 import os
@@ -95,10 +95,10 @@ def test_one_piece_gives_the_rows_of_its_token_cache(base: Path, tmp_path: Path)
     rows.close()
     assert sorted(order) == list(range(len(expected)))
     assert order.tolist() != sorted(order)
-    whole = expected.batch(order)  # the first epoch's row r is the cache's row r
-    assert np.array_equal(found.input_ids, whole.input_ids)
-    assert np.array_equal(found.labels, whole.labels)
-    assert np.array_equal(found.position_ids, whole.position_ids)
+    expected_rows = expected.batch(order)  # the first epoch's row r is the cache's row r
+    assert np.array_equal(found.input_ids, expected_rows.input_ids)
+    assert np.array_equal(found.labels, expected_rows.labels)
+    assert np.array_equal(found.position_ids, expected_rows.position_ids)
 
 
 def test_dataset_size_streams_the_first_documents_only(folder: Path, base: Path, tmp_path: Path) -> None:
@@ -127,11 +127,11 @@ def test_rows_do_not_depend_on_the_number_of_workers(
     other.close()
 
 
-def test_reading_goes_on_from_any_position(started: StreamedRows, folder: Path, base: Path, tmp_path: Path) -> None:
-    """Over three epochs; positions at, before and behind the ends of blocks and of the epoch."""
-    whole, places = [], {}
+def test_reading_continues_from_any_position(started: StreamedRows, folder: Path, base: Path, tmp_path: Path) -> None:
+    """Over three epochs; positions at, before and after the ends of blocks and of the epoch."""
+    expected_rows, places = [], {}
     for position in range(0, 2600):
-        whole += read(started, position, position + 1, 1)
+        expected_rows += read(started, position, position + 1, 1)
         places[position + 1] = json.loads(json.dumps(started.place_at(position + 1)))
     epochs = [place["epoch"] for place in places.values()]
     assert max(epochs) >= 2
@@ -141,7 +141,7 @@ def test_reading_goes_on_from_any_position(started: StreamedRows, folder: Path, 
         rows = rows_of(corpus, tmp_path)
         rows.start(ALONE, places[start], STEP_ROWS)
         assert np.array_equal(
-            np.concatenate(read(rows, start, start + 60, 5)), np.concatenate(whole[start : start + 60])
+            np.concatenate(read(rows, start, start + 60, 5)), np.concatenate(expected_rows[start : start + 60])
         )
         rows.close()
 
@@ -172,7 +172,7 @@ def test_a_streamed_set_of_datasets_gives_its_shards(base: Path, tmp_path: Path)
 # -- the window ---------------------------------------------------------------------------------------------------
 
 
-def test_the_window_is_bounded_and_goes_away(folder: Path, base: Path, tmp_path: Path) -> None:
+def test_the_window_is_bounded_and_removed(folder: Path, base: Path, tmp_path: Path) -> None:
     """At no step, over twelve epochs of a corpus of many blocks, more tokens on disk than three blocks have."""
     rows = rows_of(stream_of(folder, base, tmp_path), tmp_path)
     rows.start(ALONE, None, STEP_ROWS)
@@ -181,7 +181,7 @@ def test_the_window_is_bounded_and_goes_away(folder: Path, base: Path, tmp_path:
     for position in range(0, 6000, 10):
         rows.batch(rows.rows(position, position + 10))
         seen = max(seen, rows.next_block)
-        sizes = [size_of(file) for file in directory.glob("*/tokens.bin")]  # hidden ones, too
+        sizes = [size_of(file) for file in directory.glob("*/tokens.bin")]  # also hidden ones
         most = max(most, sum(sizes))
     itemsize = rows.corpus.encoder.dtype.itemsize
     assert seen > 60
@@ -297,7 +297,7 @@ def test_bad_rows_are_counted_in_the_log_or_are_an_error(
 
 
 def test_an_error_of_a_reader_reaches_the_rank(folder: Path, base: Path, tmp_path: Path) -> None:
-    """A file that is damaged behind what the survey reads."""
+    """A file that is damaged after the rows that the survey reads."""
     file = tmp_path / "c" / "0.jsonl"
     file.parent.mkdir()
     write_corpus(file, 60)
@@ -310,8 +310,8 @@ def test_an_error_of_a_reader_reaches_the_rank(folder: Path, base: Path, tmp_pat
     rows.close()
 
 
-@pytest.mark.filterwarnings("ignore")  # datasets' own
-def test_what_the_survey_cannot_read_is_a_data_error(folder: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # warnings of datasets
+def test_a_file_that_the_survey_cannot_read_is_a_data_error(folder: Path, base: Path, tmp_path: Path) -> None:
     """Neither a cache directory that cannot be written nor a traceback: a file that is gone, a damaged shard."""
     source = open_source(SourceSpec(str(write_corpus(tmp_path / "gone.jsonl", 5)), streaming=True), tmp_path)
     pieces = streamed_pieces(source)
@@ -334,13 +334,15 @@ def test_what_the_survey_cannot_read_is_a_data_error(folder: Path, base: Path, t
         (["--streaming_buffer_rows", "64"], "--streaming_buffer_rows has no effect without --streaming"),
     ],
 )
-def test_flags_that_do_not_go_with_streaming_are_refused(flags: list[str], words: str) -> None:
+def test_flags_that_cannot_be_used_with_streaming_are_errors(flags: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         resolve(flags)
 
 
-def test_what_cannot_be_streamed_ends_before_a_model_is_loaded(train_flags: list[str], tmp_path: Path) -> None:
-    """In one line each, with nothing left behind: too few tokens for a step, fewer rows shuffled than a step has."""
+def test_data_that_cannot_be_streamed_is_an_error_before_a_model_is_loaded(
+    train_flags: list[str], tmp_path: Path
+) -> None:
+    """One-line errors that leave no files: too few tokens for a step, fewer rows shuffled than a step has."""
     write_corpus(tmp_path / "few.jsonl", 3)
     flags = [*train_flags, "--streaming", "--cache_dir", tmp_path / "cache"]
     few = train(*flags, "--dataset_name", tmp_path / "few.jsonl", "--per_device_train_batch_size", 64)
@@ -353,7 +355,7 @@ def test_what_cannot_be_streamed_ends_before_a_model_is_loaded(train_flags: list
     assert "--streaming_buffer_rows 1 must be at least 10, the rows of 5 steps" in small.stderr
 
 
-def test_a_corpus_of_one_document_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_corpus_of_one_document_is_an_error(base: Path, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"text": "the same"}\n' * 3)
     with pytest.raises(DataError, match="single document"):
         stream_of(tmp_path / "one.jsonl", base, tmp_path)

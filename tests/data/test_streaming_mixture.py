@@ -68,7 +68,7 @@ def test_each_turn_reads_the_next_row_of_its_set(files: list[Path], base: Path, 
         alone.close()
 
 
-def test_reading_goes_on_from_any_step(files: list[Path], base: Path, tmp_path: Path) -> None:
+def test_reading_continues_from_any_step(files: list[Path], base: Path, tmp_path: Path) -> None:
     """Also from a step in which the rarest set was not read since the last start, and with other workers."""
     mixture, last = mixture_of(files, base, tmp_path), 400
     places, whole, passes = {}, [], {}
@@ -90,7 +90,7 @@ def test_reading_goes_on_from_any_step(files: list[Path], base: Path, tmp_path: 
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(1, 30), st.integers(0, 200))
-def test_no_step_has_more_rows_of_a_set_than_is_said(counts: list[int], step_rows: int, first: int) -> None:
+def test_no_step_has_more_rows_of_a_set_than_most_rows(counts: list[int], step_rows: int, first: int) -> None:
     turns = Turns(counts)
     held = np.zeros(len(counts), dtype=int)
     for k, places, begin, end in turns.between(first, first + step_rows):
@@ -153,7 +153,7 @@ def test_a_run_killed_on_one_two_and_three_processes_reads_the_same_rows(
 
 
 @pytest.mark.slow
-def test_more_processes_go_on_and_other_weights_are_refused_by_name(train_flags: list[str], files: list[Path]) -> None:
+def test_more_processes_can_resume_and_other_weights_are_an_error(train_flags: list[str], files: list[Path]) -> None:
     flags = [*train_flags, "--streaming", "--dataset_name", ",".join(map(str, files)), "--dataset_weights"]
     first = train(*flags, "0.5,0.3,0.2")
     assert first.returncode == 0, first.stderr

@@ -131,7 +131,7 @@ def test_every_document_once_an_epoch_and_epochs_differ(tmp_path: Path, num_piec
         found = documents_of(made)
         stream = sum(map(len, expected))
         rows = sum(block.num_rows for block in made)
-        assert rows == (stream - 1) // SEQ_LEN  # as a token cache of these documents gives
+        assert rows == (stream - 1) // SEQ_LEN  # as in a token cache of these documents
         missing = Counter(expected) - Counter(found[:-1])
         assert not Counter(found[:-1]) - Counter(expected)
         assert sum(map(len, missing)) < SEQ_LEN + 9 + sum(map(len, found[-1:]))
@@ -164,7 +164,7 @@ def test_order_does_not_depend_on_which_worker_is_faster(
 
 @given(st.integers(1, 30), st.integers(0, 1000), st.sampled_from([0.0, 0.2]))
 @settings(max_examples=15, deadline=None)
-def test_any_block_can_be_gone_on_from(
+def test_reading_continues_from_any_block(
     tmp_path_factory: pytest.TempPathFactory, num_pieces: int, seed: int, bad: float
 ) -> None:
     """From the record of its place, written as JSON and read again, to the same bytes and counts."""
@@ -214,7 +214,7 @@ def test_too_many_bad_rows_are_an_error_at_the_end_of_the_epoch(tmp_path: Path) 
         DataError, match=r"16 of 32 rows hold no usable text \(row 1 is null; row 2 is null\); limit is 40"
     ):
         InProcessProducer(config_of(pieces, tmp_path, max_bad_rows=0.4), 0).make(9)
-    assert len(list(tmp_path.glob("0*"))) >= 1  # rows were given before that was certain
+    assert len(list(tmp_path.glob("0*"))) >= 1  # rows were produced before that was certain
 
 
 def test_too_many_bad_rows_are_an_error_at_once_when_the_size_is_known(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_too_many_bad_rows_are_an_error_at_once_when_the_size_is_known(tmp_path:
 
 
 def test_more_bad_rows_than_ten_thousand_may_hold_are_an_error_at_once(tmp_path: Path) -> None:
-    """Whatever comes behind them: an epoch of this data has no end that a test could wait for."""
+    """The rest of the data does not matter: reading it to the end would never finish."""
     pieces = [Texts([None] * 11 + ["1 2 3 4 5"] * 50_000)]
     with pytest.raises(DataError, match=r"11 of \d\d rows hold no usable text"):
         InProcessProducer(config_of(pieces, tmp_path, max_bad_rows=0.001), 0).make(0)
@@ -264,7 +264,7 @@ def test_an_epoch_of_fewer_rows_than_a_step_is_an_error(tmp_path: Path) -> None:
 def test_line_splits_cover_every_line_once(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], piece_bytes: int, ends: bool
 ) -> None:
-    """However long the lines are beside the pieces, and with or without a newline at the end."""
+    """For lines longer and shorter than a piece, with and without a newline at the end."""
     file = tmp_path_factory.mktemp("split") / "x.jsonl"
     texts = [f"{number} {'x' * length}" for number, length in enumerate(lengths)]
     lines = [json.dumps({"text": text}) + "\n" * (1 + number % 2) for number, text in enumerate(texts)]

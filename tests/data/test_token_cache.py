@@ -1,4 +1,4 @@
-"""Building a token cache: the bytes are the same for any number of workers and after any kill."""
+"""Building a token cache: the bytes do not depend on the number of workers or on interruptions."""
 
 import fcntl
 import json
@@ -55,7 +55,7 @@ def contents(cache: TokenCache) -> list[bytes]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six files with rows that are no text in three of them; 1 to 41 rows a file."""
+    """Six files with 1 to 43 rows each. Three of them have a row that is not text."""
     directory = tmp_path / "corpus"
     directory.mkdir()
     for number in range(6):
@@ -76,7 +76,7 @@ def wait_for_parts(cache_dir: Path, number: int, process: subprocess.Popen) -> P
 
 
 def replace_by_pipe(file: Path) -> bytes:
-    """A named pipe instead of a file: who reads it waits. Returns the content."""
+    """Replace a file by a named pipe, which blocks its reader. Returns the content."""
     content = file.read_bytes()
     file.unlink()
     os.mkfifo(file)
@@ -84,10 +84,10 @@ def replace_by_pipe(file: Path) -> bytes:
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(folder: Path, base: Path, tmp_path: Path) -> None:
-    whole = contents(build(folder, base, tmp_path / "c1", 1, max_bad_rows=0.1))
+    expected_bytes = contents(build(folder, base, tmp_path / "c1", 1, max_bad_rows=0.1))
     for workers in (2, 3):
-        assert contents(build(folder, base, tmp_path / f"c{workers}", workers, max_bad_rows=0.1)) == whole
-    meta = json.loads(whole[-1])
+        assert contents(build(folder, base, tmp_path / f"c{workers}", workers, max_bad_rows=0.1)) == expected_bytes
+    meta = json.loads(expected_bytes[-1])
     places = [Path(place).name for place in meta["first_bad_rows"]]
     assert (meta["bad_rows"], places) == (3, ["1.jsonl:10 is null", "3.jsonl:26 is null", "5.jsonl:42 is null"])
 
@@ -96,23 +96,21 @@ def test_bytes_do_not_depend_on_the_number_of_workers(folder: Path, base: Path, 
 def test_bytes_do_not_depend_on_how_a_file_is_cut(
     folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """One file of JSON lines, whole and in pieces of a few: the same cache, bad rows named by the same lines."""
+    """A file of JSON lines as one piece and cut into several has the same cache and the same names of bad rows."""
     one = tmp_path / f"one{kind}"
     one.write_bytes(b"".join(file.read_bytes() for file in sorted(folder.glob("*.jsonl"))))
-    whole = contents(cache_of(one, base, tmp_path / "whole", max_bad_rows=0.5))
+    expected_bytes = contents(cache_of(one, base, tmp_path / "expected_bytes", max_bad_rows=0.5))
     for most_bytes, workers in ((1, 1), (700, 2)):
         monkeypatch.setattr(sources_module, "MIN_PIECE_BYTES", most_bytes)
         monkeypatch.setattr(sources_module, "PIECE_BYTES", most_bytes)
         assert len(open_source(SourceSpec(str(one)), tmp_path / f"c{most_bytes}").pieces()) > 5
         cut = cache_of(one, base, tmp_path / f"c{most_bytes}", max_bad_rows=0.5, num_workers=workers)
-        assert contents(cut) == whole
+        assert contents(cut) == expected_bytes
 
 
 @pytest.mark.parametrize("size", [1, 9, 10, 11, 40, 1000])
-def test_dataset_size_counts_rows_over_pieces_as_over_one_file(
-    folder: Path, base: Path, tmp_path: Path, size: int
-) -> None:
-    """The same first rows, good and bad, as when the files are one."""
+def test_dataset_size_counts_rows_across_pieces(folder: Path, base: Path, tmp_path: Path, size: int) -> None:
+    """The same first rows, good and bad, as in a single file with all rows."""
     one = tmp_path / "one.jsonl"
     one.write_bytes(b"".join(file.read_bytes() for file in sorted(folder.glob("*.jsonl"))))
     expected = cache_of(one, base, tmp_path / "a", dataset_size=size, max_bad_rows=0.5)
@@ -122,12 +120,12 @@ def test_dataset_size_counts_rows_over_pieces_as_over_one_file(
 
 
 def test_piece_schedule_by_hand() -> None:
-    """Pieces of 4, 3, 5 and 9 rows, of which the first 8 are wanted."""
+    """Pieces of 4, 3, 5 and 9 rows; --dataset_size is 8."""
     schedule = PieceSchedule(4, 8)
     assert [schedule.next(), schedule.next()] == [(0, 8), (1, 8)]
     schedule.finish(1, 3)
-    assert schedule.next() == (2, 5)  # before it, three rows are certain and six are likely
-    assert schedule.next() is None  # nine are likely before the last one
+    assert schedule.next() == (2, 5)  # before it there are at least three rows, and probably six
+    assert schedule.next() is None  # probably nine rows before the last piece
     schedule.finish(0, 4)
     assert schedule.needed() == [(0, 8), (1, 4)]
     schedule.finish(2, 5)
@@ -135,19 +133,17 @@ def test_piece_schedule_by_hand() -> None:
     assert schedule.next() is None
 
 
-def test_too_many_bad_rows_end_the_build_when_no_row_to_come_can_change_it(
-    folder: Path, base: Path, tmp_path: Path
-) -> None:
+def test_too_many_bad_rows_end_the_build_before_the_last_row(folder: Path, base: Path, tmp_path: Path) -> None:
     (folder / "0.jsonl").write_text('{"text": null}\n' * 5)
-    replace_by_pipe(folder / "1.jsonl")  # a build that read on would wait for ever
+    replace_by_pipe(folder / "1.jsonl")  # reading it would block forever
     with pytest.raises(DataError, match=r"5 of 40 rows .*0.jsonl:1 is null"):
         build(folder, base, tmp_path / "c", 1, dataset_size=40, max_bad_rows=0.1)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_killed_build_is_continued_by_the_next(folder: Path, base: Path, tmp_path: Path, seed: int) -> None:
-    """SIGKILL when a random number of parts is done: the next start makes only the others, to the same bytes."""
-    whole = contents(build(folder, base, tmp_path / "whole", 1, max_bad_rows=0.1))
+    """SIGKILL after a random number of parts. The next start tokenises only the others, with equal bytes."""
+    expected_bytes = contents(build(folder, base, tmp_path / "expected_bytes", 1, max_bad_rows=0.1))
     done = random.Random(seed).randint(1, 4)
     blocked = folder / f"{done}.jsonl"
     content = replace_by_pipe(blocked)
@@ -166,8 +162,8 @@ def test_a_killed_build_is_continued_by_the_next(folder: Path, base: Path, tmp_p
         TokenSettings(max_bad_rows=0.1, num_workers=1),
     )  # fmt: skip
     builder.find_finished_parts()
-    assert sorted(builder.schedule.rows) == list(range(1, done))  # all but the damaged one
-    assert contents(build(folder, base, tmp_path / "c", 1, max_bad_rows=0.1)) == whole
+    assert sorted(builder.schedule.rows) == list(range(1, done))  # all except the damaged one
+    assert contents(build(folder, base, tmp_path / "c", 1, max_bad_rows=0.1)) == expected_bytes
     assert not work.exists()
 
 
@@ -177,7 +173,7 @@ def test_a_killed_worker_is_an_error_that_keeps_the_finished_parts(folder: Path,
     work = wait_for_parts(tmp_path / "c", 5, process)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(workers) == 2
-    busy = next(work.glob(".00000004.*.tmp")).name.split(".")[2]  # the part that waits at the pipe
+    busy = next(work.glob(".00000004.*.tmp")).name.split(".")[2]  # the part that waits for the pipe
     assert busy in workers
     os.kill(int(busy), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)

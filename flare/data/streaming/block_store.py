@@ -117,7 +117,7 @@ class ProducerClient:
         if bad.count > self.warned_bad_rows:
             self.warned_bad_rows = bad.count
             log.warning(
-                f"{bad.count} of the {rows:,} rows read since this start hold no usable text and were left out: "
+                f"{bad.count} of the {rows:,} rows read since this start hold no usable text and are skipped: "
                 f"{'; '.join(bad.first[:2])}"
             )
 

@@ -152,12 +152,12 @@ class MixedStreams(TrainRows):
     def batch(self, rows: np.ndarray) -> Batch:
         """Inputs, labels and position ids of rows that ``rows`` gave, in its order."""
         shape = len(rows), self.streams[0].settings.seq_len
-        whole = Batch(*(np.empty(shape, dtype=np.int64) for _ in range(3)))
+        joined = Batch(*(np.empty(shape, dtype=np.int64) for _ in range(3)))
         for k, places, inside in self._by_set(rows):
             batch = self.streams[k].batch(inside)
-            whole.input_ids[places], whole.labels[places] = batch.input_ids, batch.labels
-            whole.position_ids[places] = batch.position_ids
-        return whole
+            joined.input_ids[places], joined.labels[places] = batch.input_ids, batch.labels
+            joined.position_ids[places] = batch.position_ids
+        return joined
 
     def _by_set(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(set, places in ``rows``, rows of the set) for each set that has some of them."""
