@@ -69,12 +69,12 @@ def open_streamed(
 ) -> StreamedCorpus:
     """Survey a corpus, unless the result exists. One process reads while the others wait for its lock.
 
-    Raises: ConfigError for a tokenizer in Python or a --cache_dir that cannot be made; DataError for too many bad
-    rows or too few documents.
+    Raises: ConfigError for a tokenizer in Python; EnvError for a --cache_dir that cannot be written; DataError for too
+    many bad rows or too few documents.
     """
     encoder = Encoder.of(tokenizer)
     if not encoder.is_fast:
-        raise ConfigError("--streaming needs a tokenizer with tokenizer.json: one in Python cannot go to workers")
+        raise ConfigError("--streaming needs a tokenizer with tokenizer.json, because workers cannot load others")
     data = streamed_identity(streamed_facts(source))
     key = cache_key(data, tokenizer_sha256(tokenizer), settings, format=FORMAT_VERSION, streaming=True)
     directory = cache_dir / f"held-out-{key['fingerprint']}-{percentage:g}"
@@ -112,16 +112,18 @@ class SurveyResult:
     is_complete: bool = False
 
     def add(self, text: str) -> None:
-        """A document."""
-        number = text_hash(text)
+        """Add a document."""
+        text_digest = text_hash(text)
         self.documents += 1
-        if number < self.below and len(self.texts) < MAX_HELD_OUT_DOCUMENTS:
+        if text_digest < self.below and len(self.texts) < MAX_HELD_OUT_DOCUMENTS:
             self.texts.append(text)
-        if self.lowest is None or number < self.lowest[0]:
+        if self.lowest is None or text_digest < self.lowest[0]:
             self.second_lowest_hash = self.lowest and self.lowest[0]
-            self.lowest = number, text
-        elif number > self.lowest[0] and (self.second_lowest_hash is None or number < self.second_lowest_hash):
-            self.second_lowest_hash = number
+            self.lowest = text_digest, text
+        elif text_digest > self.lowest[0] and (
+            self.second_lowest_hash is None or text_digest < self.second_lowest_hash
+        ):
+            self.second_lowest_hash = text_digest
 
 
 def survey(pieces: list[Piece], settings: TokenSettings, percentage: float) -> SurveyResult:
@@ -156,21 +158,21 @@ def _counted(piece: Piece, found: SurveyResult, settings: TokenSettings) -> Iter
 
 
 def _finish_survey(found: SurveyResult, settings: TokenSettings) -> SurveyResult:
-    """At least one document on each side, as ``split_documents`` has it."""
+    """Ensure at least one document on each side of the split, like ``split_documents``."""
     if found.is_complete:
         check_bad_rows(found.bad, found.documents, settings.max_bad_rows)
     if not found.documents:
         raise DataError(f"the data holds no usable document ({found.bad.count} rows without text)")
-    number, text = found.lowest
+    text_digest, text = found.lowest
     if found.second_lowest_hash is None:
         raise DataError(SINGLE_DOCUMENT)
     if not found.texts or len(found.texts) == found.documents:
-        found.below, found.texts = number + 1, [text]
+        found.below, found.texts = text_digest + 1, [text]
     return found
 
 
 def write_held_out(found: SurveyResult, encoder: Encoder, tokenizer: object, directory: Path, key: dict) -> None:
-    """Tokenise the held-out documents and put them into a token cache of their own."""
+    """Tokenise the held-out documents and write them as a token cache."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

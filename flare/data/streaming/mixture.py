@@ -1,7 +1,7 @@
-"""Several data sets streamed at once: each is a stream of its own. The weights decide which set a position belongs to.
+"""Streams several data sets at once. The weights decide from which data set the row at a position is read.
 
-``flare.data.mixture`` computes the number of rows of a set before a position. So each stream is read by its own
-positions, and a checkpoint records the place of every stream.
+Each data set is a separate stream with its own positions, which ``flare.data.mixture`` computes from the position in
+the run. A checkpoint records the place of every stream.
 """
 
 import hashlib
@@ -27,8 +27,10 @@ from flare.errors import ConfigError, FlareError
 
 @dataclass(frozen=True)
 class StreamedMixture:
-    """Streamed corpora in the user's order, with their weights. It has what a ``StreamedCorpus`` has for log and
-    identity."""
+    """Streamed corpora in the user's order, with their weights.
+
+    It has the attributes of a ``StreamedCorpus`` that the log and the identity of a run read.
+    """
 
     names: tuple[str, ...]
     corpora: tuple[StreamedCorpus, ...]
@@ -36,18 +38,18 @@ class StreamedMixture:
 
     @property
     def counts(self) -> list[int]:
-        """Places of each set in a block of positions."""
+        """Rows of each data set in a block of positions."""
         return block_counts(list(self.weights))
 
     @property
     def fingerprint(self) -> str:
-        """Identity of all rows and of how they are mixed."""
+        """Identity of all rows and of their order in the mixture."""
         key = [[corpus.fingerprint for corpus in self.corpora], self.counts]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
     @property
     def meta(self) -> dict:
-        """What all have in common: the token that ends documents."""
+        """The facts that all corpora share: the end-of-text token."""
         return self.corpora[0].meta
 
     @property
@@ -56,14 +58,14 @@ class StreamedMixture:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What the data is made of, for ``what_changed`` at a later start."""
+        """What the rows depend on, by name, for ``what_changed`` at a later start."""
         facts = {"dataset_weights": ",".join(map(str, self.weights))}
         for name, corpus in zip(self.names, self.corpora, strict=True):
             facts |= {f"{name}: {what}": content for what, content in corpus.facts.items()}
         return facts
 
     def held_out_rows(self, seq_len: int, packing: str) -> MixedRows:
-        """The held-out documents of all sets."""
+        """The held-out documents of all data sets."""
         parts = [corpus.held_out_rows(seq_len, packing) for corpus in self.corpora]
         return MixedRows(list(self.names), parts, spread=True)
 
@@ -73,15 +75,15 @@ def open_streams(
 ) -> StreamedCorpus | StreamedMixture:
     """One streamed data set, or several; all are opened before the first is read.
 
-    Raises: ConfigError for several without weights, or weights that do not fit; as ``open_streamed``.
+    Raises: ConfigError for several data sets without weights, or a wrong number of weights; as ``open_streamed``.
     """
     names = [spec.dataset_name for spec in specs]
     if weights is not None:
         check_weights(weights, names)
     elif len(specs) > 1:
         raise ConfigError(
-            f"--streaming of {len(specs)} data sets needs --dataset_weights, one for each: how many rows they have "
-            "is not known"
+            f"--streaming of {len(specs)} data sets needs --dataset_weights, one for each, because their "
+            "numbers of rows are unknown"
         )
     cache_dir = default_cache_dir(specs[0].cache_dir)
     sources = [open_source(spec, cache_dir) for spec in specs]
@@ -92,8 +94,8 @@ def open_streams(
 class MixedStreams(TrainRows):
     """Rows of several streams by position in the run. Index ``i * num_sets + k`` is row i of set k.
 
-    Each stream has its share of the cores, at least one, and shuffles its share of ``block_rows`` and a few rows more:
-    a step may hold that many above a set's share, and a block must have the rows of ``KEPT_STEPS`` + 1.
+    Each stream uses its share of the cores, at least one, and shuffles its share of ``block_rows`` plus a few rows,
+    because a step may read a few rows more than the share, and a block must have the rows of ``KEPT_STEPS`` + 1 steps.
     """
 
     def __init__(self, mixture: StreamedMixture, settings: StreamSettings) -> None:
@@ -106,7 +108,7 @@ class MixedStreams(TrainRows):
 
     def _settings_of(self, k: int, settings: StreamSettings) -> StreamSettings:
         share = -(-settings.block_rows * int(self.turns.counts[k]) // self.turns.block)
-        more = len(self.names) + 1  # either end of a step is within half of that of the share
+        more = len(self.names) + 1  # both ends of a step deviate from the share by at most half of this
         return replace(
             settings,
             seed=seed_of(settings.seed, k),
@@ -115,7 +117,7 @@ class MixedStreams(TrainRows):
         )
 
     def start(self, world: World, recorded: dict | None, step_rows: int) -> None:
-        """Start the producers of all sets. A collective. Arguments: as ``StreamedRows.start``."""
+        """Start the producers of all data sets. A collective. Arguments: as ``StreamedRows.start``."""
         self.recorded_sets = recorded["sets"] if recorded else [None] * len(self.streams)
         per_step = most_rows(self.turns, step_rows)
         for stream, own, most in zip(self.streams, self.recorded_sets, per_step, strict=True):
@@ -127,11 +129,11 @@ class MixedStreams(TrainRows):
             stream.close()
 
     def order(self, _seed: int) -> "MixedStreams":
-        """These rows know their own order."""
+        """Return self, because streamed rows are already in order."""
         return self
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Row indices at positions [first, last). Raises: as ``StreamedRows.rows``, with the set's name."""
+        """Row indices at positions [first, last). Raises: as ``StreamedRows.rows``, with the name of the data set."""
         rows = np.empty(last - first, dtype=np.int64)
         for k, places, begin, end in self.turns.between(first, last):
             with self._named(k):
@@ -146,11 +148,11 @@ class MixedStreams(TrainRows):
             raise type(error)(f"data set {self.names[k]}: {error}") from error
 
     def num_targets(self, rows: np.ndarray) -> int:
-        """Targets in these rows, without reading them."""
+        """Number of targets in these rows, without reading them."""
         return sum(self.streams[k].num_targets(inside) for k, _, inside in self._by_set(rows))
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """Inputs, labels and position ids of rows that ``rows`` gave, in its order."""
+        """Inputs, labels and position ids of rows that ``rows`` returned, in the same order."""
         shape = len(rows), self.streams[0].settings.seq_len
         joined = Batch(*(np.empty(shape, dtype=np.int64) for _ in range(3)))
         for k, places, inside in self._by_set(rows):
@@ -160,7 +162,7 @@ class MixedStreams(TrainRows):
         return joined
 
     def _by_set(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(set, places in ``rows``, rows of the set) for each set that has some of them."""
+        """(data set, indices into ``rows``, rows of the data set) for each data set with rows among them."""
         inside, sets = np.divmod(np.asarray(rows, dtype=np.int64), len(self.streams))
         for k in np.unique(sets):
             yield int(k), np.flatnonzero(sets == k), inside[sets == k]
@@ -171,21 +173,21 @@ class MixedStreams(TrainRows):
         return self.streams[k].any_row() * len(self.streams) + k
 
     def place_at(self, position: int) -> dict:
-        """What a checkpoint records: of each stream its own position, the place there, and passes up to it."""
+        """The record for a checkpoint: for each stream its position, its place there, and the epochs up to it."""
         return {"sets": [self._place_of(k, int(own)) for k, own in enumerate(self.turns.taken(position))]}
 
     def _place_of(self, k: int, own: int) -> dict:
         recorded, stream = self.recorded_sets[k], self.streams[k]
-        if recorded and recorded["rows"] == own:  # no row of the set was read since the start
+        if recorded and recorded["rows"] == own:  # no row of this data set was read since the start
             return recorded
         return {"rows": own, "place": stream.place_at(own), "epochs": stream.epochs(own)}
 
     def epochs(self, position: int) -> float:
-        """Passes over the data up to a position: those of the sets, averaged by weight."""
+        """Epochs up to a position: the average of the data sets, by weight."""
         return float(np.dot(self.share, [place["epochs"] for place in self.place_at(position)["sets"]]))
 
     def describe(self) -> str:
-        """For the log."""
+        """A line for the log."""
         sets = [
             f"{name} ({share:.1%}) {stream.describe()}"
             for name, share, stream in zip(self.names, self.share, self.streams, strict=True)
@@ -194,7 +196,7 @@ class MixedStreams(TrainRows):
 
 
 def most_rows(turns: Turns, step_rows: int) -> list[int]:
-    """Rows of each set that a step of ``step_rows`` positions has at most, at least one; wherever it begins."""
+    """Maximum rows of each data set in a step of ``step_rows`` positions, at least 1, wherever the step starts."""
     counts = [turns.taken(first + step_rows) - turns.taken(first) for first in range(turns.block)]
     return np.maximum(np.max(counts, axis=0), 1).tolist()
 
