@@ -132,6 +132,7 @@ def test_an_error_is_red_and_folded_on_a_terminal() -> None:
     assert not ESCAPE.search(plain)
 
 
+@pytest.mark.slow
 def test_a_run_fits_the_terminal_from_the_plan_to_the_summary(train_flags: list[str], tmp_path: Path) -> None:
     """Only a path may be wider than the terminal."""
     flags = [*train_flags, "--eval_context_lengths", "8,16,32"]

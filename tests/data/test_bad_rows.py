@@ -227,6 +227,7 @@ def test_a_deleted_file_is_a_data_error_not_a_disk_error(tmp_path: Path, base: P
 # -- unusual sizes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_document_of_12_mb_is_tokenised_as_one(tmp_path: Path, base: Path) -> None:
     phrase = "the layer of the model"
     count = 12 * 2**20 // (len(phrase) + 1)

@@ -80,6 +80,7 @@ def test_a_data_set_of_a_mirror_is_the_same_when_read_again_offline(tmp_path: Pa
     assert len(requests) == before  # offline, no request was sent
 
 
+@pytest.mark.slow
 def test_revisions_are_distinguished_online_and_offline(tmp_path: Path, hub: tuple) -> None:
     root, url, _ = hub
     old = add_revision(root, "datasets/lab/news", "v1", {"README.md": b"# 1", "train.jsonl": lines("old")})
@@ -99,6 +100,7 @@ def test_revisions_are_distinguished_online_and_offline(tmp_path: Path, hub: tup
     )
 
 
+@pytest.mark.slow
 def test_a_streamed_data_set_of_a_mirror_is_identified_by_its_commit(tmp_path: Path, hub: tuple) -> None:
     root, url, _ = hub
     files = {"README.md": b"# 1", "train-0.jsonl": lines("a"), "train-1.jsonl": lines("b")}

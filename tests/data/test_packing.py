@@ -73,6 +73,7 @@ def test_missing_file_and_empty_file_are_named(tmp_path: Path) -> None:
         read(tmp_path / "folder", tmp_path)
 
 
+@pytest.mark.slow
 def test_embedded_corpus_is_real_english_and_stays_the_same(tmp_path: Path) -> None:
     texts = read(Path("embedded"), tmp_path)
     assert len(texts) > 200

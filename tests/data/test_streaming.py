@@ -146,6 +146,7 @@ def test_reading_continues_from_any_position(started: StreamedRows, folder: Path
         rows.close()
 
 
+@pytest.mark.slow
 def test_a_streamed_set_of_datasets_gives_its_shards(base: Path, tmp_path: Path) -> None:
     """``datasets``' own streaming, of a folder laid out as a data set; each shard is a piece."""
     (tmp_path / "set").mkdir()

@@ -68,6 +68,7 @@ def test_each_turn_reads_the_next_row_of_its_set(files: list[Path], base: Path, 
         alone.close()
 
 
+@pytest.mark.slow
 def test_reading_continues_from_any_step(files: list[Path], base: Path, tmp_path: Path) -> None:
     """Also from a step in which the rarest set was not read since the last start, and with other workers."""
     mixture, last = mixture_of(files, base, tmp_path), 400

@@ -118,6 +118,7 @@ def unbroken_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     return out / "run"
 
 
+@pytest.mark.slow
 def test_a_sharded_run_continues_to_the_same_bits(flags: list[str], unbroken_run: Path, tmp_path: Path) -> None:
     run = [*flags, "--base_output_dir", tmp_path, "--experiment_name", "run", "--parallel", "fsdp"]
     for steps in (2, 6):
@@ -134,6 +135,7 @@ def test_the_final_model_of_a_sharded_run_is_complete_and_its_canary_valid(unbro
     assert (verdict.what, verdict.to_true < 1e-5) == (TRUE_MODEL, True)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_without_nope_layers_ends_with_a_final_model(flags: list[str], tmp_path: Path) -> None:
     """The control: RoPE everywhere, so there is no canary to write."""
     run = [*flags, "--base_output_dir", tmp_path, "--experiment_name", "run", "--parallel", "fsdp"]
@@ -143,6 +145,7 @@ def test_a_sharded_run_without_nope_layers_ends_with_a_final_model(flags: list[s
     assert not (tmp_path / "run" / "final_model" / "nope_canary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_on_other_processes_sharded_or_not(
     flags: list[str], unbroken_run: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +175,7 @@ def logged(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_sharded_step_holds(tmp_path: Path) -> None:
     """Within 5 % where activations decide. At most a tenth too much where checkpointing leaves few of them, a fifth
     where embedding and head decide: the plan counts gloo's copies and gathered layers, and when gloo's threads free

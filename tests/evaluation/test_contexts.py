@@ -229,6 +229,7 @@ def test_batches_are_limited_in_tokens_and_sorted_by_length():
 # -- during training ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_records_context_length_curve_and_base_loss(train_flags, tmp_path):
     """The same numbers as the evaluation of the checkpoint's documents, and the base's loss from the base itself."""
     flags = [*train_flags, "--eval_context_lengths", "16,64", "--max_steps", "2", "--nproc_per_node", "2"]

@@ -92,6 +92,7 @@ def test_rows_without_text_are_skipped_with_a_warning(tmp_path: Path, monkeypatc
         load_texts(parse_name(str(file), None), None)
 
 
+@pytest.mark.slow
 def test_embedded_evaluation_uses_only_held_out_documents(tmp_path: Path) -> None:
     import numpy as np
 

@@ -43,6 +43,7 @@ def test_models_are_compared_on_the_same_documents(family: dict[str, Path], tmp_
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_any_causal_lm_can_be_evaluated(family: dict[str, Path], tmp_path: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -173,6 +174,7 @@ def test_compared_model_scores_the_same_as_when_evaluated_alone(family: dict[str
                 assert record[key] == expected[key]
 
 
+@pytest.mark.slow
 def test_failed_context_lengths_and_passkey_are_reported(tmp_path: Path) -> None:
     """A model with a table of positions, asked for longer contexts."""
     model = tmp_path / "gpt2"

@@ -20,6 +20,7 @@ from tests.processes import REPO, run_script, script_environment
 TEXTS = [PROSE * n for n in (3, 1, 2, 5)]
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_batch_size_and_number_of_processes(
     base_model: Path, documents: Path, tmp_path: Path
 ):
@@ -69,6 +70,7 @@ def test_several_processes_print_an_error_once(base_model: Path, tmp_path: Path)
     assert result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_killed_evaluation_reuses_finished_parts(base_model: Path, documents: Path, tmp_path: Path):
     """SIGKILL after the first data set: the second run takes that one from disk and scores the second only."""
     long = write_corpus(tmp_path / "long.jsonl", 4000, seed=1)

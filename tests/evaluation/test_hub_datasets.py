@@ -68,6 +68,7 @@ def test_known_data_sets_are_read_in_the_layout_of_the_hub(mirror: Path, tmp_pat
     assert len(texts("lambada")) == 2 and parse_name("lambada", None).is_lambada
 
 
+@pytest.mark.slow
 def test_default_data_sets_from_a_mirror_with_one_missing(base_model: Path, mirror: Path, tmp_path: Path):
     """Offline: what the mirror lacks is asked of the hub, fails, and leaves the others standing."""
     (mirror / "EleutherAI").rename(mirror / "away")

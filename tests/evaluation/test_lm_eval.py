@@ -60,6 +60,7 @@ def last_words(tmp_path: Path) -> Path:
     return data
 
 
+@pytest.mark.slow
 def test_lm_eval_tasks_appear_in_results_and_report(base_model: Path, last_words: Path, tmp_path: Path):
     results = evaluate(
         tmp_path / "out", "--model_path", base_model, "--datasets", f"lambada={last_words}", "--device", "cpu",

@@ -39,6 +39,7 @@ def test_two_default_names_of_one_second_are_two_experiments(
     assert [path.name for path in tmp_path.iterdir()] == [name]  # the other had nothing in it
 
 
+@pytest.mark.slow
 def test_run_without_a_name_is_one_experiment_of_all_ranks(train_flags: list[str], tmp_path: Path) -> None:
     at = train_flags.index("--experiment_name")
     flags = train_flags[:at] + train_flags[at + 2 :]

@@ -29,6 +29,7 @@ def test_every_block_of_the_examples_is_listed_here() -> None:
     assert list(read_jsonc(EXAMPLES)) == list(BLOCKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_of_the_examples_plans_on_the_guides_server(tmp_path: Path, block: str, stage: int) -> None:

@@ -39,6 +39,7 @@ def test_torchruns_variables_reach_the_rendezvous(clean_environment: pytest.Monk
     assert several["rdzv_configs"] == {"rank": 3}
 
 
+@pytest.mark.slow
 def test_host_whose_name_does_not_resolve_trains(train_flags: list[str]) -> None:
     """A container's or laptop's name is often known to nobody."""
     if os.geteuid() != 0 or subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:

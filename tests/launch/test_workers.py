@@ -75,7 +75,7 @@ def test_the_log_of_a_start_names_the_gpus_and_the_plan(
     assert any("memory/GPU" in line for line in lines)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_dry_run_under_torchrun_starts_nothing(train_flags: list[str], tmp_path: Path, rank: int) -> None:
     environment = script_environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29501")
     flags = [*train_flags, "--stage1_max_seq_len", 32, "--dry_run"]

@@ -78,6 +78,7 @@ def test_another_quantization_map_and_missing_state_are_refused(tmp_path: Path) 
         load_optimizer_tensors(build(), TensorReader.of_state(tmp_path, "optimizer"))
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_sharded_moments_have_the_same_bits_as_those_of_one_process(tmp_path: Path) -> None:
     """Two ranks with rows 17 and 16, 1 and none, ... (sharded_8bit.py), the same gradients as one process."""
@@ -103,6 +104,7 @@ def wide_flags(train_flags: list[str], wide_base: Path) -> Iterator[list[str]]:
     return [*train_flags, *changes, "--optim", EIGHT_BIT, "--lr_scheduler_type", "constant"]
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_a_run_resumes_to_the_same_bits_and_a_change_of_its_optimizer_is_logged(
     wide_flags: list[str], tmp_path: Path

@@ -32,6 +32,7 @@ def losses_of(run: Path) -> list[dict]:
     return [record for record in history if "loss" in record]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_among_overflows_resumes_to_the_same_bits(
     train_flags: list[str], overflowing: Path, tmp_path: Path
 ) -> None:

@@ -121,7 +121,7 @@ def test_good_steps_double_the_scale_at_torchs_pace() -> None:
     ("parallel", "lag"),
     [
         pytest.param("ddp", 0, marks=pytest.mark.slow),
-        ("ddp", 1),
+        pytest.param("ddp", 1, marks=pytest.mark.slow),
         ("fsdp", 0),
         pytest.param("fsdp", 1, marks=pytest.mark.slow),
     ],

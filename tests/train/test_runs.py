@@ -131,7 +131,7 @@ def test_a_start_records_its_resolved_config_and_can_be_repeated_by_it(
     ("flags", "relative"),
     [
         (["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"], 2e-5),
-        (["--per_device_train_batch_size", "2", "--nproc_per_node", "2"], 2e-5),
+        pytest.param(["--per_device_train_batch_size", "2", "--nproc_per_node", "2"], 2e-5, marks=pytest.mark.slow),
         (["--per_device_train_batch_size", "1", "--nproc_per_node", "2", "--global_batch_size", "4"], 2e-5),
     ],
 )
@@ -152,7 +152,7 @@ def test_layouts_give_the_same_losses_and_weights(
 @pytest.mark.parametrize(
     ("processes", "micro", "parallel"),
     [
-        (2, 2, "ddp"),
+        pytest.param(2, 2, "ddp", marks=pytest.mark.slow),
         pytest.param(2, 1, "ddp", marks=pytest.mark.slow),
         (3, 4, "ddp"),
         pytest.param(2, 2, "fsdp", marks=pytest.mark.slow),
@@ -261,6 +261,7 @@ def test_a_run_reuses_data_prepared_without_gpus(train_flags: list[str], tmp_pat
     assert "training tokens, not one row; lower --max_seq_length" in useless.stderr
 
 
+@pytest.mark.slow
 def test_joins_under_torchrun(train_flags: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(

@@ -54,7 +54,7 @@ def wait_until_unlocked(run: Path) -> None:
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_signal_stops_cleanly_with_a_checkpoint_and_the_run_continues(
     train_flags: list[str], tmp_path: Path, sig: signal.Signals, processes: int
 ) -> None:
