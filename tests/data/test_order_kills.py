@@ -1,6 +1,6 @@
-"""Which rows a run reads, written down by the run itself: whatever the processes and whoever is killed, the same.
+"""A run reads the same rows for any number of processes and after any kill, with cached and with streamed rows.
 
-Cached and streamed rows alike. Each run is the real script (``tests/data/record_rows.py``); kills are SIGKILL.
+Each run is the real script and records its rows (``tests/data/record_rows.py``). Kills are SIGKILL.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_corpus
-from tests.data.test_streaming import children, wait_for_end
+from tests.data.streams import children, wait_for_end
 from tests.processes import REPO, script_environment
 from tests.train.test_runs import assert_same_weights
 
 STEPS, ROWS = 26, 12
-"""Steps of a run and rows of each."""
+"""Steps of a run, and rows per step."""
 STREAMING = ["--streaming", "--streaming_buffer_rows", "60"]
 Reading = dict[int, list[tuple[int, str]]]
 """Step -> (row, hash of its tokens), by position."""
@@ -28,12 +28,12 @@ Reading = dict[int, list[tuple[int, str]]]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of about a hundred rows of 32 tokens: the runs go through it more than twice."""
+    """A corpus of about a hundred rows of 32 tokens. A run reads more than two epochs."""
     return write_corpus(tmp_path_factory.mktemp("small") / "small.jsonl", 22)
 
 
 class Runs:
-    """Runs of one experiment, each after the other."""
+    """Consecutive runs of one experiment."""
 
     def __init__(self, base: Path, corpus: Path | str, directory: Path, extra: list[str]) -> None:
         self.directory, self.attempts = directory, 0
@@ -68,7 +68,7 @@ class Runs:
         assert process.returncode == 0, errors[-3000:]
 
     def kill_after(self, step: int, processes: int = 1, micro: int = 2) -> None:
-        """SIGKILL to all of its processes at once, the producer among them, when a step was logged."""
+        """Kill all of its processes, including the producer, after a step was logged."""
         process = self.start(processes, micro)
         assert any(f"step {step}/{STEPS} |" in line for line in process.stderr), f"no step {step}"
         pids = [process.pid, *descendants(process.pid)]
@@ -95,12 +95,12 @@ class Runs:
 
 
 def in_order(parts: list[tuple[int, list]]) -> list[tuple[int, str]]:
-    """A step's rows by position, put together from what each rank has read."""
+    """The rows of a step by position, joined from all ranks."""
     return [pair for _, pairs in sorted(parts, key=lambda part: part[0]) for pair in pairs]
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one, parents first."""
+    """All descendants of a process, parents first."""
     found = [int(child) for child in children(pid)]
     return found + [below for child in found for below in descendants(child)]
 
@@ -118,8 +118,8 @@ def uninterrupted(base: Path, small: Path, extra: list[str], tmp_path_factory: p
     return runs
 
 
-def test_two_epochs_lose_and_repeat_no_row(uninterrupted: Runs) -> None:
-    """Each of the two first epochs reads every row once; the reading itself says how many there are."""
+def test_no_row_is_lost_or_repeated_in_two_epochs(uninterrupted: Runs) -> None:
+    """Each of the first two epochs reads every row once. The number of rows is taken from the recorded rows."""
     pairs = [pair for _, step in sorted(uninterrupted.reading().items()) for pair in step]
     assert len(pairs) == STEPS * ROWS
     tokens = [digest for _, digest in pairs]
@@ -165,7 +165,7 @@ def test_a_run_killed_at_random_points_reads_the_same_rows_to_the_same_weights(
 def test_a_run_killed_on_two_one_and_three_processes_reads_the_same_rows(
     uninterrupted: Runs, base: Path, small: Path, extra: list[str], tmp_path: Path
 ) -> None:
-    """With another accumulation each time; weights differ by rounding only."""
+    """With different gradient accumulation each time. The weights differ only by rounding."""
     runs = Runs(base, small, tmp_path / "runs", extra)
     runs.kill_after(7, processes=2, micro=1)
     runs.kill_after(16, processes=1, micro=3)

@@ -1,4 +1,4 @@
-"""Several data sets streamed by weights: shares, each set's own order, and resumes, with real producers."""
+"""Several streamed data sets with weights: shares, the order of each data set, and resuming, with real producers."""
 
 import json
 import re
@@ -19,8 +19,8 @@ from flare.data.token_cache.cache import TokenSettings
 from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from tests.conftest import write_corpus
+from tests.data.streams import ALONE, read, rows_of
 from tests.data.test_order_kills import STEPS, Runs
-from tests.data.test_streaming import ALONE, read, rows_of
 from tests.processes import train
 
 WEIGHTS = [5.0, 3.0, 1.0]
@@ -51,7 +51,7 @@ def started(mixture: StreamedMixture, cache_dir: Path, place: dict | None = None
 
 
 def test_each_turn_reads_the_next_row_of_its_set(files: list[Path], base: Path, tmp_path: Path) -> None:
-    """Against each set streamed alone, over several epochs of the first one."""
+    """Compared with each data set streamed alone, over several epochs of the first one."""
     mixture, steps = mixture_of(files, base, tmp_path), 300
     with started(mixture, tmp_path) as rows:
         blocks = [stream.settings.block_rows for stream in rows.streams]
@@ -138,7 +138,7 @@ def test_an_error_names_the_set(files: list[Path], base: Path, tmp_path: Path) -
 def test_a_run_killed_on_one_two_and_three_processes_reads_the_same_rows(
     files: list[Path], base: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL to all processes twice; the rows by hash, and of every five rows three of the first set."""
+    """All processes are killed twice. Rows are compared by hash; three of every five are from the first data set."""
     names = ",".join(map(str, files[:2]))
     extra = ["--streaming", "--streaming_buffer_rows", "120", "--dataset_weights", "3,2"]
     whole, killed = (Runs(base, names, tmp_path / name, extra) for name in ("whole", "killed"))

@@ -1,4 +1,4 @@
-"""The order of streamed rows: pieces, lanes, segments and blocks in this process, with a tokenizer that spells."""
+"""The order of streamed rows: pieces, lanes, segments and blocks in this process, with a simple tokenizer."""
 
 import json
 import random
@@ -32,7 +32,7 @@ END = 999
 
 
 class Spelling:
-    """A tokenizer: a number for each word."""
+    """A tokenizer with one id per word."""
 
     def __call__(self, texts: list[str], add_special_tokens: bool) -> dict:
         return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
@@ -42,7 +42,7 @@ ENCODER = Encoder(Spelling(), END, 1000)
 
 
 class Texts(Piece):
-    """Rows in memory."""
+    """A piece with its rows in memory."""
 
     def __init__(self, values: list[object]) -> None:
         self.values = values
@@ -52,7 +52,7 @@ class Texts(Piece):
 
 
 def corpus(num_pieces: int, seed: int, bad: float = 0.0) -> list[Piece]:
-    """Documents of 1 to 9 words; no two of them begin alike."""
+    """Documents of 1 to 9 words; all have different first words."""
     rng = random.Random(seed)
     number = 0
     found = []
@@ -107,7 +107,7 @@ def contents(block: Block) -> tuple:
 
 
 def documents_of(blocks: list[Block]) -> list[tuple[int, ...]]:
-    """The documents of one epoch's blocks; the last one may be cut off."""
+    """The documents of one epoch's blocks; the last one may be truncated."""
     stream = np.concatenate([blocks[0].tokens[:1], *(block.tokens[1:] for block in blocks)])
     cuts = np.flatnonzero(stream == END) + 1
     return [tuple(part.tolist()) for part in np.split(stream, cuts) if len(part)]
@@ -140,7 +140,7 @@ def test_every_document_once_an_epoch_and_epochs_differ(tmp_path: Path, num_piec
 
 
 def test_documents_of_the_tail_are_the_only_ones_missing(tmp_path: Path) -> None:
-    """By hand: one piece of three documents, 13 tokens; one row of 7 and its last label; 5 tokens fill no row."""
+    """By hand: a piece of three documents, 13 tokens: a row of 7 and its last label; 5 tokens are no row."""
     pieces = [Texts(["1 2 3 4", "5 6 7", "8 9 10"])]
     first, second = InProcessProducer(config_of(pieces, tmp_path), 0).make(1)
     assert first.tokens.tolist() == [1, 2, 3, 4, END, 5, 6, 7]
@@ -167,7 +167,7 @@ def test_order_does_not_depend_on_which_worker_is_faster(
 def test_reading_continues_from_any_block(
     tmp_path_factory: pytest.TempPathFactory, num_pieces: int, seed: int, bad: float
 ) -> None:
-    """From the record of its place, written as JSON and read again, to the same bytes and counts."""
+    """From its recorded place as JSON, with the same bytes and counts."""
     pieces = [*corpus(num_pieces, seed, bad), Texts(["1 2 3 4 5 6 7 8"] * 2)]
     whole = InProcessProducer(config_of(pieces, tmp_path_factory.mktemp("whole"), max_bad_rows=1.0), 0).make(12)
     for start in range(1, 12, 3):
