@@ -140,7 +140,7 @@ def test_every_document_once_an_epoch_and_epochs_differ(tmp_path: Path, num_piec
 
 
 def test_documents_of_the_tail_are_the_only_ones_missing(tmp_path: Path) -> None:
-    """By hand: a piece of three documents, 13 tokens: a row of 7 and its last label; 5 tokens are no row."""
+    """By hand: a piece of three documents, 13 tokens: a row of 7 and its last label; 5 tokens are left over."""
     pieces = [Texts(["1 2 3 4", "5 6 7", "8 9 10"])]
     first, second = InProcessProducer(config_of(pieces, tmp_path), 0).make(1)
     assert first.tokens.tolist() == [1, 2, 3, 4, END, 5, 6, 7]
