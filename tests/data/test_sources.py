@@ -184,7 +184,7 @@ def test_a_json_array_may_start_after_white_space(tmp_path: Path) -> None:
 
 def test_the_embedded_corpus_names_the_cache_directory_that_it_cannot_make(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--cache_dir .*/file cannot be made: File exists"):
+    with pytest.raises(ConfigError, match=r"--cache_dir .*/file cannot be created: File exists"):
         open_source(SourceSpec("embedded"), tmp_path / "file")
 
 

@@ -1,82 +1,28 @@
 """Streamed rows with real processes: producer and workers, the window on disk, killed processes, and clean-up."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from flare.config.parse import resolve
 from flare.data.packing import PackedRows
 from flare.data.sources.base import SourceSpec
 from flare.data.sources.hub import HubSource
 from flare.data.sources.open import open_source
-from flare.data.streaming.held_out import StreamedCorpus, open_streamed, survey
+from flare.data.streaming.held_out import open_streamed, survey
 from flare.data.streaming.pieces import streamed_facts, streamed_pieces
-from flare.data.streaming.rows import StreamedRows, StreamSettings
+from flare.data.streaming.rows import StreamedRows
 from flare.data.token_cache.cache import TokenSettings
 from flare.data.validation_split import split_documents
-from flare.distributed.process_group import World
-from flare.errors import ConfigError, DataError, EnvError
+from flare.errors import ConfigError, DataError
 from flare.nope.load import load_tokenizer
 from tests.conftest import write_corpus
-from tests.data.test_token_cache import cache_of, is_alive
-from tests.processes import REPO, script_environment, train
-
-ALONE = World(0, 0, 1, torch.device("cpu"))
-BLOCK_ROWS, STEP_ROWS = 60, 12
-SEQ_LEN = 32
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four files of 16 KiB and more."""
-    directory = tmp_path_factory.mktemp("folder")
-    for number in range(4):
-        write_corpus(directory / f"{number}.jsonl", 50, seed=number)
-    return directory
-
-
-def stream_of(path: Path, base: Path, cache_dir: Path, **settings: object) -> StreamedCorpus:
-    source = open_source(SourceSpec(str(path), streaming=True), cache_dir)
-    return open_streamed(source, load_tokenizer(base), cache_dir, TokenSettings(**settings), 10)
-
-
-def rows_of(corpus: StreamedCorpus, cache_dir: Path, **changes: object) -> StreamedRows:
-    facts = {
-        "seq_len": SEQ_LEN, "packing": "document", "seed": 3, "block_rows": BLOCK_ROWS, "cache_dir": cache_dir,
-        "num_workers": 2,
-    }  # fmt: skip
-    return StreamedRows(corpus, StreamSettings(**facts | changes))
-
-
-@pytest.fixture
-def started(folder: Path, base: Path, tmp_path: Path) -> Iterator[StreamedRows]:
-    rows = rows_of(stream_of(folder, base, tmp_path), tmp_path)
-    rows.start(ALONE, None, STEP_ROWS)
-    yield rows
-    rows.close()
-
-
-def read(rows: StreamedRows, first: int, last: int, step: int) -> list[np.ndarray]:
-    """Input ids of each step."""
-    found = []
-    for position in range(first, last, step):
-        batch = rows.batch(chosen := rows.rows(position, position + step))
-        assert rows.num_targets(chosen) == (batch.labels >= 0).sum()
-        found.append(batch.input_ids)
-    return found
-
-
-# -- the same rows as without streaming -------------------------------------------------------------------------
+from tests.data.streams import ALONE, BLOCK_ROWS, SEQ_LEN, STEP_ROWS, read, rows_of, size_of, stream_of
+from tests.data.test_token_cache import cache_of
+from tests.processes import train
 
 
 def test_one_piece_gives_the_rows_of_its_token_cache(base: Path, tmp_path: Path) -> None:
@@ -189,95 +135,6 @@ def test_the_window_is_bounded_and_removed(folder: Path, base: Path, tmp_path: P
     assert 0 < most <= 3 * (BLOCK_ROWS * SEQ_LEN + 1) * itemsize
     rows.close()
     assert list((tmp_path / "streaming").glob("*/")) == []
-
-
-def size_of(file: Path) -> int:
-    """0 for a file that has just gone."""
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
-def test_a_killed_worker_is_one_error_and_no_hang(started: StreamedRows, tmp_path: Path) -> None:
-    started.rows(0, 4)
-    workers = children(started.source.child.process.pid)
-    os.kill(int(workers[0]), signal.SIGKILL)
-    with pytest.raises(
-        EnvError, match=rf"a tokenising worker \(pid {workers[0]}\) was ended by SIGKILL .*continues from it"
-    ):
-        read(started, 0, 100_000, 10)
-    started.close()
-    assert not any(is_alive(pid) for pid in workers)
-    assert list((tmp_path / "streaming").glob("*/")) == []
-
-
-def test_a_killed_producer_is_one_error_and_its_workers_end(started: StreamedRows) -> None:
-    started.rows(0, 4)
-    producer = started.source.child.process
-    workers = children(producer.pid)
-    producer.kill()
-    with pytest.raises(EnvError, match=rf"tokenises ahead \(pid {producer.pid}\) was ended by SIGKILL"):
-        read(started, 0, 100_000, 10)
-    wait_for_end(workers)
-
-
-def wait_for_end(pids: list[str]) -> None:
-    deadline = time.monotonic() + 20
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-READER = """
-import sys
-from pathlib import Path
-from tests.data import test_streaming as t
-folder, base, cache = map(Path, sys.argv[1:])
-rows = t.rows_of(t.stream_of(folder, base, cache), cache)
-rows.start(t.ALONE, None, t.STEP_ROWS)
-rows.rows(0, 4)
-print(rows.source.child.process.pid, rows.source.directory, flush=True)
-sys.stdin.read()
-"""
-
-
-def test_nothing_of_a_killed_reader_is_left(folder: Path, base: Path, tmp_path: Path) -> None:
-    """Its producer sees that it is gone; when the producer is killed, too, the next start clears the window."""
-    for also_producer in (False, True):
-        reader = subprocess.Popen(
-            [sys.executable, "-c", READER, str(folder), str(base), str(tmp_path)], cwd=REPO,
-            env=script_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        producer, directory = reader.stdout.readline().split()
-        if also_producer:
-            os.kill(int(producer), signal.SIGSTOP)  # so that it cannot clear up before it is killed
-        reader.kill()
-        reader.wait()
-        reader.stdin.close()
-        reader.stdout.close()
-        if also_producer:
-            os.kill(int(producer), signal.SIGKILL)
-        wait_for_end([producer])
-        assert Path(directory).exists() == also_producer
-    rows = rows_of(stream_of(folder, base, tmp_path), tmp_path)
-    rows.start(ALONE, None, STEP_ROWS)
-    assert not Path(directory).exists()
-    rows.close()
-
-
-def test_a_window_in_use_is_left_alone(started: StreamedRows, folder: Path, base: Path, tmp_path: Path) -> None:
-    other = rows_of(stream_of(folder, base, tmp_path), tmp_path)
-    other.start(ALONE, None, STEP_ROWS)
-    assert np.array_equal(read(other, 0, 40, 4), read(started, 0, 40, 4))
-    other.close()
-
-
-# -- errors -------------------------------------------------------------------------------------------------------
 
 
 def test_bad_rows_are_counted_in_the_log_or_are_an_error(
