@@ -124,5 +124,5 @@ def read_model_config(directory: Path) -> dict:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object, so it is not a model configuration")
+        raise CheckpointError(f"{path} does not contain a JSON object, so it is not a model configuration")
     return config

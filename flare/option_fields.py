@@ -24,7 +24,7 @@ class OptionField:
         default_help: the default in words, where the value itself (None, for example) says too little.
         choices: the only values allowed.
         words: words that a number or a switch accepts besides its type: ``auto``.
-        parse: ``parse(value, where)`` for values that are no plain number, switch or text. Its ConfigError begins
+        parse: ``parse(value, where)`` for values that are not a plain number, switch or text. Its ConfigError begins
             with ``where``.
         metavar: placeholder of the value in help.
         ge, gt, le, lt: limits of a number, named as in pydantic.

@@ -20,7 +20,7 @@ DRIVER, CUDA = "570.124.06", "12.8"
 
 @dataclass(frozen=True)
 class FakeGpu:
-    """One GPU as nvidia-smi tells it; memory in MiB, or a text such as "[N/A]"."""
+    """One GPU as nvidia-smi reports it; memory in MiB, or a text such as "[N/A]"."""
 
     name: str
     total: int | str
@@ -183,8 +183,8 @@ elif sorted(arguments) == ["--format", "--query-gpu"]:
             sys.exit(2)
     if "noheader" not in wishes:
         print(", ".join(names))
-    for GPU in server["fields"]:
-        cells = [GPU[name] for name in names]
+    for gpu in server["fields"]:
+        cells = [gpu[name] for name in names]
         unit = "nounits" not in wishes
         print(", ".join(f"{v} {u}" if unit and u and v.isdigit() else v for v, u in cells))
 else:

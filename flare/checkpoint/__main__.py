@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     what = "List checkpoints and check whether they are complete. Changes nothing."
     parser = OneLineParser("python -m flare.checkpoint", "list|verify DIR", what, EXAMPLES)
     group = parser.add_argument_group("what and where")
-    group.add_argument("command", choices=("list", "verify"), help="verify hashes every file, 1 GB a second or so")
+    group.add_argument("command", choices=("list", "verify"), help="verify hashes every file, about 1 GB per second")
     group.add_argument("directory", type=Path, metavar="DIR", help="experiment, checkpoints/ or checkpoint-N")
     args = parser.parse_args(argv)
     paths = checkpoint_paths(args.directory)

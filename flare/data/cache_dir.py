@@ -15,4 +15,4 @@ def make_cache_dir(cache_dir: Path) -> None:
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--cache_dir {cache_dir} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"--cache_dir {cache_dir} cannot be created: {error.strerror}") from error

@@ -47,7 +47,7 @@ def check_weights(weights: list[float], names: list[str]) -> None:
     if len(weights) != len(names) or len(names) == 1:
         raise ConfigError(
             f"--dataset_weights has {len(weights)} weights for {len(names)} data sets ({', '.join(names)}); "
-            "give one for each of several"
+            "give one for each data set"
         )
     block_counts(weights)
 

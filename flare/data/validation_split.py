@@ -6,7 +6,7 @@ from flare.errors import DataError
 
 SINGLE_DOCUMENT = (
     "the data holds a single document (or copies of one); two are needed to hold one out (a .txt is one document, "
-    "whatever its lines; a .jsonl has one a line)"
+    "whatever its lines; a .jsonl has one per line)"
 )
 
 

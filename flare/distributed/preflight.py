@@ -97,7 +97,7 @@ def all_reduce_and_check(store: dist.Store, rank: int, size: int, device: torch.
     found = {values.min().item(), values.max().item()}
     expected = size * (size + 1) / 2
     if found != {expected}:
-        raise RuntimeError(f"the sum is {found} instead of {expected:g}: data is damaged on its way")
+        raise RuntimeError(f"the sum is {found} instead of {expected:g}: data is damaged in transit")
     dist.destroy_process_group()
 
 

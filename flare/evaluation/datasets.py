@@ -33,7 +33,7 @@ EMBEDDED_HELD_OUT_PERCENT = 5
 """Share of the embedded corpus that is evaluated, selected by document hash. Training that holds out at least this
 share (as the demo does) has not seen these documents."""
 OPTION = "--datasets"
-COLUMN_PART = "of a file it must be that one, of a hub set owner/name:config:split:COLUMN names another"
+COLUMN_PART = "a file must have this column; for a hub data set, owner/name:config:split:COLUMN names another"
 WIKITEXT_TITLE = re.compile(r"^ = [^=].* = \n$")
 
 
@@ -103,7 +103,7 @@ def _passages(rows: Iterator[Row], bad: BadRows) -> Iterator[str]:
             if split_last_word(text):
                 yield text
             else:
-                bad.add(row, "has no last word behind a space")
+                bad.add(row, "has no last word after a space")
 
 
 def _open(spec: SourceSpec, mirror: str | None) -> Source:

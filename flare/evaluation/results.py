@@ -1,7 +1,7 @@
-"""evaluation_results.json: what is in it, and how it comes to disk whole or not at all.
+"""evaluation_results.json: its content, written atomically.
 
 Schema version 1. A results dict is plain JSON from the start; whatever is measured later (context
-lengths, passkey, ...) is one more key beside ``datasets``.
+lengths, passkey, ...) is one more key next to ``datasets``.
 """
 
 import math

@@ -100,7 +100,7 @@ def select_gpus(request: GpuRequest, gpus: Sequence[Gpu], visible: str | None) -
         chosen = chosen[:1]
     for gpu in chosen:
         if gpu.is_busy:
-            notes.append(f"GPU {gpu.index} is taken though {_busy_reason(gpu)} (--allow_busy_gpus)")
+            notes.append(f"GPU {gpu.index} is used although {_busy_reason(gpu)} (--allow_busy_gpus)")
         elif gpu.memory_used_mib is None and not gpu.mig:
             notes.append(f"GPU {gpu.index}: nvidia-smi does not report its memory use; it counts as free")
     return Selection(chosen, skipped, notes)

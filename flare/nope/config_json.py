@@ -201,7 +201,7 @@ def weight_files(directory: Path) -> list[Path]:
                 names = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
                 files = [directory / name for name in sorted(names)]
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(f"{directory / index} is no index of weight files") from error
+                raise CheckpointError(f"{directory / index} is not an index of weight files") from error
             if outside := [name for name in names if Path(name).name != name]:
                 raise CheckpointError(f"{directory / index} names a file outside of the directory: {outside[0]}")
             for file in files:

@@ -26,7 +26,7 @@ def new_directory(target: Path, source: Path) -> Iterator[Path]:
     """
     inside = source.resolve() in (target.resolve(), *target.resolve().parents)
     if inside:
-        raise ConfigError(f"--output_dir {target} lies in the model's own directory {source}; name another")
+        raise ConfigError(f"--output_dir {target} is in the model's own directory {source}; name another")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--output_dir {target} is not empty; name a new directory, or remove it first")
     temporary = target.absolute().with_name(f".{target.absolute().name}.tmp")

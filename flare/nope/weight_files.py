@@ -78,7 +78,7 @@ def read_header(path: Path) -> dict[str, dict]:
         if size != needed:
             raise ValueError(f"{size} bytes instead of {needed}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} is no whole safetensors file: {error}; fetch it again") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}; download it again") from error
     return header
 
 
@@ -100,8 +100,8 @@ def check_weights(directory: Path, names: set[str]) -> list[Path]:
     missing = sorted(names - found)
     if missing:
         raise CheckpointError(
-            f"{directory} lacks {len(missing)} of {len(names)} tensors that its config.json asks for "
-            f"(first: {missing[0]}); is its index whole?"
+            f"{directory} lacks {len(missing)} of {len(names)} tensors that its config.json needs "
+            f"(first: {missing[0]}); is its index complete?"
         )
     return files
 
@@ -145,9 +145,7 @@ def transfer_weights(source: Path, temporary: Path, change: Change, to_safetenso
     weights = {name: tensor for piece in files_to_write for name, tensor in piece.tensors.items()}
     models = {name: name.removesuffix("bias") + "weight" for name in change.zeros}
     if missing := sorted({*change.scale, *models.values()} - weights.keys()):  # .bin files are first read here
-        raise CheckpointError(
-            f"{source} lacks {len(missing)} tensors that its config.json asks for: {missing[0]}, ..."
-        )
+        raise CheckpointError(f"{source} lacks {len(missing)} tensors that its config.json needs: {missing[0]}, ...")
     if change.zeros:
         like = {name: weights[model] for name, model in models.items()}
         zeros = {name: torch.zeros(weight.shape[0], dtype=weight.dtype) for name, weight in like.items()}

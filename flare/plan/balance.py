@@ -141,7 +141,7 @@ def balance_summary(option: str, num_rows: int, names: Sequence[str]) -> str:
     if None in speeds:
         unknown = next(name for name, speed in zip(names, speeds, strict=True) if speed is None)
         begin = "unlike GPUs, equal rows" if option == "equal" else "rows by speed, measured at the start"
-        return f"{begin}; no estimate, for the rate of {unknown} is not known"
+        return f"{begin}; no estimate, because the rate of {unknown} is not known"
     gain = speedup_over_equal(num_rows, speeds)
     likely = format_rows(names, allocate_rows(num_rows, speeds))
     if option == "equal":

@@ -51,7 +51,9 @@ def time_words(steps: int, tokens_per_step: int, tokens_per_sec: float) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     parts = [f"{days} d {hours} h"] if days else [f"{hours} h {minutes} min"] if hours else [f"{minutes} min"]
-    return f"{parts[0]} for {steps:,} steps at {tokens_per_sec:,.0f} tokens/s, as the last ones here; evaluation apart"
+    return (
+        f"{parts[0]} for {steps:,} steps at {tokens_per_sec:,.0f} tokens/s, as the last ones here, without evaluation"
+    )
 
 
 def _runs_in_words(inputs: PlanInputs) -> str:

@@ -214,7 +214,7 @@ def check_is_directory(root: Path) -> None:
     """Check that no file or broken link is in the place of the experiment directory. Raises: ConfigError."""
     for path in (root, *root.parents):
         if os.path.lexists(path) and not path.is_dir():
-            what = "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
+            what = "a broken link" if path.is_symlink() and not path.exists() else "a file"
             raise ConfigError(f"{path} is {what}, not an experiment directory; choose another --experiment_name")
 
 

@@ -92,7 +92,7 @@ def _kept_global_batch_size(content: dict, now: int, processes: int) -> int:
     if then < processes:
         raise ConfigError(f"the run's global batch of {then} rows is too small for {processes} processes")
     log.info(
-        f"the global batch stays {then} rows, as this run began; the flags would give {now} on {processes} "
+        f"the global batch stays {then} rows, as in the checkpoint; the flags would give {now} on {processes} "
         f"process{'es' * (processes > 1)}"
     )
     return then

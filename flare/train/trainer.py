@@ -126,7 +126,7 @@ class Trainer:
         data = self.loader.take(train_state.rows)
         start = StepStart(train_state.step, train_state.rows, train_state.tokens, data.rows)
         if data.num_targets == 0:  # on all ranks: they all skip it
-            log.warning(f"step {start.step + 1} has no target token in its {len(data.rows)} rows: passed over")
+            log.warning(f"step {start.step + 1} has no target token in its {len(data.rows)} rows and is skipped")
             self._advance(data)
             return None
         self.module.train()

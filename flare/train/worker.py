@@ -139,6 +139,6 @@ def out_of_memory_message(plan: Plan, rank: int, device: str, error: Exception) 
     reason = first_line(error.__cause__ or error).split(". GPU")[0].rstrip(".")
     return (
         f"rank {rank} ({device}) ran out of memory{while_phase()} ({reason}); the plan is {in_gib(need)} at "
-        f"the peak ({plan.memory.peak_phase}); nothing is lost but the steps since the last checkpoint; "
+        f"the peak ({plan.memory.peak_phase}); only the steps since the last checkpoint are lost; "
         f"{suggest(plan.inputs, int(NEEDS_LESS * need))}"
     )

@@ -70,7 +70,7 @@ def test_rank_that_never_joins_is_named_within_the_timeout() -> None:
 def test_damaged_sum_is_an_error() -> None:
     for rank in two_ranks(20, WRONG="1"):
         assert rank.returncode == 4
-        assert "the sum is {5.0} instead of 3: data is damaged on its way" in rank.stderr
+        assert "the sum is {5.0} instead of 3: data is damaged in transit" in rank.stderr
 
 
 def test_nccl_failure_names_the_usual_fix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,10 @@ def test_errors_name_the_options_of_evaluation(tmp_path: Path) -> None:
     (tmp_path / "body.jsonl").write_text('{"body": "one"}\n')
     (tmp_path / "notes.md").write_text("no data")
     for name, words in (
-        ("body.jsonl", "columns: body; of a file it must be that one, of a hub set owner/name:config:split:COLUMN"),
+        (
+            "body.jsonl",
+            "columns: body; a file must have this column; for a hub data set, owner/name:config:split:COLUMN",
+        ),
         ("notes.md", f"--datasets {tmp_path}/notes.md: cannot read 'notes.md'"),
         ("*.csv", f"--datasets {tmp_path}/*.csv: matches no file"),
     ):

@@ -1,4 +1,4 @@
-"""Rows without a target (row 32): a step of such rows is passed over; data of nothing else is refused."""
+"""Rows without a target (row 32): a step of such rows is skipped; data of nothing else is refused."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def test_a_step_without_targets_is_passed_over(
     flags = [*odd_flags, "--max_steps", "90"]
     ended = zygote.run(*flags)
     assert ended.returncode == 0, ended.stderr
-    passed = ended.stderr.count("has no target token in its 1 rows: passed over")
+    passed = ended.stderr.count("has no target token in its 1 rows and is skipped")
     logged = [record["step"] for record in stage(run)["history"] if "loss" in record]
     assert passed > 0
     assert len(logged) == 90 - passed

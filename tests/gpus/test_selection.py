@@ -111,7 +111,7 @@ def test_allow_busy_takes_them_and_says_so(choose):
     selection = choose("guide_busy", gpu_type="A40", allow_busy=True)
     assert indices(selection) == [4, 5, 6, 7]
     assert not selection.skipped
-    assert any("GPU 5 is taken though busy" in note for note in selection.notes)
+    assert any("GPU 5 is used although busy" in note for note in selection.notes)
 
 
 def test_busy_gpu_named_by_id_is_skipped_too(choose):

@@ -200,7 +200,7 @@ def test_asks_for_the_named_model_by_token_ids(models: dict, canary: Canary, mon
 @pytest.mark.parametrize(
     ("form", "words"),
     [
-        ("no logprobs", "gives no log-probabilities"),
+        ("no logprobs", "returns no log-probabilities"),
         ("error", "HTTP 500 CUDA error: out of memory$"),
         ("html", "does not answer with JSON"),
         ("chat", "in a form unlike OpenAI's"),

@@ -137,10 +137,13 @@ def shorten_index(directory: Path) -> None:
     ("damage", "words"),
     [
         (delete_shard, r"shard model-00002-of-\d+\.safetensors is missing"),
-        (truncate_shard, r"model-00002-of-\d+\.safetensors is no whole safetensors file: \d+ bytes instead of \d+"),
-        (truncate_header, "no whole safetensors file: its header is cut off"),
-        (cut_index, "is no index of weight files"),
-        (shorten_index, r"lacks \d+ of \d+ tensors .* is its index whole"),
+        (
+            truncate_shard,
+            r"model-00002-of-\d+\.safetensors is not a complete safetensors file: \d+ bytes instead of \d+",
+        ),
+        (truncate_header, "not a complete safetensors file: its header is cut off"),
+        (cut_index, "is not an index of weight files"),
+        (shorten_index, r"lacks \d+ of \d+ tensors .* is its index complete"),
     ],
 )
 def test_damaged_weights_are_named_before_anything_is_written(sharded: Path, damage, words: str) -> None:
@@ -158,7 +161,7 @@ def test_a_whole_sharded_model_is_taken_with_its_index(sharded: Path) -> None:
 @pytest.mark.parametrize("inside", [".", "new", "a/b"])
 def test_output_in_the_model_itself_is_refused(base: Path, inside: str) -> None:
     before = sorted(base.iterdir())
-    with pytest.raises(ConfigError, match="lies in the model's own directory"):
+    with pytest.raises(ConfigError, match="is in the model's own directory"):
         patch_checkpoint(base, base / inside, [1])
     assert sorted(base.iterdir()) == before
 
@@ -202,7 +205,7 @@ def test_layer_types_with_sliding_windows_are_refused(base: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[1]", "holds no JSON object"),
+        ("[1]", "does not contain a JSON object"),
         ("{", "cannot be read"),
         ('{"model_type": "qwen2"}', "num_hidden_layers must be a whole number above 0, config.json has None"),
         ('{"model_type": "qwen2", "num_hidden_layers": "4"}', "config.json has '4'"),

@@ -119,7 +119,8 @@ def test_the_plan_says_when_a_slow_gpu_is_better_left_out() -> None:
 def test_an_unknown_gpu_gets_no_estimate() -> None:
     words = balance_summary("auto", 8, [A800, "NVIDIA Quadro K420"])
     assert (
-        words == "rows by speed, measured at the start; no estimate, for the rate of NVIDIA Quadro K420 is not known"
+        words
+        == "rows by speed, measured at the start; no estimate, because the rate of NVIDIA Quadro K420 is not known"
     )
 
 

@@ -1,4 +1,4 @@
-// A GPU that computes nothing, for tests/fake_cuda.py: enough of one that torch's CPU build lets fake CUDA tensors
+// A GPU that computes nothing, for tests/train/fake_cuda.py: enough of one that torch's CPU build lets fake CUDA tensors
 // through its device guards and its autograd engine. To be preloaded.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>

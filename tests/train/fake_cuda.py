@@ -1,7 +1,7 @@
 """Run by test_fake_cuda.py in a separate process: training steps on fake CUDA tensors, which have shapes,
 dtypes and devices but no numbers.
 
-usage: LD_PRELOAD=fake_gpu.so fake_cuda.py OUT    (torch asks for its CUDA part once, when it is imported)
+usage: LD_PRELOAD=fake_cuda.so fake_cuda.py OUT    (torch looks up its CUDA part once, when it is imported)
 
 Any operation on tensors of two devices raises, and so does whatever would make the host wait for a number of the
 device (``.item()``, ``.tolist()``, a truth value). What kernels do inside is not run.

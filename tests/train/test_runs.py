@@ -228,7 +228,7 @@ def test_resume_on_another_number_of_processes_keeps_batch_and_order(
     second = train(*flags)
     assert second.returncode == 0, second.stderr
     assert "resumes from checkpoint-3" in second.stderr
-    assert "the global batch stays 4 rows, as this run began; the flags would give 2 on 1 process" in second.stderr
+    assert "the global batch stays 4 rows, as in the checkpoint; the flags would give 2 on 1 process" in second.stderr
     assert losses(run) == pytest.approx(losses(one_process_run), rel=1e-5)
 
 

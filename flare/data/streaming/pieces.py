@@ -105,7 +105,7 @@ def _file_fact(file: Path) -> str:
 
 def _hub_files(source: HubSource) -> str:
     """Hash of the addresses of a streamed set's files; on the hub they hold the commit. ``datasets`` gives a streamed
-    set no fingerprint of its own, and knows the files as arguments of its innermost iterable."""
+    set no fingerprint, and knows the files as arguments of its innermost iterable."""
     iterable = source.dataset._ex_iterable
     while not hasattr(iterable, "kwargs"):
         iterable = iterable.ex_iterable

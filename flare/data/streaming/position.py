@@ -1,6 +1,6 @@
 """The place of a stream: the few numbers from which it resumes, and the order of pieces. Pure functions and values.
 
-The pieces of an epoch are permuted and dealt to lanes: lane k has every ``num_lanes``-th piece, from piece k on. A
+The pieces of an epoch are permuted and distributed to n lanes: lane k has every n-th piece, from piece k on. A
 lane is read from its first piece to its last, segment by segment. The stream takes one segment of each lane in turn.
 So lanes can be tokenised in parallel, and the order does not depend on which worker is faster.
 """

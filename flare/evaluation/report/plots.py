@@ -1,6 +1,6 @@
 """Plots of the report, drawn with matplotlib and written as PNG files.
 
-Labels stand at the lines where there is room; colours are told apart by the colour-blind too.
+Labels are next to the lines where space allows. The colors are distinguishable for color-blind readers.
 """
 
 import itertools
@@ -34,14 +34,14 @@ def plot_loss_by_position(
     Args:
         series: label -> buckets ``{"from", "to", "loss", "num_tokens"}`` of ``DatasetScore``.
         path: the PNG to write. name: of the data set.
-        training_length: longest row of the training, marked when it lies in the picture.
+        training_length: longest row of the training, marked when it is inside the plot.
     """
     with style():
         on = f" on {name}" if name else ""
         figure, axes = new_axes(f"Loss by position{on}: what more context is worth", "tokens seen")
         ends = []
         for color, (label, buckets) in zip(series_colors(series), series.items(), strict=True):
-            # Position p has seen p + 1 tokens; a bucket stands at the geometric middle of what it has seen.
+            # Position p has seen p + 1 tokens; a bucket is drawn at the geometric mean of what it has seen.
             seen = [((bucket["from"] + 1) * bucket["to"]) ** 0.5 for bucket in buckets]
             losses = [bucket["loss"] for bucket in buckets]
             axes.plot(seen, losses, color=color, marker="o", markersize=3.5)

@@ -1,6 +1,6 @@
 """evaluation_report.md: what was evaluated, what it means, the numbers, how they were made.
 
-The first three lines are for who reads no further. GitHub's Markdown; plots by relative path.
+The first three lines are a summary. GitHub's Markdown; plots by relative path.
 """
 
 import itertools

@@ -60,7 +60,7 @@ def make_corpus(tokenizer, texts: list[str], prefix: int, protocol: Protocol = "
     )
     if protocol == "concat":
         if tokenizer.eos_token_id is None:
-            raise ConfigError("--protocol concat: the tokenizer has no eos token to join documents by")
+            raise ConfigError("--protocol concat: the tokenizer has no eos token to join documents with")
         sequences, owners = _joined(sequences, prefix, tokenizer.eos_token_id)
     else:
         owners = [_owners(i, len(sequence)) for i, sequence in enumerate(sequences)]

@@ -1,1 +1,1 @@
-"""Recorded log-probabilities that tell which model a directory or a server holds."""
+"""Recorded log-probabilities that show which model a directory contains or a server runs."""

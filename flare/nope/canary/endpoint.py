@@ -75,7 +75,7 @@ class Server:
             raise EnvError(f"{self.url}/v1/models names no model ({error}); give --served_model_name") from error
         if len(names) != 1:
             found = ", ".join(names) or "no model"
-            raise ConfigError(f"{self.url} serves {found}; say which one with --served_model_name")
+            raise ConfigError(f"{self.url} serves {found}; name one with --served_model_name")
         return names[0]
 
     def prompt_nll(self, model: str, tokens: list[int]) -> list[float] | None:
@@ -100,7 +100,7 @@ class Server:
             raise EnvError(f"{self.url} refuses a completion with logprobs: {error}") from error
         values = _top_of_first(logprobs)
         if len(values) < TOP_K or not _numbers(values):
-            raise EnvError(f"{self.url} gives no log-probabilities ({TOP_K} a token are needed)")
+            raise EnvError(f"{self.url} returns no log-probabilities ({TOP_K} a token are needed)")
         return sorted(values, reverse=True)[:TOP_K]
 
     def _complete(self, model: str, tokens: list[int], echo: bool) -> dict:

@@ -72,7 +72,7 @@ class Verdict:
     def __str__(self) -> str:
         return (
             f"{self.what} ({self.to_true:.4f} nats a token from the true model, {self.to_rope:.4f} from RoPE "
-            f"everywhere, which lie {self.separation:.4f} apart; {self.count} compared)"
+            f"everywhere, which are {self.separation:.4f} apart; {self.count} compared)"
         )
 
 
@@ -183,7 +183,7 @@ def read_canary(directory: Path) -> Canary:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version {content['format_version']}, this is a reader of {FORMAT_VERSION}")
+            raise ValueError(f"format_version {content['format_version']}, this Flare reads {FORMAT_VERSION}")
         canary = Canary(
             sequences=content["sequences"],
             top_positions=content["top_positions"],
@@ -233,6 +233,6 @@ def _check_shape(canary: Canary) -> None:
     for scores in (canary.true_model, canary.rope_everywhere):
         for tokens, nll, top in zip(canary.sequences, scores.nll, scores.top, strict=True):
             if len(nll) != len(tokens) - 1 or len(top) != len(canary.top_positions):
-                raise ValueError("numbers and tokens do not fit together")
+                raise ValueError("numbers and tokens do not match")
         if not canary.sequences or not all(map(math.isfinite, scores.flat_nll() + scores.flat_top())):
             raise ValueError("not all log-probabilities are finite numbers")

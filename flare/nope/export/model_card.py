@@ -47,7 +47,7 @@ Checked when it was written: {compared}.
 ## What runs it
 | runtime | |
 |---|---|
-| transformers >= {transformers} | checked as said above |
+| transformers >= {transformers} | checked as described above |
 | vLLM | {vllm}; not run here |
 | SGLang | {sglang}; not run here |
 | llama.cpp (GGUF) | {gguf} |
