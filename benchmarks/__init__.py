@@ -1,4 +1,4 @@
-"""One script a published number; results with their provenance in results/. Run as ``python -m benchmarks.NAME``."""
+"""One script for each set of published numbers: ``python -m benchmarks.NAME``. It writes results/NAME.json."""
 
 from flare.logs import quiet_torchao
 

@@ -1,4 +1,4 @@
-"""What torch's CPU allocator held while something ran, as the profiler saw it: for the plan's tests, and tables."""
+"""Memory that torch's CPU allocator holds while a function runs, from the profiler. For tests of the plan."""
 
 import itertools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from torch._C._profiler import _EventType
 
 
 def allocated(step: Callable[[], None]) -> list[int]:
-    """Bytes held beyond what was there before, after each change while ``step`` ran; 0 first."""
+    """Bytes held in addition to those before the call, after each change while ``step`` runs. Begins with 0."""
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         step()

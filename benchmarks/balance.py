@@ -1,11 +1,12 @@
-"""Two ranks of which one is at half speed: rows by measured speed against equal rows, and against the ideal.
+"""Two ranks, one of them at half speed: rows by measured speed, compared with equal rows and with the ideal.
 
     python -m benchmarks.balance
 
-Runs alternate (A B A B) within the same two processes. The slow rank sleeps in each forward pass as long as the rows
-take to work on, measured before: that is half speed whatever else the machine does, and takes no core from the other.
-A step of 36 rows is 9,216 tokens, small beside real ones; with 12 the reduction weighs more and whole rows fit worse.
-The ideal is the sum of both ranks' rates, each measured alone: no reduction, no update, rows that can be cut.
+Runs alternate (A B A B) within the same two processes. The slow rank sleeps in each forward pass for as long as its
+rows take to compute, which is measured before. So it has half the speed under any load, and takes no core from the
+other rank. A step of 36 rows has 9,216 tokens, few compared with real runs. With 12 rows the reduction takes a larger
+share, and integer numbers of rows fit the speeds less well. The ideal is the sum of the rates of both ranks, each
+measured alone: no reduction, no update, fractions of rows.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a rank of ``benchmarks.balance`` does; rank 1 is slowed to half speed.
+"""One rank of ``benchmarks.balance``; rank 1 is slowed down to half speed.
 
 usage (under torchrun): balance_ranks.py OUT ROUNDS STEPS ROWS
 """

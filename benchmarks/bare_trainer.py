@@ -1,4 +1,4 @@
-"""Flare's trainer without an experiment around it, for benchmarks and tests: nothing is resumed, nothing saved."""
+"""Flare's trainer without an experiment, for benchmarks and tests. It does not resume and does not save."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpointing
 
-The three take turns, and CPU seconds are counted, not the clock's: other work on the machine moves them little.
+The three run in turn. CPU seconds are measured, because other work on the machine changes them little.
 """
 
 import argparse

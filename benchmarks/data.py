@@ -1,12 +1,12 @@
-"""From text to packed rows: Flare, cached and streamed, beside encode_batch alone and beside HF run_clm; memory,
-cached start, reading.
+"""From text to packed rows: Flare, cached and streamed, compared with encode_batch alone and with HF run_clm. Also
+memory, the cached start, and reading.
 
     python -m benchmarks.data [--size_mb 32] [--memory_mb 10,1000] [--rounds 3]
 
-The text is the embedded corpus's paragraphs, drawn anew for each document, with numbers so that words differ. The
-sides alternate (A B C C B A) and each runs in a process of its own, so what else the machine does hits all of
-them; a ratio is taken within a round, and the median round counts. Memory is the proportional set size of all
-processes of a side together, sampled; beside it what is left above the interpreter with its libraries.
+Each document has random paragraphs of the embedded corpus, with numbers so that words differ. The compared programs
+run in turn (A B C C B A), each in its own process, so that other work on the machine affects all of them. A ratio is
+computed within a round, and the median round is reported. Memory is the proportional set size of all processes of a
+program together, sampled; also without that of the interpreter and its libraries.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def sizes(text: str) -> list[int]:
 
 
 class Bench:
-    """Runs jobs on corpora that lie in one directory."""
+    """Runs jobs on corpora in one directory."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

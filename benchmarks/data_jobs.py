@@ -1,4 +1,4 @@
-"""What benchmarks/data.py measures, each job in a process of its own: ``python -m benchmarks.data_jobs JOB ...``.
+"""The jobs that benchmarks/data.py measures, each in its own process: ``python -m benchmarks.data_jobs JOB ...``.
 
 A job prints its numbers as one line of JSON.
 """
@@ -28,13 +28,13 @@ def paragraphs() -> list[str]:
 
 
 def write_corpus(path: Path, num_bytes: int, documents: int | None = None) -> int:
-    """A .jsonl of documents drawn from the embedded corpus's paragraphs, each with words of its own.
+    """A .jsonl of documents drawn from the embedded corpus's paragraphs, each with words that no other document has.
 
-    Every tenth word is followed by a number that no other document has, for the tokenizer remembers words that
+    Every tenth word is followed by a number that no other document has, because the tokenizer caches words that
     it has seen. Returns the number of documents.
 
     Args:
-        documents: write so many short ones instead.
+        documents: write this number of short ones instead.
     """
     source, rng = paragraphs(), random.Random(0)
     sentences = [line for part in source for line in part.split(". ") if 40 < len(line) < 160]
@@ -155,7 +155,7 @@ def run_clm(corpus: Path, tokenizer: Path, work: Path) -> dict:
 def streaming(corpus: Path, tokenizer: Path, work: Path) -> dict:
     """From the file to packed rows that are read, without a token cache: one epoch, all cores, blocks of 1,024 rows.
 
-    ``window_bytes``: tokens that lay on disk at most, looked at once a step.
+    ``window_bytes``: the most bytes of tokens on disk, checked once per step.
     """
     import torch
 
@@ -182,7 +182,7 @@ def streaming(corpus: Path, tokenizer: Path, work: Path) -> dict:
 
 
 def cached_start(corpus: Path, tokenizer: Path, work: Path) -> dict:
-    """Seconds from a corpus whose token cache is there to rows: fingerprint, open, split, pack."""
+    """Seconds from a corpus with an existing token cache to rows: fingerprint, open, split, pack."""
     cache, seconds = open_rows(corpus, tokenizer, work)
     return {"seconds": seconds, "documents": cache.meta["num_documents"]}
 

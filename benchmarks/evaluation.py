@@ -1,10 +1,10 @@
-"""Flare's evaluation against lm-eval's rolling log-likelihood: scored tokens/s and peak memory of the same work.
+"""Flare's evaluation compared with lm-eval's rolling log-likelihood: scored tokens/s and peak memory of the same work.
 
     python -m benchmarks.evaluation
 
-Both score the same documents with the same random model of Qwen's vocabulary, in windows of the same length, so
-many windows at once. Each run is a process of its own; runs alternate (A B A B). The sums of log-likelihoods must
-agree. Peak memory is the process's resident peak; beside it what is left above the loaded model.
+Both score the same documents with the same random model of Qwen's vocabulary, in windows of the same length and
+batches of the same size. Each run has its own process; runs alternate (A B A B). The sums of log-likelihoods must
+agree. Peak memory is the resident peak of the process; also without the loaded model.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(work: Work) -> Measured:
-    """Do the work in a process of its own, so that its peak is its own."""
+    """Do the work in a new process, so that its peak memory can be measured."""
     command = [sys.executable, "-m", "benchmarks.evaluation", "--work", json.dumps(asdict(work))]
     result = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, check=True)
     return Measured(**json.loads(result.stdout.splitlines()[-1]))

@@ -1,10 +1,10 @@
-"""Training on one CUDA GPU with random weights in true shapes: tokens/s, MFU, peak memory against the plan.
+"""Training on one CUDA GPU with random weights in true shapes: tokens/s, MFU, peak memory compared with the plan.
 
     python -m benchmarks.gpu [--only 3B]
 
-Beside Flare's runs of 3B HF Trainer with SDPA does the same work. Peaks are ``torch.cuda.max_memory_allocated`` of a
-process of its own; nothing is downloaded. results/gpu.json is written anew after each case, so that what ends the
-script loses one case. ``--rehearse`` is the same on a CPU with a tiny model: its numbers mean nothing.
+HF Trainer with SDPA does the same work as Flare's 3B runs. Each case has its own process, whose peak is
+``torch.cuda.max_memory_allocated``. Nothing is downloaded. results/gpu.json is written again after each case, so that
+an interruption loses one case. ``--rehearse`` runs the same on a CPU with a tiny model; its numbers mean nothing.
 """
 
 import argparse
@@ -26,11 +26,10 @@ from flare.plan.suggest import fits
 
 SEQ_LEN = 4096
 MAX_BATCH_SIZE = 4
-"""More rows at a time win nothing once a micro-batch holds 16,384 tokens, and steps would take longer."""
+"""Larger micro-batches than 16,384 tokens are not faster, and their steps take longer."""
 STEPS, WARMUP_STEPS = 8, 3
 BUDGET_SEC, CASE_LIMIT_SEC = 500.0, 150.0
-"""No case is begun after the first; one that takes longer than the second is ended. A lent GPU is lent for ten
-minutes."""
+"""Seconds after which no other case starts, and after which a running case is ended."""
 
 MAX_MICRO_BATCH = 4096
 """Where the search for the largest micro-batch ends."""
@@ -67,7 +66,7 @@ CASES = [
     Case("Qwen/Qwen2.5-0.5B", 1, False),
     Case("Qwen/Qwen2.5-0.5B", 2, False),
 ]
-"""The most telling first."""
+"""The most important first."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def planned(case: Case, place: Place) -> Plan | None:
 
 
 def run(case: Case, place: Place) -> dict:
-    """Measure one case; what fails is told in the table, not hidden.
+    """Measure one case. A failure is reported in the table.
 
     HF Trainer gets the rows that fit Flare. Where they are too many, for either, half of them are tried, and so on;
     the row says so.

@@ -1,4 +1,4 @@
-"""What every benchmark says about itself: machine, versions, commit, command; and how its table looks."""
+"""The provenance in every result (machine, versions, commit, command), and the tables."""
 
 import json
 import os

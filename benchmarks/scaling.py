@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling
 
-Beside each cost stands what the FLOPs of the plan say it should be, relative to the first line of its group: work that
-is not in that count (softmax, norms, the optimizer, Python) shows as a difference. Ranks share the cores: with more
-ranks than cores a token gets no cheaper.
+Next to each cost is the one predicted by the plan's FLOPs, relative to the first line of its group. Work that is not
+in that count (softmax, norms, the optimizer, Python) shows as a difference. Ranks share the cores: with more ranks
+than cores a token does not get cheaper.
 """
 
 import argparse

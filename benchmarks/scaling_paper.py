@@ -1,4 +1,4 @@
-"""How a step scales to many GPUs, on paper: ``python -m benchmarks.scaling_paper`` prints docs/scaling.md's tables.
+"""An estimate of how a step scales to many GPUs: ``python -m benchmarks.scaling_paper``. See docs/scaling.md.
 
 Nothing here is measured. Collectives are rings: of S bytes among N GPUs, an all-gather or a reduce-scatter takes
 (N - 1) / N x S / bandwidth, an all-reduce both. The slowest link decides: that between GPUs of a host, or all

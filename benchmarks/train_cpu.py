@@ -1,10 +1,9 @@
-"""Flare against HF Trainer as run_clm uses it, on the CPU: tokens/s and peak memory of the same training.
+"""Flare compared with HF Trainer as run_clm uses it, on the CPU: tokens/s and peak memory of the same training.
 
     python -m benchmarks.train_cpu
 
-In bf16, as people train, and in fp32. Peak memory is the process's resident peak; beside it what is left above the
-interpreter with its libraries.
-Runs alternate (A B A B), so that what else the machine does hits both sides.
+In bf16, as people train, and in fp32. Peak memory is the resident peak of the process; also without that of the
+interpreter and its libraries. Runs alternate (A B A B), so that other work on the machine affects both.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python -m benchmarks.workload '{"trainer": "flare", ...}'
 
-Each measurement is a process of its own, so that peaks of memory are its own. The same weights, rows and
+Each measurement has its own process, so that its peak memory can be measured. The same weights, rows and
 updates on both sides: rows of random tokens joined as ``run_clm`` joins them (``concat``: no document bounds).
 """
 
