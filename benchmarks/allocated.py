@@ -1,4 +1,4 @@
-"""Memory that torch's CPU allocator holds while a function runs, from the profiler. For tests of the plan."""
+"""Memory that torch's CPU allocator holds while a function runs, from the profiler. For tests and benchmarks."""
 
 import itertools
 from collections.abc import Callable

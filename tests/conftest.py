@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# One thread a process: OpenMP's threads of two processes on the same cores wait for each other a hundred
+# One thread per process: OpenMP's threads of two processes on the same cores wait for each other a hundred
 # times longer than they work. Set before anything imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
 # The hub's caches are the tests' own: HOME may be read-only, and what a user has cached must not decide a test.
@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Property tests are the same from run to run: a failure on one machine is one on every machine."""
+    """Property tests use the same examples in every run, so a failure can be reproduced on every machine."""
     fixed = {"derandomize": True, "deadline": None, "database": None}
     settings.register_profile("some", max_examples=25, **fixed)
     settings.register_profile("many", max_examples=2000, suppress_health_check=[HealthCheck.too_slow], **fixed)

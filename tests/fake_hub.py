@@ -1,8 +1,8 @@
 """A server on 127.0.0.1 that answers as the Hugging Face hub does, for the client's real code: HF_ENDPOINT=its url.
 
-It serves a folder: ``ROOT/datasets/OWNER/NAME/COMMIT/...`` and a file ``refs.json`` beside the commits that maps
+It serves a folder: ``ROOT/datasets/OWNER/NAME/COMMIT/...`` and a file ``refs.json`` next to the commits that maps
 branches and tags to them; the same under ``ROOT/models``. Endpoints and headers are those that huggingface_hub 1.x
-asks for (hf_api.py, file_download.py): repository info, tree, paths-info, resolve.
+requests (hf_api.py, file_download.py): repository info, tree, paths-info, resolve.
 """
 
 import hashlib
@@ -134,7 +134,7 @@ def entry(path: Path, folder: Path) -> dict:
 
 @contextmanager
 def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(address, list of what is asked for) of a hub with this content."""
+    """(address, list of requested paths) of a hub with this content."""
     handler = type("Handler", (Hub,), {"root": root, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

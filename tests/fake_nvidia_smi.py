@@ -78,7 +78,7 @@ MISBEHAVIOURS: dict[str, tuple[bytes, int]] = {
 
 @dataclass
 class FakeNvidiaSmi:
-    """An installed fake. ``directory`` is to be put first on PATH (``environment`` does)."""
+    """An installed fake. ``directory`` must be first on PATH (``environment`` does this)."""
 
     directory: Path
     _calls: Path = field(repr=False)
@@ -123,7 +123,7 @@ def install(directory: Path, mode: str = "guide") -> FakeNvidiaSmi:
 
 
 def install_raw(directory: Path, stdout: bytes, exit_code: int = 0) -> FakeNvidiaSmi:
-    """An ``nvidia-smi`` that prints exactly these bytes, whatever it is asked, and exits."""
+    """An ``nvidia-smi`` that prints exactly these bytes, for any arguments, and exits."""
     fake = _write(directory, f'cat "$here/stdout.bin"\nexit {exit_code}\n')
     (directory / "stdout.bin").write_bytes(stdout)
     return fake

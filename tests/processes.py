@@ -32,7 +32,7 @@ def run_script(script: str, *flags: object, timeout: int = 240, **kwargs: object
 
 
 def torchrun(processes: int, module: str, *arguments: object, timeout: int = 240) -> None:
-    """Run a module of the tests on so many gloo ranks (one needs no launcher), to its end and without an error."""
+    """Run a module of the tests on this number of gloo ranks (one needs no launcher); it must end without an error."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), "-m", module, *map(str, arguments)],
@@ -81,7 +81,7 @@ class Running:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def wait(self, timeout_sec: float = 240) -> Ended:
-        """The end, without a traceback whatever it was. Killed when it takes so long."""
+        """Wait for the end, which must have no traceback. The process is killed after the limit."""
         limit = threading.Timer(timeout_sec, os.killpg, (self.pid, signal.SIGKILL))
         limit.start()
         returncode = self.zygote.ask({"wait": self.pid})["returncode"]
@@ -142,5 +142,5 @@ def zygote() -> Zygote:
 
 
 def train(*flags: object, timeout: int = 240, cwd: Path = REPO) -> Ended:
-    """train_qwen_multi_gpu.py in a process of its own, forked from one that has the imports."""
+    """train_qwen_multi_gpu.py in a process forked from one that has the imports."""
     return zygote().start(*flags, cwd=cwd).wait(timeout)

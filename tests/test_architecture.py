@@ -31,7 +31,7 @@ PACKAGES = [
     ["train"],
     ["demo"],
 ]
-"""Bottom up: modules at the root of flare/ and packages. Each imports what lies below it, never beside or above."""
+"""Bottom up: modules at the root of flare/ and packages. Each imports only from lower levels."""
 RANK = {name: rank for rank, names in enumerate(PACKAGES) for name in names}
 MODULES = sorted((REPO / "flare").rglob("*.py"))
 MAX_ROOT_MODULES = 12
@@ -109,7 +109,7 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_the_package_logs_and_does_not_print(path: Path) -> None:
-    """But for commands, whose output it is. What runs in a process of its own, without Flare, answers on stdout."""
+    """Except commands, whose output it is, and a process without Flare that answers on stdout."""
     if path.relative_to(REPO / "flare").as_posix() in MAY_PRINT:
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

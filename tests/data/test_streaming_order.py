@@ -202,7 +202,7 @@ def test_held_out_documents_are_left_out_and_limits_kept(tmp_path: Path) -> None
     found = {document[0] for document in documents_of([block])}
     expected = {int(text.split()[0]) for text in texts[:50] if text_hash(text) >= below}
     assert found <= expected
-    assert len(expected - found) <= 2  # the tail that fills no row
+    assert len(expected - found) <= 2  # the tail that is shorter than a row
 
 
 # -- errors ------------------------------------------------------------------------------------------------------

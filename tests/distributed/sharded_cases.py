@@ -146,7 +146,7 @@ def flagged_updates(base: Path, world: World) -> dict:
 
 
 def canary(base: Path, directory: Path, world: World) -> list[str]:
-    """What became of a start from a model with a canary, and on each rank of one whose weights were edited since."""
+    """The results of a start from a model with a canary, and on each rank of a start from one with edited weights."""
     config = with_nope(read_model_config(base), LAYERS, None, str(base))
 
     def copy() -> None:

@@ -1,4 +1,4 @@
-"""Run under torchrun: the peak of an optimizer step of small models that two ranks share, and what the plan says.
+"""Run under torchrun: the peak of an optimizer step of small models sharded over two ranks, and the plan's number.
 
 usage: sharded_peaks.py OUT
 """
@@ -36,7 +36,7 @@ CASES = {
 def measure(
     train: str, bf16: bool, checkpointing: bool | str, sizes: dict, world: process_group.World
 ) -> tuple[int, int]:
-    """(peak beyond weights and moments as torch's allocator saw it, the plan's)."""
+    """(peak without weights and moments from torch's allocator, the plan's number)."""
     model_sizes = {k: v for k, v in sizes.items() if k not in ("rows", "seq_len")}
     model, shape, trainable = tiny_training("qwen2", train, bf16, checkpointing, **model_sizes)
     ids, positions = rows_of_tokens(shape.vocab_size, sizes["rows"], sizes["seq_len"], 4)

@@ -44,7 +44,7 @@ def test_sharded_loss_and_gradients_are_those_of_the_unsharded_model(found: dict
 def test_16_bit_runs_shard_fp32_masters_beside_frozen_16_bit_weights(
     found: dict, what: str, precision: str, dtype: str
 ) -> None:
-    """Autocast and 16 bits all through round differently: gradients within a few percent of their norm."""
+    """Autocast and computing everything in 16 bits round differently: gradients within a few percent of their norm."""
     case = found[f"qwen2: {precision}, {what}"]
     assert case["dtypes"] == sorted([*([f"{dtype} False"] if "attention" in what else []), "torch.float32 True"])
     assert case["gradient dtypes"] == ["torch.float32"]
@@ -137,7 +137,7 @@ def test_the_final_model_of_a_sharded_run_is_complete_and_its_canary_valid(unbro
 
 @pytest.mark.slow
 def test_a_sharded_run_without_nope_layers_ends_with_a_final_model(flags: list[str], tmp_path: Path) -> None:
-    """The control: RoPE everywhere, so there is no canary to write."""
+    """The control has RoPE everywhere, so no canary is written."""
     run = [*flags, "--base_output_dir", tmp_path, "--experiment_name", "run", "--parallel", "fsdp"]
     result = train(*run, "--nproc_per_node", 2, "--max_steps", 1, "--no_rope_layers", "none")
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""One rank of two runs out of memory: both end, one line says what would fit, nothing else is printed."""
+"""One rank of two runs out of memory: both end, and one line with settings that would fit is printed."""
 
 import json
 import socket

@@ -34,7 +34,7 @@ sys.exit(run_script(main))
 
 
 def two_ranks(limit_sec: float, **environment: str) -> list[subprocess.CompletedProcess]:
-    """Two real gloo processes through the start of a run; their ends, by rank."""
+    """Run the start of a run in two real gloo processes. Returns how each ended, by rank."""
     import socket
 
     with socket.socket() as free:

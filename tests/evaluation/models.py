@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers of the evaluation tests, made on the spot: random ones, and tables worked by hand."""
+"""Tiny models and tokenizers of the evaluation tests: random ones, and tables worked by hand."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte."""
+    """One token per byte."""
     alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     return byte_level(Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, [])))
 
@@ -55,7 +55,7 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def tiny(model_type: str = "qwen2", **overrides):
-    """A random causal LM of transformers whose loss is far from flat."""
+    """A random causal LM of transformers whose loss varies much between tokens."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 330, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

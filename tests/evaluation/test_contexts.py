@@ -57,7 +57,7 @@ def test_every_token_is_scored_once_for_any_stride():
 
 
 def test_strided_perplexity_equals_hf_guide_with_its_token_count(model, tokenizer):
-    """The loop of transformers' guide "Perplexity of fixed-length models", as it stands there; and exact counts."""
+    """The loop of transformers' guide "Perplexity of fixed-length models", unchanged; and exact counts."""
     max_length, stride, windows = 17, 5, 9  # their windows hold the targets, too: one more than ours see
     ids = tokenizer(LONG)["input_ids"][: max_length + stride * (windows - 1)]
     input_ids = torch.tensor([ids])

@@ -22,7 +22,7 @@ def test_wikitext_lines_are_joined_into_pages() -> None:
 def test_rows_without_text_are_skipped_in_wikitext_and_lambada(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A null row of WikiText is no line "None"; a blank one is part of its page."""
+    """A null row of WikiText is not a line "None"; a blank one is part of its page."""
     page = [" = One = \n", " \n", " text . \n"]
     wiki = write_rows(tmp_path / "wiki.jsonl", *page[:2], None, page[2], 7, " = Two = \n", " \ud800 \n", " y \n")
     passages = write_rows(tmp_path / "words.jsonl", "a passage and its end", "word", "ends in a space ", None)

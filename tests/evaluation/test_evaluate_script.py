@@ -121,7 +121,7 @@ def test_known_data_set_given_as_two_files_is_an_error(family: dict[str, Path], 
 
 def test_edited_nope_layers_are_refused(family: dict[str, Path], tmp_path: Path) -> None:
     """The model's own class opened with another list of layers than it was patched with is another model; a
-    config that names none is no NoPE model at all."""
+    config without NoPE layers is not a NoPE model."""
     import shutil
 
     shutil.copytree(family["patched"], tmp_path / "lie")
@@ -176,7 +176,7 @@ def test_compared_model_scores_the_same_as_when_evaluated_alone(family: dict[str
 
 @pytest.mark.slow
 def test_failed_context_lengths_and_passkey_are_reported(tmp_path: Path) -> None:
-    """A model with a table of positions, asked for longer contexts."""
+    """A model with a table of positions, evaluated on longer contexts."""
     model = tmp_path / "gpt2"
     tiny("gpt2", n_positions=64, max_position_embeddings=64).save_pretrained(model)
     bpe_tokenizer().save_pretrained(model)

@@ -40,7 +40,7 @@ def test_results_do_not_depend_on_batch_size_and_number_of_processes(
 
 @pytest.mark.slow
 def test_two_processes_agree_on_passkey_comparison_and_concat(base_model: Path, tmp_path: Path):
-    """The other metrics, on a model with NoPE layers (the probe) beside its base."""
+    """The other metrics, on a model with NoPE layers (the probe) and its base."""
     patched = tmp_path / "patched"
     flags = ["--model_name_or_path", base_model, "--no_rope_layers", "1-2", "--output_dir", patched]
     assert run_script("patch_qwen_rope.py", *flags).returncode == 0

@@ -70,7 +70,7 @@ def test_known_data_sets_are_read_in_the_layout_of_the_hub(mirror: Path, tmp_pat
 
 @pytest.mark.slow
 def test_default_data_sets_from_a_mirror_with_one_missing(base_model: Path, mirror: Path, tmp_path: Path):
-    """Offline: what the mirror lacks is asked of the hub, fails, and leaves the others standing."""
+    """Offline: a data set that the mirror lacks is requested from the hub and fails; the others are evaluated."""
     (mirror / "EleutherAI").rename(mirror / "away")
     try:
         result = run_script(

@@ -51,7 +51,7 @@ def write_task(kind: str, data: Path, directory: Path) -> Path:
 
 @pytest.fixture
 def last_words(tmp_path: Path) -> Path:
-    """Documents whose last word is asked for; lm-eval is there."""
+    """Documents for a task that predicts the last word; needs lm-eval."""
     pytest.importorskip("lm_eval")
     data = tmp_path / "words.jsonl"
     data.write_text(
@@ -78,7 +78,7 @@ def test_lm_eval_tasks_appear_in_results_and_report(base_model: Path, last_words
 
 @pytest.mark.slow
 def test_lm_eval_tasks_agree_on_two_processes(base_model: Path, last_words: Path, tmp_path: Path):
-    """All kinds of requests; the one that a single document makes leaves a process without work."""
+    """All kinds of requests; a single document makes one request, so one process has no work."""
     tasks = ",".join(str(write_task(kind, last_words, tmp_path)) for kind in KINDS)
     flags = ["--model_path", base_model, "--datasets", last_words, "--max_length", 64, "--lm_eval_tasks", tasks]
     one = evaluate(tmp_path / "one", *flags, "--device", "cpu", "--batch_size", 1)["lm_eval"]
@@ -91,7 +91,7 @@ def test_lm_eval_tasks_agree_on_two_processes(base_model: Path, last_words: Path
 
 @pytest.mark.slow
 def test_failed_lm_eval_task_does_not_stop_the_evaluation(base_model: Path, last_words: Path, tmp_path: Path):
-    """Its data is gone: rank 0 finds out while the other waits for requests."""
+    """The data of the task was deleted: rank 0 fails while the other rank waits for requests."""
     task = write_task("loglikelihood", tmp_path / "gone.jsonl", tmp_path)
     result = run_script(
         "evaluate_model_enhanced.py", "--model_path", base_model, "--datasets", last_words, "--lm_eval_tasks", task,

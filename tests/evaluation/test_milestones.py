@@ -25,7 +25,7 @@ def test_control_is_distinguished_from_base_by_its_stages(tmp_path: Path) -> Non
 
 
 def test_stages_are_found_when_stage1_and_stage2_are_two_experiments(tmp_path: Path) -> None:
-    """NAME_stage2 that started from NAME_stage1: a control there is no base. A model moved away has no record."""
+    """NAME_stage2 that started from NAME_stage1: a control there is not a base. A moved model has no record."""
     for kind, nope_layers in (("control", []), ("mine", [1])):
         for stage in (1, 2):
             root = tmp_path / f"{kind}_stage{stage}"
@@ -49,7 +49,7 @@ def test_stages_are_found_when_stage1_and_stage2_are_two_experiments(tmp_path: P
 
 
 def test_fair_control_had_the_same_training_except_for_rope() -> None:
-    """By training_metrics.json: data, length, schedule, steps; not how the work was shared, nor the NoPE layers."""
+    """By training_metrics.json: data, length, schedule, steps; not the division of work or the NoPE layers."""
 
     def block(**other: object) -> dict:
         identity = {"data": "5f", "max_seq_length": 4096, "packing": "document", "train_layers": "layers 20-32"}
@@ -70,7 +70,7 @@ def test_fair_control_had_the_same_training_except_for_rope() -> None:
     ):
         control = training_of({"1": block(), "2": other}, 2)
         assert not same_training(control, mine) and differences(control, mine) == [words]
-    assert same_training({"stages": [1, 2]}, mine)  # an experiment of before recorded less
+    assert same_training({"stages": [1, 2]}, mine)  # an earlier version recorded less
     assert not same_training(None, mine) and not same_training({}, {})
 
 

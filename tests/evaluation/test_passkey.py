@@ -1,4 +1,4 @@
-"""Passkey and LAMBADA: RULER's own text and scorer, lm-eval's log-likelihoods, models that copy and that do not."""
+"""Passkey and LAMBADA: RULER's own text and scorer, lm-eval's log-likelihoods, and models that copy or do not."""
 
 import ast
 import json
@@ -89,7 +89,7 @@ def constant(tree: ast.Module, name: str) -> str:
 
 
 def test_prompt_equals_rulers_niah_single_1():
-    """RULER's generator as lm-eval ships it, taken out of its file (which wants word lists and the network)."""
+    """RULER's generator as in lm-eval, extracted from its file (which needs word lists and the network)."""
     tree = ruler_source("prepare_niah.py")
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "generate_input_output")
     names = {
@@ -156,7 +156,7 @@ def test_copying_model_finds_every_number(copies, found):
 
 
 def test_answers_of_several_ranks_are_in_the_order_of_the_samples(tmp_path):
-    """Each text has a number of its own: an answer that came back to another one would not count."""
+    """Each text has a different number, so an answer that is assigned to another text would be wrong."""
     torchrun(2, "tests.evaluation.passkey_ranks", tmp_path / "rows.json")
     tokenizer = bytes_tokenizer()
     samples = make_samples(tokenizer, [1200], (0, 100), 3)
@@ -226,7 +226,7 @@ def test_long_contexts_are_truncated_on_the_left_as_in_lm_eval():
 
 
 def test_bos_precedes_contexts_and_prompts_as_in_lm_eval():
-    """Llama and Gemma were trained with it: without it their numbers, as a baseline, are far too bad."""
+    """Llama and Gemma were trained with it: without it their results, as a baseline, are far too low."""
     tokenizer, model = with_bos(bytes_tokenizer()), tiny()
     pairs = [("The quick brown", " fox"), ("Where a ", "layer has")]
     theirs = lm_eval_loglikelihood(model, tokenizer, pairs, 64)

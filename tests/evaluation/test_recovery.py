@@ -1,4 +1,4 @@
-"""What was won back, and how sure a difference is: worked by hand, and against scipy."""
+"""The recovered share of the loss, and confidence intervals: worked by hand, and compared with scipy."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Fixtures of the fault matrix: the process that forks runs, and the run that nothing happened to."""
+"""Fixtures of the fault matrix: the process that forks runs, and the uninterrupted run."""
 
 from pathlib import Path
 

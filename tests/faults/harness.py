@@ -1,8 +1,8 @@
 """Shared by the rows of the fault matrix: runs as processes, and the oracles that are checked after each.
 
 The oracles of shared/FAULTS.md: (a) the final weights are the uninterrupted run's, bit for bit; (b) every row was
-consumed once; (c) no complete checkpoint was lost; (d) training_metrics.json says truly how the run ended; (e) no
-traceback; (f) no process left behind.
+consumed once; (c) no complete checkpoint was lost; (d) training_metrics.json records correctly how the run ended;
+(e) no traceback; (f) no process left behind.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def stage(run: Path, number: int = 1) -> dict:
 
 
 def complete_steps(run: Path) -> list[int]:
-    """Steps of the checkpoints whose every file is what its manifest says."""
+    """Steps of the checkpoints whose every file matches its manifest."""
     checkpoints = list_checkpoints(run / "checkpoints")
     for checkpoint in checkpoints:
         checkpoint.verify()
@@ -52,7 +52,7 @@ def complete_steps(run: Path) -> list[int]:
 def rows_by_step(path: Path) -> dict[int, list[int]]:
     """First row number of a step -> its rows, as the last process that did this step read them (``record_rows``).
 
-    The rows after the last step are read ahead, too; they are no part of the run.
+    The rows after the last step are read ahead, too; they are not part of the run.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return {first: rows for first, rows in lines if first < STEPS * ROWS}

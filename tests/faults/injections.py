@@ -1,4 +1,4 @@
-"""Faults that a run injects into itself. Each is called once, before the script's main; none is the product's code.
+"""Faults that a run injects into itself. Each is called once, before the script's main; none is part of Flare.
 
 Python's audit hooks report every file that the run opens, renames or removes, so that a run can be killed at each
 of these moments, wherever in the code it is.
@@ -156,7 +156,7 @@ def die_in_save(step: int) -> None:
 
 
 def limit_memory(module: str, function: str, mib: int) -> None:
-    """From the first call of a function (``Class.method``) on, only so much more memory can be had."""
+    """From the first call of a function (``Class.method``) on, the process can allocate only this much more memory."""
     owner_name, name = function.split(".")
     owner = getattr(importlib.import_module(module), owner_name)
     limited = getattr(owner, name)

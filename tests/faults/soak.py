@@ -1,4 +1,4 @@
-"""Kill training again and again, at random moments in random ways, and judge what is left each time.
+"""Kill training again and again, at random moments in random ways, and check the remaining files each time.
 
     python -m tests.faults.soak --kills 200 [--seed 0]
 

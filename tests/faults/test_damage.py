@@ -120,7 +120,7 @@ def test_the_older_checkpoint_is_used_whatever_is_damaged(
 def test_without_a_complete_checkpoint_there_is_no_silent_fresh_start(
     zygote: Zygote, flags: list[str], run: Path
 ) -> None:
-    """Row 13: never a fresh Adam, or fresh weights, in silence."""
+    """Row 13: never new Adam moments, or new weights, silently."""
     for step in (2, 4):
         (run / "checkpoints" / f"checkpoint-{step}" / "optimizer.safetensors").unlink()
     ended = zygote.run(*flags)
@@ -224,7 +224,7 @@ def test_list_and_verify_report_the_checkpoints(run: Path, capsys: pytest.Captur
 
 
 def test_a_manifest_that_is_changed_is_found(run: Path) -> None:
-    """As far as it can: what it says of the files."""
+    """As far as possible: its entries about the files."""
     path = run / "checkpoints" / "checkpoint-4"
     manifest = json.loads((path / "manifest.json").read_text())
     for entry in manifest["files"].values():

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment (rows 1-3 and 36 of the matrix): the same command again gives the uninterrupted run."""
+"""SIGKILL at any moment (rows 1-3 and 36 of the matrix): the same command then has the uninterrupted run's result."""
 
 import random
 import re
@@ -36,7 +36,7 @@ def test_killed_in_a_step(
 
 
 SHORT = ("--max_steps", 4, "--save_total_limit", 1, "--eval_steps", 4)
-"""A run whose every moment can be tried: two saves, one of them prunes the other, and a final model."""
+"""A run short enough to kill at every moment: two saves, one of which deletes the other, and a final model."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def moments(events: Path) -> list[int]:
 
 
 def try_moment(zygote: Zygote, flags: list[str], out: Path, short: Path, moment: int) -> None:
-    """Kill a run at a moment and judge what is left; then the same command must give the uninterrupted run."""
+    """Kill a run at a moment and check the files; the same command must then have the uninterrupted run's result."""
     run = out / "run"
     flags = [*flags, "--base_output_dir", str(out)]
     assert zygote.run(*flags, *SHORT, fault=("die_at", moment, str(run))).returncode == KILLED

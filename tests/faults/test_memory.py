@@ -1,4 +1,4 @@
-"""Memory that is short, by a real limit of the process (row 50): the error names the phase, nothing stays half."""
+"""Too little memory, by a real limit of the process (row 50): the error names the phase, no file is incomplete."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rows without a target (row 32): a step of such rows is skipped; data of nothing else is refused."""
+"""Rows without a target (row 32): a step of such rows is skipped; data with only such rows is refused."""
 
 import json
 import shutil

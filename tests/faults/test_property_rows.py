@@ -1,4 +1,4 @@
-"""Data files in every format, with rows that are no text, and with bytes changed: whatever is read is what was
+"""Data files in every format, with rows that are not text, and with changed bytes: whatever is read is what was
 written, good rows are all used, bad ones counted; a file that cannot be read is an error of one line."""
 
 import csv
@@ -126,7 +126,7 @@ def test_every_format_gives_back_what_was_written(
 def test_a_damaged_file_is_rows_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, name: str, texts: list[str], changes: list
 ) -> None:
-    """An archive of gzip has a checksum of its own: what is read of one is what was written."""
+    """gzip has a checksum, so what is read from an archive is what was written."""
     content = changed(WRITERS[name](texts), changes)
     try:
         found, bad, _ = read(tmp_path_factory.getbasetemp(), name, content)

@@ -1,4 +1,4 @@
-"""What people and programs type at us: config files, layer specs, nvidia-smi's output.
+"""Input of people and programs: config files, layer specs, nvidia-smi's output.
 
 Each becomes what an independent reading of it says, or an error of one line; never a traceback.
 """
@@ -83,7 +83,7 @@ def one_error(error: FlareError) -> bool:
 
 
 def options_of(path: Path, text: str | bytes) -> dict | None:
-    """What the file comes to; None when it is refused."""
+    """The options that the file sets; None when it is refused."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogatepass"))
     try:
         return vars(resolve(["--config", str(path)]).options)

@@ -1,4 +1,4 @@
-"""What comes from others is data, never code; names stay inside; secrets stay out of what is written."""
+"""Foreign files are data, never code; names stay inside the directory; secrets are not written anywhere."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Signals at inconvenient places and in numbers (rows 5, 6 and 7 of the matrix)."""
+"""Signals at inconvenient moments, and several at once (rows 5, 6 and 7 of the matrix)."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ PAUSED = 4
 
 
 def send_until_it_ends(running: Running, number: int) -> None:
-    """Again and again: of two that come at once a process sees one."""
+    """Repeatedly, because of two signals at the same time a process receives one."""
 
     def ended() -> bool:
         running.send(number)
@@ -28,7 +28,7 @@ def send_until_it_ends(running: Running, number: int) -> None:
 
 
 def assert_gone(pids: dict[int, int]) -> None:
-    """Whoever was killed is gone when its new parent has taken notice."""
+    """A killed process disappears when its new parent has reaped it."""
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.values()), "the workers' end")
 
 

@@ -1,7 +1,7 @@
 """Runs of train_qwen_multi_gpu.py without the seconds that imports take: a process that has them forks one per run.
 
-Each run is a process of its own (environment, directory, streams, session) that takes real signals and dies real
-deaths; only the imported modules are shared. The fault to inject, if any, is installed in it before the script's
+Each run is a real process (environment, directory, streams, session) that receives real signals and is really
+killed; only the imported modules are shared. The fault to inject, if any, is installed in it before the script's
 main is called. Started by tests/processes.py, which talks to it in lines of JSON.
 """
 

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """No variable that a test, or a run around it, left behind; and what the test sets is gone after it."""
+    """Remove variables that other tests or a surrounding run have set, and those of this test after it."""
     before = dict(os.environ)
     for name in [n for n in os.environ if n.startswith(("FLARE_", "MASTER_", "NNODES", "NODE_RANK", "GLOO_"))]:
         del os.environ[name]

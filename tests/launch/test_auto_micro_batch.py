@@ -93,7 +93,7 @@ def test_global_batch_that_processes_cannot_share_is_refused(base: Path, tmp_pat
 
 @pytest.mark.slow
 def test_auto_trains_as_the_same_micro_batch_given_explicitly(train_flags: list[str], tmp_path: Path) -> None:
-    """On two processes, where both must come to the same number; and the records have that number."""
+    """On two processes, both of which must choose the same number; the records have that number."""
     flags = [*train_flags, "--max_steps", 2, "--nproc_per_node", 2, "--global_batch_size", 8]
     result = train_anew(*flags, *AUTO)
     assert result.returncode == 0, result.stderr

@@ -41,7 +41,7 @@ def test_torchruns_variables_reach_the_rendezvous(clean_environment: pytest.Monk
 
 @pytest.mark.slow
 def test_host_whose_name_does_not_resolve_trains(train_flags: list[str]) -> None:
-    """A container's or laptop's name is often known to nobody."""
+    """The name of a container or laptop often does not resolve."""
     if os.geteuid() != 0 or subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
         pytest.skip("needs root and unshare --uts")
     flags = [*train_flags, "--max_steps", "1", "--nproc_per_node", "2"]

@@ -50,7 +50,7 @@ def test_rank_with_another_gpu_stops_before_it_allocates(
 def test_a_gpu_without_bf16_stops_a_run_that_needs_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: bool
 ) -> None:
-    """Whatever its name: torch's compute capability is the judge."""
+    """By torch's compute capability, not by name."""
     fake_cuda(monkeypatch, [("NVIDIA X", "0")])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")

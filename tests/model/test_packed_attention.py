@@ -1,4 +1,4 @@
-"""Document boundaries as masks and as bounds: against transformers' own mask, and against each other."""
+"""Document boundaries as masks and as bounds: compared with transformers' own mask, and with each other."""
 
 from pathlib import Path
 

@@ -85,5 +85,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeFlashAttn:
     monkeypatch.setitem(sys.modules, padding.__name__, padding)
     monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda *_, **__: True)
     monkeypatch.setattr(utils, "_loaded_implementation", None)  # it imports once only
-    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)  # asks for a GPU
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)  # needs a GPU
     return kernels

@@ -175,7 +175,7 @@ def test_weights_a_little_off_are_not_the_true_model(patched: Path) -> None:
 
 
 def native_model(source: torch.nn.Module, layers: list[int]) -> torch.nn.Module:
-    """The same weights in a class of transformers that has NoPE layers of its own."""
+    """The same weights in a class of transformers that has NoPE layers itself."""
     from transformers import ExaoneMoeConfig, ExaoneMoeForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
     names = (
@@ -244,7 +244,7 @@ def test_an_export_takes_the_canary_along_and_passes_it(patched: Path, tmp_path:
 
 
 def test_an_edited_list_of_layers_is_caught_by_verify(patched: Path, tmp_path: Path) -> None:
-    """Another list makes another consistent model: the structural probe has nothing to say against it."""
+    """Another list makes another consistent model: the structural probe does not detect it."""
     shutil.copytree(patched, tmp_path / "copy")
     assert verify_directory(tmp_path / "copy")[-1].startswith("nope_canary.json: true model (")
     config = json.loads((patched / "config.json").read_text())

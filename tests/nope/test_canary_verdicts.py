@@ -37,7 +37,7 @@ def test_indistinguishable_models_are_called_so(tmp_path: Path) -> None:
         (0.09, 0.3, SERVER, "true model"),
         (0.15, 0.3, SERVER, "neither"),
         (0.06, 0.15, SERVER, "undecidable"),  # both references within a bf16 server's noise
-        (0.0, 0.15, SERVER, "true model"),  # but an exact server can be told
+        (0.0, 0.15, SERVER, "true model"),  # but an exact server can be distinguished
         (0.0, 0.0005, LOCAL, "undecidable"),
         (0.005, 0.0005, LOCAL, "neither"),
         (float("nan"), 1.0, SERVER, "neither"),

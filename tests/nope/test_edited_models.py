@@ -22,7 +22,7 @@ from tests.processes import train
 
 
 def edit_config(directory: Path, **changes: object) -> None:
-    """Set keys of config.json; None takes one out."""
+    """Set keys of config.json; None removes a key."""
     config = json.loads((directory / "config.json").read_text()) | changes
     (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
@@ -83,7 +83,7 @@ def test_evaluation_and_verify_refuse_a_model_that_lies(honest: Path, corpus: Pa
 def test_a_true_model_passes_in_every_precision(
     honest: Path, corpus: Path, tmp_path: Path, stored: str, precision: str
 ) -> None:
-    """Rounding to the precision that one trains or evaluates in is no lie."""
+    """Rounding to the precision of training or evaluation is not an edit."""
     shutil.copytree(honest, tmp_path / "model")
     load_causal_lm(honest).to(getattr(torch, stored)).save_pretrained(tmp_path / "model")
     edit_config(tmp_path / "model", auto_map=json.loads((honest / "config.json").read_text())["auto_map"])

@@ -1,4 +1,4 @@
-"""--verify_endpoint against real HTTP servers of these tests' own, in the forms of vLLM, SGLang and llama.cpp."""
+"""--verify_endpoint against real HTTP servers in this process, in the forms of vLLM, SGLang and llama.cpp."""
 
 import contextlib
 import json
@@ -138,7 +138,7 @@ FORMS = {
 def serving(
     form: str, model: torch.nn.Module | None = None, names: tuple[str, ...] = ("tiny",)
 ) -> Iterator[ThreadingHTTPServer]:
-    """A server on a port of its own; ``server.url``, and what it was asked in ``server.requests``."""
+    """A server on a free port; ``server.url``, and its requests in ``server.requests``."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
     server.form, server.model, server.names = form, model, names
     server.requests, server.let_go = [], threading.Event()

@@ -263,7 +263,7 @@ def test_an_export_that_transformers_saved_again_is_still_ours(
 
 
 def test_trained_o_proj_biases_are_not_thrown_away(families: dict[str, Family], tmp_path: Path) -> None:
-    """Somebody fine-tuned the export: its biases are no zeros any more."""
+    """Somebody fine-tuned the export: its biases are not zeros any more."""
     model = load_causal_lm(families["qwen2-tied"].export)
     model.model.layers[4].self_attn.o_proj.bias.data[3] = 0.5
     model.save_pretrained(tmp_path / "tuned")

@@ -1,4 +1,4 @@
-"""NoPE layers: the right layers, bit for bit, and never back in silence."""
+"""NoPE layers: the right layers, bit for bit, and RoPE never returns silently."""
 
 import json
 import os

@@ -52,7 +52,7 @@ def test_power_of_two_is_bitwise_a_factor_on_scaling(plain: Path, tmp_path: Path
     with torch.no_grad():
         logits = load_causal_lm(tmp_path / "patched")(tokens()).logits
         assert torch.equal(logits, reference(tokens()).logits)
-        assert (logits - scaled_reference(plain, 1.0)(tokens()).logits).abs().max() > 1e-3  # it does matter
+        assert (logits - scaled_reference(plain, 1.0)(tokens()).logits).abs().max() > 1e-3  # it has an effect
 
 
 def test_any_factor_scales_the_scores_of_nope_layers_in_float64(plain: Path) -> None:

@@ -37,7 +37,7 @@ def build(sharded: bool, kind: str = "adamw_torch_8bit") -> torch.optim.Optimize
 
 
 def run(optimizer: torch.optim.Optimizer, steps: int = 3) -> torch.optim.Optimizer:
-    """Steps with the same gradients whoever holds what."""
+    """Steps with the same gradients for every layout."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         for group in optimizer.param_groups:

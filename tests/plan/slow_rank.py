@@ -1,4 +1,4 @@
-"""Run under torchrun: settle the balance of 12 rows when rank 1 does every pass four times; write what each decided.
+"""Run under torchrun: resolve the balance of 12 rows when rank 1 does every pass four times; write the results.
 
 usage: slow_rank.py OUT
 """

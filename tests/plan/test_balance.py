@@ -164,7 +164,7 @@ def test_a_slow_rank_gets_fewer_rows(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_shares_by_hand_and_resume_with_the_measured_ones(train_flags: list[str], tmp_path: Path) -> None:
-    """``3,1`` trains as equal shares do; a run that measured goes on with what it measured."""
+    """``3,1`` trains as equal shares do; a run that has measured keeps its measurement."""
     flags = [*train_flags, "--nproc_per_node", "2", "--save_steps", "3"]
     for name, balance in (("equal", "equal"), ("weights", "3,1"), ("measured", "measure")):
         result = train(*flags, "--experiment_name", name, "--balance", balance, "--max_steps", "3")

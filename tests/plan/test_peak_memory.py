@@ -73,7 +73,7 @@ def assert_peak(
     attention: str = "sdpa",
     **sizes: object,
 ) -> None:
-    """The plan of a whole optimizer step, less what is resident, within 3 % of what torch allocates."""
+    """The plan of a complete optimizer step, without resident memory, within 3 % of what torch allocates."""
     sizes = {"hidden_size": 128, "intermediate_size": 512} | sizes
     model, shape, trainable = tiny_training(family, train, bf16, checkpointing, attention, **sizes)
     groups = parameter_groups(model.trainable_parameters(), 0.0)

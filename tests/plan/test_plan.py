@@ -117,7 +117,7 @@ def test_unknown_memory_is_no_verdict() -> None:
     assert made.fits is None and suggest(made.inputs) == ""
     check_fits(made)
     assert any("not known" in line for line in plan_lines(made))
-    # A known GPU beside it still counts.
+    # A known GPU next to it still counts.
     assert make_plan(qwen("Qwen3-32B", 2, (("NVIDIA Odd", None), A40))).fits is False
 
 

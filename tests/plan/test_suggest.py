@@ -34,7 +34,7 @@ def test_largest_micro_batch_is_zero_when_a_row_is_too_much() -> None:
 
 
 def apply_flags(inputs: PlanInputs, words: str) -> PlanInputs:
-    """The inputs that a suggested way of ``suggest`` asks for."""
+    """The inputs with a suggestion of ``suggest`` applied."""
     fields = {
         "--per_device_train_batch_size": "per_device_batch",
         "--gradient_accumulation_steps": "accumulation",
@@ -125,7 +125,7 @@ def test_cpu_processes_share_the_memory_of_their_host() -> None:
 
 
 def test_where_ddp_does_not_fit_the_plan_says_how_many_gpus_fit_with_fsdp() -> None:
-    """Qwen2.5-7B whole: 28 GB of masters, 57 of moments, 28 of gradients; an A40 has 41.6 GiB to use."""
+    """All of Qwen2.5-7B: 28 GB of masters, 57 of moments, 28 of gradients; an A40 has 41.6 GiB to use."""
     one = qwen("Qwen2.5-7B", 2, (A40,))
     gpus = int(re.search(r"(\d+) such GPUs with --parallel fsdp", suggest(one))[1])
     assert 3 <= gpus <= 6

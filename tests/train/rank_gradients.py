@@ -58,7 +58,8 @@ def leave() -> None:
     """End the process group.
 
     A gloo thread may still have to drop the last reduced tensor, for which it needs the interpreter's lock; DDP's
-    destructor, the last to hold the group, would wait for that thread with the lock held. So all meet once more.
+    destructor, the last to hold the group, would wait for that thread with the lock held. So all ranks
+    wait for each other once more.
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -1,6 +1,6 @@
 """Training steps on fake CUDA tensors in bf16 and fp16: what can be tested of the GPU code on a machine without a GPU.
 
-Shown: devices, dtypes and shapes of every operation's arguments fit, the host asks the device for no number between
+Shown: devices, dtypes and shapes of every operation's arguments fit, the host reads no number from the device between
 log lines, and the memory of the tensors that are made is the plan's. Not shown: what kernels do, and anything of
 torch's CUDA runtime (streams, NCCL, pinned memory, the allocator).
 """
@@ -21,7 +21,7 @@ TORCH = Path(torch.__file__).parent
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
 pytestmark = [
-    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA part of its own"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a real CUDA part"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
 ]
 
