@@ -1,13 +1,14 @@
-"""An estimate of how a step scales to many GPUs: ``python -m benchmarks.scaling_paper``. See docs/scaling.md.
+"""Estimates how a step scales to many GPUs: ``python -m benchmarks.scaling_paper`` prints the shares of
+docs/scaling.md.
 
-Nothing here is measured. Collectives are rings: of S bytes among N GPUs, an all-gather or a reduce-scatter takes
-(N - 1) / N x S / bandwidth, an all-reduce both. The slowest link decides: that between GPUs of a host, or all
-network GPUs of a host together, over which as many rings run side by side. Each collective also waits log2(N) times
-the latency of a message.
+Nothing here is measured. Collectives are rings. For S bytes on N GPUs, an all-gather or a reduce-scatter takes
+(N - 1) / N x S / bandwidth, and an all-reduce takes twice as long. The slowest link sets the bandwidth: the link
+between two GPUs of a host, or all network adapters of a host together, which carry that many rings in parallel. Each
+collective also takes log2(N) times the latency of a message.
 
-DDP reduces fp32 gradients once a step, behind the backward pass of the last micro-batch. FSDP2 gathers bf16 weights
-in the forward and in the backward pass and reduces fp32 gradients, a layer at a time, in every micro-batch, each
-behind the arithmetic of another layer.
+DDP reduces fp32 gradients once per step, during the backward pass of the last micro-batch. FSDP2 gathers bf16 weights
+in the forward and in the backward pass and reduces fp32 gradients, one layer at a time, in every micro-batch. Each of
+these transfers overlaps with the computation of another layer.
 """
 
 import itertools
