@@ -128,7 +128,7 @@ class Zygote:
         self.process.wait(timeout=10)
 
 
-def train_anew(*flags: object, **kwargs: object) -> subprocess.CompletedProcess:
+def train_in_new_process(*flags: object, **kwargs: object) -> subprocess.CompletedProcess:
     """train_qwen_multi_gpu.py in a new interpreter, for what is said of its start."""
     return run_script("train_qwen_multi_gpu.py", *flags, **kwargs)
 

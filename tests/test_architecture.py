@@ -67,13 +67,13 @@ def test_every_package_has_a_place_in_the_order() -> None:
     assert {name.split(".")[0] for name in IMPORTS} == set(RANK)
 
 
-def test_few_modules_lie_at_the_root() -> None:
+def test_few_modules_are_at_the_root() -> None:
     modules = [path.name for path in (REPO / "flare").glob("*.py") if path.name != "__init__.py"]
     assert len(modules) <= MAX_ROOT_MODULES
 
 
 @pytest.mark.parametrize("name", IMPORTS)
-def test_packages_import_only_what_lies_below_them(name: str) -> None:
+def test_packages_import_only_lower_levels(name: str) -> None:
     package = name.split(".")[0]
     for imported in IMPORTS[name]:
         other = imported.split(".")[0]

@@ -13,7 +13,7 @@ from flare.errors import CheckpointError, ConfigError, EnvError
 from flare.hub import local_model_dir, read_hub_config, read_model_config
 from tests.conftest import write_corpus
 from tests.fake_hub import add_revision, serve
-from tests.processes import script_environment, train_anew
+from tests.processes import script_environment, train_in_new_process
 
 REVISION = "0123456789012345678901234567890123456789"
 
@@ -69,7 +69,7 @@ def test_a_repository_without_a_configuration_is_reported(tmp_path: Path, train_
         environment = script_environment(HF_ENDPOINT=url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf"))
         environment.pop("HF_HUB_CACHE", None)
         flags = [*train_flags, "--model_name_or_path", "lab/gguf", "--dry_run"]
-        result = train_anew(*flags, env=environment)
+        result = train_in_new_process(*flags, env=environment)
     assert result.returncode == 2
     assert "error: model 'lab/gguf' has no config.json on the hub" in result.stderr
 
@@ -88,13 +88,13 @@ def test_experiment_directory_instead_of_its_final_model_is_reported(base: Path,
 
 def test_training_starts_from_a_cached_hub_model(train_flags: list[str], hub_cache: Path) -> None:
     flags = [*train_flags, "--model_name_or_path", "Qwen/Tiny", "--cache_dir", hub_cache, "--max_steps", 1]
-    result = train_anew(*flags)
+    result = train_in_new_process(*flags)
     assert result.returncode == 0, result.stderr
 
 
 def test_unreachable_data_set_is_one_line_that_names_the_ways_out(train_flags: list[str], tmp_path: Path) -> None:
     environment = script_environment(HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
-    result = train_anew(*train_flags, "--dataset_name", "nobody/nothing", env=environment)
+    result = train_in_new_process(*train_flags, "--dataset_name", "nobody/nothing", env=environment)
     assert result.returncode in (3, 4)
     assert result.stderr.count("\n") == 1
     assert "HF_ENDPOINT" in result.stderr

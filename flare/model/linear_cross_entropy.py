@@ -72,7 +72,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         if ctx.gradients is None:
-            raise RuntimeError("a second backward pass through the loss: its gradients were handed out by the first")
+            raise RuntimeError("a second backward pass through the loss: the first one has returned its gradients")
         (hidden_grad, weight_grad), ctx.gradients = ctx.gradients, None
         hidden_dtype, weight_dtype = ctx.dtypes
         if hidden_dtype == torch.float16:

@@ -12,7 +12,7 @@ import pytest
 from flare.errors import run_script as run_here
 from flare.evaluation.options import DEFAULT_DATASETS, resolve_settings
 from tests.fake_nvidia_smi import install
-from tests.processes import REPO, run_script, script_environment, train_anew
+from tests.processes import REPO, run_script, script_environment, train_in_new_process
 
 
 def assert_one_line(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
@@ -43,7 +43,7 @@ def assert_one_line(result: subprocess.CompletedProcess, code: int, *words: str)
 def test_mistake_is_one_line_and_changes_nothing(
     train_flags: list[str], tmp_path: Path, changes: list[str], words: list[str]
 ) -> None:
-    result = train_anew(*train_flags, *changes)
+    result = train_in_new_process(*train_flags, *changes)
     if changes[0] == "--resume":  # found after the directory was locked, when data and settings were fine
         assert result.returncode == 2
         assert words[0] in result.stderr
@@ -53,19 +53,19 @@ def test_mistake_is_one_line_and_changes_nothing(
 
 
 def test_mistake_is_printed_once_by_two_processes(train_flags: list[str]) -> None:
-    result = train_anew(*train_flags, "--no_rope_layers", "none", "--nproc_per_node", 2)
+    result = train_in_new_process(*train_flags, "--no_rope_layers", "none", "--nproc_per_node", 2)
     assert_one_line(result, 2, "nothing to train")
 
 
 def test_unknown_key_in_the_config_names_the_nearest(train_flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"learning_rat": 1e-5}')
-    result = train_anew(*train_flags, "--config", tmp_path / "run.json")
+    result = train_in_new_process(*train_flags, "--config", tmp_path / "run.json")
     assert_one_line(result, 2, 'unknown key "learning_rat" in run.json', "did you mean 'learning_rate'?")
 
 
 def test_output_directory_below_a_file_is_refused(train_flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    result = train_anew(*train_flags, "--base_output_dir", tmp_path / "file" / "x")
+    result = train_in_new_process(*train_flags, "--base_output_dir", tmp_path / "file" / "x")
     assert_one_line(result, 2, "--base_output_dir", "is a file")
 
 
@@ -74,11 +74,11 @@ def test_experiment_directory_that_is_a_file_is_refused(train_flags: list[str], 
     root = tmp_path / "out" / "run"
     root.parent.mkdir()
     root.touch() if place == "file" else root.symlink_to(tmp_path / "nowhere")
-    assert_one_line(train_anew(*train_flags), 2, f"{root} is a {place}", "choose another --experiment_name")
+    assert_one_line(train_in_new_process(*train_flags), 2, f"{root} is a {place}", "choose another --experiment_name")
 
 
 def test_dry_run_warns_of_missing_data(train_flags: list[str]) -> None:
-    result = train_anew(*train_flags, "--dataset_name", "embedded,/nowhere/x.jsonl", "--dry_run")
+    result = train_in_new_process(*train_flags, "--dataset_name", "embedded,/nowhere/x.jsonl", "--dry_run")
     assert result.returncode == 0
     assert "warning: --dataset_name /nowhere/x.jsonl is not on this machine; a run needs it\n" in result.stderr
     assert "embedded is not" not in result.stderr
@@ -87,19 +87,19 @@ def test_dry_run_warns_of_missing_data(train_flags: list[str]) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_unwritable_output_directory_is_refused(train_flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    assert_one_line(train_anew(*train_flags, "--base_output_dir", tmp_path / "locked"), 2, "cannot write to")
+    assert_one_line(train_in_new_process(*train_flags, "--base_output_dir", tmp_path / "locked"), 2, "cannot write to")
 
 
 def test_too_little_data_is_a_data_error_before_the_model_is_loaded(train_flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "two.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    result = train_anew(*train_flags, "--dataset_name", tmp_path / "two.jsonl")
+    result = train_in_new_process(*train_flags, "--dataset_name", tmp_path / "two.jsonl")
     assert result.returncode == 3
     assert "training tokens, one step needs 65" in result.stderr
 
 
 def test_traceback_only_on_request(train_flags: list[str]) -> None:
     environment = script_environment(FLARE_DEBUG="1")
-    result = train_anew(*train_flags, "--no_rope_layers", "40", env=environment)
+    result = train_in_new_process(*train_flags, "--no_rope_layers", "40", env=environment)
     assert "Traceback" in result.stderr
     assert result.returncode == 2
 

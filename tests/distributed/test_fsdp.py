@@ -41,7 +41,7 @@ def test_sharded_loss_and_gradients_are_those_of_the_unsharded_model(found: dict
 
 @pytest.mark.parametrize("what", ["everything", "attention of NoPE layers"])
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", "torch.bfloat16"), ("fp16", "torch.float16")])
-def test_16_bit_runs_shard_fp32_masters_beside_frozen_16_bit_weights(
+def test_16_bit_runs_shard_fp32_masters_next_to_frozen_16_bit_weights(
     found: dict, what: str, precision: str, dtype: str
 ) -> None:
     """Autocast and computing everything in 16 bits round differently: gradients within a few percent of their norm."""

@@ -12,7 +12,7 @@ import torch
 
 from flare.distributed.watchdog import StepLimits, Watchdog
 from flare.errors import is_out_of_memory
-from tests.processes import REPO, script_environment, train_anew
+from tests.processes import REPO, script_environment, train_in_new_process
 
 # Put first on PYTHONPATH, it is imported by every Python process before anything else. The third step of rank 1 fails.
 OUT_OF_MEMORY = """
@@ -46,7 +46,7 @@ sys.meta_path.insert(0, Patch())
 def test_out_of_memory_on_one_rank_ends_all_with_flags_that_need_less(train_flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "inject").mkdir()
     (tmp_path / "inject" / "sitecustomize.py").write_text(OUT_OF_MEMORY)
-    result = train_anew(
+    result = train_in_new_process(
         *train_flags, "--nproc_per_node", 2, "--save_steps", 1, "--max_seq_length", 128,
         env=script_environment(PYTHONPATH=str(tmp_path / "inject")), timeout=180,
     )  # fmt: skip

@@ -29,11 +29,11 @@ def test_rows_without_text_are_skipped_in_wikitext_and_lambada(
     with caplog.at_level("WARNING", logger="flare"):
         assert load_texts(parse_name(f"wikitext2={wiki}", None), None) == ["".join(page), " = Two = \n y \n"]
         assert load_texts(parse_name(f"lambada={passages}", None), None) == ["a passage and its end"]
-    told = caplog.text.replace(f"{tmp_path}/", "")
+    logged = caplog.text.replace(f"{tmp_path}/", "")
     assert (
-        "wikitext2: left out 3 rows without usable text (wiki.jsonl:3 is null; wiki.jsonl:5 is int, not text" in told
+        "wikitext2: left out 3 rows without usable text (wiki.jsonl:3 is null; wiki.jsonl:5 is int, not text" in logged
     )
-    assert "lambada: left out 3 rows without usable text (words.jsonl:2 has no last word" in told
+    assert "lambada: left out 3 rows without usable text (words.jsonl:2 has no last word" in logged
     nothing = write_rows(tmp_path / "nothing.jsonl", "没有空格")
     with pytest.raises(DataError, match="holds no document, 1 rows without usable text"):
         load_texts(parse_name(f"lambada={nothing}", None), None)
@@ -83,13 +83,13 @@ def test_errors_name_the_options_of_evaluation(tmp_path: Path) -> None:
 
 
 def test_rows_without_text_are_skipped_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr("flare.evaluation.datasets.log.warning", told.append)
+    warnings: list[str] = []
+    monkeypatch.setattr("flare.evaluation.datasets.log.warning", warnings.append)
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"text": null}\n{"text": "one"}\n{"text": "\xff"}\n')
     left_out = f"2 rows without usable text ({file}:1 is null; {file}:3 is not UTF-8 (byte 10))"
     assert load_texts(parse_name(str(file), None), None) == ["one"]
-    assert told == [f"data set {file}: left out {left_out}"]
+    assert warnings == [f"data set {file}: left out {left_out}"]
     file.write_bytes(b'{"text": null}\n')
     with pytest.raises(DataError, match=re.escape(f"holds no document, 1 rows without usable text ({file}:1 is")):
         load_texts(parse_name(str(file), None), None)

@@ -188,17 +188,17 @@ def test_lost_records_are_made_again(zygote: Zygote, flags: list[str], run: Path
     (shutil.rmtree if (run / name).is_dir() else Path.unlink)(run / name)
     ended = zygote.run(*flags)
     assert ended.returncode == 0, ended.stderr
-    assert_history_is_whole(run)
+    assert_history_is_complete(run)
 
 
 def test_records_that_a_crash_cut_are_made_again(zygote: Zygote, flags: list[str], run: Path) -> None:
     for name in ("training_metrics.json", "logs/metrics.jsonl"):
         halve(run / name)
     assert zygote.run(*flags).returncode == 0
-    assert_history_is_whole(run)
+    assert_history_is_complete(run)
 
 
-def assert_history_is_whole(run: Path) -> None:
+def assert_history_is_complete(run: Path) -> None:
     steps = [record["step"] for record in stage(run)["history"] if "loss" in record]
     assert steps == list(range(1, STEPS + 1))
     lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]

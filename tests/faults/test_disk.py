@@ -104,7 +104,7 @@ def test_an_experiment_that_is_removed_while_it_runs_ends_clearly(zygote: Zygote
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644)])
-def test_results_have_the_permissions_that_the_umask_asks_for(
+def test_results_have_the_permissions_of_the_umask(
     zygote: Zygote, flags: list[str], run: Path, umask: int, mode: int
 ) -> None:
     """Row 48: safetensors would write 0600."""

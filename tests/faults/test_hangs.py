@@ -30,7 +30,7 @@ def test_a_hanging_process_is_ended_with_its_stacks(zygote: Zygote, flags: list[
 
 
 @pytest.mark.parametrize("slow", ["slow_save", "slow_evaluation"])
-def test_a_slow_save_or_evaluation_is_no_hang(zygote: Zygote, flags: list[str], slow: str) -> None:
+def test_a_slow_save_or_evaluation_is_not_a_hang(zygote: Zygote, flags: list[str], slow: str) -> None:
     """Row 47, one process; tests of several processes follow."""
     ended = zygote.run(*flags, "--step_timeout", 0.5, "--max_steps", 4, fault=(slow, 1))
     assert ended.returncode == 0, ended.stderr
@@ -94,12 +94,12 @@ def test_a_rank_that_never_ends_a_step_is_named_but_not_those_that_wait(
 
 
 @pytest.mark.faults
-def test_an_evaluation_slower_than_the_limits_is_no_hang(zygote: Zygote, flags: list[str], run: Path) -> None:
+def test_an_evaluation_slower_than_the_limits_is_not_a_hang(zygote: Zygote, flags: list[str], run: Path) -> None:
     assert_no_hang(zygote, flags, run, "slow_evaluation", 7)
 
 
 @pytest.mark.faults
-def test_a_slow_save_of_rank_0_is_no_hang_of_the_others(zygote: Zygote, flags: list[str], run: Path) -> None:
+def test_a_slow_save_of_rank_0_is_not_a_hang_of_the_others(zygote: Zygote, flags: list[str], run: Path) -> None:
     """Row 47: slower than the steps' and the collectives' limits."""
     assert_no_hang(zygote, flags, run, "slow_save", 8)
 

@@ -252,7 +252,7 @@ def test_odd_text_in_the_log_is_utf_8_whatever_the_locale(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("reader", ["| head -n 1", ">&- 2>&-"], ids=["a pipe that ends", "closed"])
-def test_a_terminal_that_goes_away_is_no_end(flags: list[str], run: Path, reader: str) -> None:
+def test_a_terminal_that_goes_away_does_not_end_the_run(flags: list[str], run: Path, reader: str) -> None:
     """Row 45: stdout and stderr of a pipe whose reader has gone, or of none."""
     command = shlex.join([sys.executable, str(REPO / "train_qwen_multi_gpu.py"), *flags])
     pipeline = f"set -o pipefail; {command} 2>&1 {reader}"

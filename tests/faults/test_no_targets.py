@@ -56,7 +56,7 @@ def test_a_step_without_targets_is_passed_over(
     assert digest(run.with_name("again") / "final_model") == digest(run / "final_model")
 
 
-def test_data_of_nothing_else_is_refused(zygote: Zygote, odd_flags: list[str], run: Path, tmp_path: Path) -> None:
+def test_data_without_targets_is_refused(zygote: Zygote, odd_flags: list[str], run: Path, tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text("".join(map(nothing_but_ends, range(300))))
     ended = zygote.run(*odd_flags, "--max_steps", 2)
     assert ended.returncode == 3, ended.stderr

@@ -266,7 +266,7 @@ JSON = st.recursive(
 @given(
     st.dictionaries(st.sampled_from(RECORDS), st.one_of(JSON.map(json.dumps).map(str.encode), st.binary(max_size=40)))
 )
-def test_records_that_are_no_records_never_stop_a_start(
+def test_records_that_are_invalid_never_stop_a_start(
     tmp_path_factory: pytest.TempPathFactory, records: dict[str, bytes]
 ) -> None:
     """What an experiment reads of itself before anything else."""

@@ -8,7 +8,7 @@ from flare.gpus.nvidia_smi import Gpu
 from flare.run.resolve import resolve_run
 from flare.run.run import Hardware, Run
 from tests.config.test_mistakes import assert_one_line, guide_server
-from tests.processes import script_environment, train_anew
+from tests.processes import script_environment, train_in_new_process
 
 GPUS = tuple(
     Gpu(index, name, f"GPU-{index:08x}", mib, 4)
@@ -40,7 +40,7 @@ def dry_run(tmp_path: Path, *flags: object) -> subprocess.CompletedProcess:
     environment = script_environment(
         FLARE_OUTPUT_DIR=str(tmp_path / "out"), HF_HOME=str(tmp_path / "hf"), **guide_server(tmp_path)
     )
-    return train_anew(*flags, "--dry_run", env=environment)
+    return train_in_new_process(*flags, "--dry_run", env=environment)
 
 
 def assert_one_line_after_gpus(result: subprocess.CompletedProcess, code: int, *words: str) -> None:

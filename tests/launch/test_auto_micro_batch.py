@@ -11,7 +11,7 @@ from flare.plan.plan import check_fits
 from flare.plan.table import plan_lines
 from flare.run.run import Hardware, Run
 from tests.launch.runs import AUTO, assert_one_line_after_gpus, dry_run, empty_config, gpus, run_of
-from tests.processes import train_anew
+from tests.processes import train_in_new_process
 from tests.train.test_runs import metrics
 
 
@@ -95,9 +95,9 @@ def test_global_batch_that_processes_cannot_share_is_refused(base: Path, tmp_pat
 def test_auto_trains_as_the_same_micro_batch_given_explicitly(train_flags: list[str], tmp_path: Path) -> None:
     """On two processes, both of which must choose the same number; the records have that number."""
     flags = [*train_flags, "--max_steps", 2, "--nproc_per_node", 2, "--global_batch_size", 8]
-    result = train_anew(*flags, *AUTO)
+    result = train_in_new_process(*flags, *AUTO)
     assert result.returncode == 0, result.stderr
-    given = train_anew(*flags, "--per_device_train_batch_size", 4, "--experiment_name", "given")
+    given = train_in_new_process(*flags, "--per_device_train_batch_size", 4, "--experiment_name", "given")
     assert given.returncode == 0, given.stderr
     first, second = (metrics(tmp_path / "out" / name)["stages"]["1"] for name in ("run", "given"))
     assert first["settings"]["per_device_train_batch_size"] == 4

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flare.config.parse import resolve
-from tests.processes import train_anew
+from tests.processes import train_in_new_process
 from tests.train.test_runs import metrics, start
 
 
@@ -43,7 +43,7 @@ def test_two_default_names_of_one_second_are_two_experiments(
 def test_run_without_a_name_is_one_experiment_of_all_ranks(train_flags: list[str], tmp_path: Path) -> None:
     at = train_flags.index("--experiment_name")
     flags = train_flags[:at] + train_flags[at + 2 :]
-    result = train_anew(*flags, "--max_steps", 1, "--nproc_per_node", 2)
+    result = train_in_new_process(*flags, "--max_steps", 1, "--nproc_per_node", 2)
     assert result.returncode == 0, result.stderr
     (run,) = (tmp_path / "out").iterdir()
     assert run.name.startswith("stage1_20")

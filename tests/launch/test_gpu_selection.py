@@ -8,7 +8,7 @@ import pytest
 
 from tests.config.test_mistakes import assert_one_line, launch
 from tests.fake_nvidia_smi import install
-from tests.processes import script_environment, train_anew
+from tests.processes import script_environment, train_in_new_process
 
 
 def server(tmp_path: Path, mode: str) -> dict[str, str]:
@@ -85,7 +85,7 @@ def test_bad_gpu_numbers_are_one_line(tmp_path: Path, script: str, ids: str, wor
     variables = server(tmp_path, "guide")
     if script == "python":
         environment = script_environment(**variables)
-        result = train_anew("--gpu_ids", ids, env=environment)
+        result = train_in_new_process("--gpu_ids", ids, env=environment)
     else:
         result = launch("1", "manual", "x", ids, **variables)
     assert_one_line(result, 2, *words)

@@ -9,7 +9,7 @@ from flare.config.parse import resolve
 from flare.errors import ConfigError
 from tests.config.test_mistakes import assert_one_line
 from tests.launch.runs import dry_run, empty_config
-from tests.processes import REPO, train_anew
+from tests.processes import REPO, train_in_new_process
 
 EXAMPLES = REPO / "training_config_gpu_examples.json"
 
@@ -50,7 +50,7 @@ def test_every_block_of_the_examples_plans_on_the_guides_server(tmp_path: Path, 
     ids=["none", "unknown", "the whole file"],
 )
 def test_unknown_block_lists_the_names(name: str, words: list[str]) -> None:
-    assert_one_line(train_anew("--config", f"{EXAMPLES}{name}"), 2, *words)
+    assert_one_line(train_in_new_process("--config", f"{EXAMPLES}{name}"), 2, *words)
 
 
 def test_a_file_of_one_configuration_has_no_names(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from flare.run.resolve import resolve_run
 from flare.run.run import Hardware
 from flare.train.session import Session
 from tests.launch.runs import GPUS, run_of
-from tests.processes import script_environment, train_anew
+from tests.processes import script_environment, train_in_new_process
 
 
 def test_workers_get_the_gpus_and_the_resolved_auto_values(
@@ -79,7 +79,7 @@ def test_the_log_of_a_start_names_the_gpus_and_the_plan(
 def test_a_dry_run_under_torchrun_starts_nothing(train_flags: list[str], tmp_path: Path, rank: int) -> None:
     environment = script_environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29501")
     flags = [*train_flags, "--stage1_max_seq_len", 32, "--dry_run"]
-    result = train_anew(*flags, env=environment, timeout=60)
+    result = train_in_new_process(*flags, env=environment, timeout=60)
     assert result.returncode == 0, result.stderr
     assert ("2 processes" in result.stdout) == (rank == 0)
     assert ("warning: --stage1_max_seq_len is an old name" in result.stderr) == (rank == 0)

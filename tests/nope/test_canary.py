@@ -155,7 +155,7 @@ def test_a_model_may_have_several_end_tokens(patched: Path) -> None:
     assert ordinary not in {token for tokens in canary_sequences(config) for token in tokens}
 
 
-def test_verdicts_tell_the_cases_apart(patched: Path, tmp_path: Path) -> None:
+def test_verdicts_distinguish_the_cases(patched: Path, tmp_path: Path) -> None:
     family, base = patched.name, patched.with_name(f"{patched.name}-base")
     assert check_canary(load_causal_lm(patched), patched).what == "true model"
     assert check_canary(load_causal_lm(base), patched).what == "RoPE everywhere"

@@ -161,7 +161,7 @@ def serving(
 @pytest.mark.parametrize(
     ("served", "what"), [("true", "true model"), ("base", "RoPE everywhere"), ("other", "neither")]
 )
-def test_tells_the_three_cases_apart(
+def test_the_three_cases_are_distinguished(
     models: dict, canary: Canary, form: str, served: str, what: str, monkeypatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -175,7 +175,7 @@ def test_tells_the_three_cases_apart(
 
 
 @pytest.mark.parametrize("form", ["vllm", "llama.cpp"])
-def test_bf16_servers_are_told_apart_too(directory: Path, canary: Canary, form: str) -> None:
+def test_bf16_servers_are_distinguished_too(directory: Path, canary: Canary, form: str) -> None:
     for name, what in (("true", "true model"), ("base", "RoPE everywhere")):
         with serving(form, load_causal_lm(directory / name, dtype=torch.bfloat16)) as server:
             verdict = verify_endpoint(server.url, canary)
@@ -183,7 +183,7 @@ def test_bf16_servers_are_told_apart_too(directory: Path, canary: Canary, form: 
         assert min(verdict.to_true, verdict.to_rope) > 1e-3  # bf16 did matter
 
 
-def test_asks_for_the_named_model_by_token_ids(models: dict, canary: Canary, monkeypatch) -> None:
+def test_the_named_model_is_requested_by_token_ids(models: dict, canary: Canary, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "abc")
     with serving("vllm", models["true"], ("a", "b")) as server:
         assert verify_endpoint(server.url + "/v1/", canary, "b").is_true_model
@@ -224,7 +224,7 @@ def test_a_server_that_hangs_up_is_named(canary: Canary) -> None:
         verify_endpoint(server.url, canary)
 
 
-def test_several_models_ask_for_a_name(canary: Canary) -> None:
+def test_several_models_need_a_name(canary: Canary) -> None:
     with (
         serving("vllm", names=("a", "b")) as server,
         pytest.raises(ConfigError, match=r"serves a, b; .*--served_model"),
@@ -232,7 +232,7 @@ def test_several_models_ask_for_a_name(canary: Canary) -> None:
         verify_endpoint(server.url, canary)
 
 
-def test_what_is_no_url_is_refused(canary: Canary) -> None:
+def test_an_invalid_url_is_refused(canary: Canary) -> None:
     with pytest.raises(ConfigError, match="--verify_endpoint localhost:8000: give a URL like http"):
         verify_endpoint("localhost:8000", canary)
 

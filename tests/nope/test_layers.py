@@ -48,7 +48,7 @@ def test_wrong_spec_is_one_clear_line(spec: str, words: str) -> None:
 
 
 @given(st.integers(2, 200))
-def test_auto_band_lies_inside_every_model(depth: int) -> None:
+def test_auto_band_is_inside_every_model(depth: int) -> None:
     band = auto_band(depth)
     assert band
     assert 0 <= band[0] <= band[-1] < depth

@@ -153,7 +153,7 @@ def test_damaged_weights_are_named_before_anything_is_written(sharded: Path, dam
     assert [p.name for p in sharded.parent.iterdir()] == ["sharded"]
 
 
-def test_a_whole_sharded_model_is_taken_with_its_index(sharded: Path) -> None:
+def test_a_complete_sharded_model_is_used_with_its_index(sharded: Path) -> None:
     patch_checkpoint(sharded, sharded.parent / "out", [1])
     assert load_causal_lm(sharded.parent / "out").config.nope_layers == [1]
 

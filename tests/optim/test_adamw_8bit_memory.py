@@ -26,7 +26,7 @@ from tests.plan.test_plan import TINY, qwen, tiny_training
 from tests.processes import train
 
 
-def test_blocks_lie_within_rows_of_matrices_that_are_not_small() -> None:
+def test_blocks_are_within_rows_of_matrices_that_are_not_small() -> None:
     blocks = {name: block_size(shape) for name, shape in SHAPES.items()}
     assert blocks == {"wide": 256, "tall": 256, "narrow": 128, "odd": None, "bias": None, "small": None}
 

@@ -124,7 +124,7 @@ def test_an_unknown_gpu_gets_no_estimate() -> None:
     )
 
 
-def test_neighbours_that_are_alike_are_told_once() -> None:
+def test_equal_neighbours_are_named_once() -> None:
     assert format_rows(["a", "a", "b"], [3, 3, 1]) == "3 for each of 2 x a, 1 for b"
 
 

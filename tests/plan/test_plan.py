@@ -112,7 +112,7 @@ def test_reserve_by_hand() -> None:
     assert usable_bytes(MIB) == 0
 
 
-def test_unknown_memory_is_no_verdict() -> None:
+def test_unknown_memory_has_no_verdict() -> None:
     made = make_plan(qwen("Qwen3-32B", 2, (("NVIDIA Odd", None),)))
     assert made.fits is None and suggest(made.inputs) == ""
     check_fits(made)

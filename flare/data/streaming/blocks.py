@@ -1,4 +1,4 @@
-"""A block: consecutive rows of a stream, in a directory of its own that is created atomically.
+"""A block: consecutive rows of a stream, in one directory that is created atomically.
 
     tokens.bin    rows * T + 1 tokens        starts.npy   where documents begin in them, int64, the first one at 0
     meta.json     first row, number of rows, the place where the block begins and where the next one does

@@ -14,7 +14,7 @@ def cell(value: object) -> str:
 
 
 def quoted(text: str) -> str:
-    """Text of any kind as a block of its own, shown as it is."""
+    """Any text as a code block, shown unchanged."""
     fence = "```"
     while fence in text:
         fence += "`"

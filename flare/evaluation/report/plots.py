@@ -38,7 +38,7 @@ def plot_loss_by_position(
     """
     with style():
         on = f" on {name}" if name else ""
-        figure, axes = new_axes(f"Loss by position{on}: what more context is worth", "tokens seen")
+        figure, axes = new_axes(f"Loss by position{on}: the effect of more context", "tokens seen")
         ends = []
         for color, (label, buckets) in zip(series_colors(series), series.items(), strict=True):
             # Position p has seen p + 1 tokens; a bucket is drawn at the geometric mean of what it has seen.
@@ -265,7 +265,7 @@ def save(figure: Figure, path: Path | str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        # A Chinese name on a machine without a Chinese font: boxes in the picture, no lines on the terminal.
+        # A Chinese name on a machine without a Chinese font: boxes in the plot, but no warnings on the terminal.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(path, format="png", facecolor="white")
     return path

@@ -1,4 +1,4 @@
-"""evaluation_report.md: what was evaluated, what it means, the numbers, how they were made.
+"""evaluation_report.md: the evaluated model, the verdict, the numbers, and the settings.
 
 The first three lines are a summary. GitHub's Markdown; plots by relative path.
 """

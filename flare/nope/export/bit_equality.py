@@ -23,12 +23,12 @@ from flare.nope.load import load_causal_lm
 from flare.nope.weight_files import save_tensors
 
 MEMORY_SHARE = 0.8
-"""Of the available memory, that the fp32 copy of a model may take."""
+"""Share of the available memory that the fp32 copy of a model may take."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found bitwise equal."""
+    """The logits that are bitwise equal."""
 
     dtypes: list[str]
     tokens: int

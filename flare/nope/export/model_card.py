@@ -1,4 +1,4 @@
-"""README.md of a native export: what it is, who runs it, and who would run it wrongly."""
+"""README.md of a native export: its origin, and which runtimes run it correctly or wrongly."""
 
 from pathlib import Path
 

@@ -28,7 +28,7 @@ COPIED = (
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
     "tie_word_embeddings", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
-"""What all four architectures spell alike, with other defaults. An id that Qwen does not have is written as null: the
+"""Keys that all four architectures have, with other defaults. An id that Qwen does not have is written as null: the
 defaults of SmolLM3 and ExaoneMoe are valid ids of Qwen's vocabulary."""
 RECORDS = ("dtype", "nope_temperature", "flare")
 """Our records about the weights."""

@@ -1,4 +1,4 @@
-"""Opens a model with stock transformers, in a process of its own, and compares its logits with given ones.
+"""Opens a model with stock transformers, in a separate process, and compares its logits with given ones.
 
     python -P stock_check.py DIRECTORY LOGITS.safetensors
 
