@@ -1,6 +1,6 @@
 #!/bin/bash
 # Both stages of two_nodes.json under Slurm:  sbatch examples/slurm_two_nodes.sh
-# Submitted again, it goes on where it was stopped.
+# Submit it again to continue a stopped run.
 #SBATCH --job-name=flare
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,18 +18,18 @@ NAME=${NAME:-two_nodes}
 OUTPUT=${FLARE_OUTPUT_DIR:?set FLARE_OUTPUT_DIR to a directory that both hosts share}
 
 export NNODES=$SLURM_NNODES
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one host must not meet
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one host need different ports
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 
 train() { # stage
-  # SLURM_NODEID is known in the task only, hence the quotes.
+  # In single quotes, because SLURM_NODEID is set only inside the task.
   srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec "$@"' task \
     ./run_training.sh "$1" auto "$NAME" --config examples/two_nodes.json --base_output_dir "$OUTPUT"
 }
 
 cd "${SLURM_SUBMIT_DIR:?}" # the clone of Flare, on a file system that both hosts share
-[ -d "$OUTPUT/$NAME/stage1" ] || train 1 # stage1/ is there once stage 2 has started
+[ -d "$OUTPUT/$NAME/stage1" ] || train 1 # stage1/ exists once stage 2 has started
 if [ -d "$OUTPUT/$NAME/stage1" ] || [ -d "$OUTPUT/$NAME/final_model" ]; then
   train 2
-fi # else stage 1 was stopped before its end: submit this job again
+fi # otherwise stage 1 was stopped before its end: submit this job again
