@@ -15,7 +15,8 @@ usage: ./run_training.sh STAGE GPU [NAME] [IDS] [--FLAG VALUE ...]
   IDS    nvidia-smi's GPU numbers for manual: "0,1,2,3"
   --FLAG any flag of train_qwen_multi_gpu.py, see its --help
 
-  --dry_run anywhere prints the plan and the command, and starts nothing.
+  --dry_run anywhere prints the plan and the command of a stage, and starts
+  nothing.
 
 examples:
   ./run_training.sh demo

@@ -20,6 +20,7 @@ from flare.argument_parser import OneLineParser
 from flare.data.cache_dir import default_cache_dir
 from flare.errors import FlareError, run_script
 from flare.files import REPO
+from flare.logs import quiet_torchao
 from flare.run.experiment import Experiment
 
 CONFIG = REPO / "examples" / "demo.json"
@@ -48,6 +49,7 @@ TOY = (
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    quiet_torchao()
     t0 = time.perf_counter()
     demo = Demo(Path(args.output_dir), args.seed, args.control)
     demo.run()

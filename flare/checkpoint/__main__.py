@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flare.argument_parser import OneLineParser
 from flare.errors import CheckpointError, run_script
+from flare.logs import quiet_torchao
 
 EXAMPLES = """examples:
   python -m flare.checkpoint list /data/runs/mine
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     group.add_argument("command", choices=("list", "verify"), help="verify hashes every file, about 1 GB per second")
     group.add_argument("directory", type=Path, metavar="DIR", help="experiment, checkpoints/ or checkpoint-N")
     args = parser.parse_args(argv)
+    quiet_torchao()
     paths = checkpoint_paths(args.directory)
     print(COLUMNS.format("checkpoint", "tokens", "GiB", "written", "state"))
     states = [print_line(path, hashed=args.command == "verify") for path in paths]

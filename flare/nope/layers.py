@@ -57,6 +57,8 @@ def _parse_word(word: str, depth: int, flag: str) -> list[int]:
     if match := EVERY.fullmatch(word):
         period = int(match[1])
         layers = list(range(period - 1, depth, period)) if period > 0 else []
+        if period == 0:
+            raise ConfigError(f"{flag} {word}: the N of every:N must be at least 1")
         if not layers:
             raise ConfigError(f"{flag} {word} matches no layer of a model with {depth} layers")
         return layers

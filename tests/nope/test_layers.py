@@ -36,7 +36,7 @@ def test_spec_names_these_layers(spec: object, depth: int, layers: list[int]) ->
         ("-1", "cannot read '-1'"),
         ("x", "cannot read 'x'"),
         ("auto 3", "'auto', 'none' and 'all' stand alone"),
-        ("every:0", "matches no layer"),
+        ("every:0", "the N of every:N must be at least 1"),
         ("every:99", "matches no layer"),
         ("", "names no layer"),
     ],
