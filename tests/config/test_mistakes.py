@@ -69,7 +69,7 @@ def test_output_directory_below_a_file_is_refused(train_flags: list[str], tmp_pa
     assert_one_line(result, 2, "--base_output_dir", "is a file")
 
 
-@pytest.mark.parametrize("place", ["file", "link to nothing"])
+@pytest.mark.parametrize("place", ["file", "broken link"])
 def test_experiment_directory_that_is_a_file_is_refused(train_flags: list[str], tmp_path: Path, place: str) -> None:
     root = tmp_path / "out" / "run"
     root.parent.mkdir()
